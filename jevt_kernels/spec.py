@@ -1,0 +1,94 @@
+"""What a kernel is, before any code is printed: mainloop, space, visitor tree, operand types."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from jevt_kernels.index_map import Space
+from jevt_kernels.visitor import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorType:
+    """Shape and dtype of a dense row-major operand."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A launch configuration: what tuning may vary without changing the result beyond rounding.
+
+    Attributes:
+      blocks: tile sizes by tile-axis name, powers of two.
+      num_warps: warps in a thread block.
+      num_stages: software-pipelining depth of loops.
+    """
+
+    blocks: tuple[tuple[str, int], ...]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def block(self, name: str) -> int:
+        return dict(self.blocks)[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSpec:
+    """A fused kernel as data; hashable, so that equal groups share one compilation.
+
+    Attributes:
+      name: identifier of the generated function; appears in profiles.
+      mainloop: name of the kernel family, a key of ``jevt_kernels.mainloops.MAINLOOPS``.
+      space: the iteration space.
+      tree: the visitor tree.
+      inputs, outputs: operand types in argument order.
+      aliases: pairs (input, output) that share a buffer; the input is consumed.
+      comment: lines for the header of the generated source.
+    """
+
+    name: str
+    mainloop: str
+    space: Space
+    tree: Tree
+    inputs: tuple[TensorType, ...]
+    outputs: tuple[TensorType, ...]
+    aliases: tuple[tuple[int, int], ...] = ()
+    comment: str = dataclasses.field(default="", compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A generated kernel.
+
+    Attributes:
+      text: Triton source, a module that defines ``entry``.
+      entry: name of the ``@triton.jit`` function. Its parameters are pointers: the inputs in order,
+        then the outputs that alias no input (an aliased output is written through its input).
+      grid: number of program instances.
+      config: the configuration that the text was printed for.
+    """
+
+    text: str
+    entry: str
+    grid: int
+    config: Config
+
+
+class UnsupportedKernel(ValueError):
+    """The spec asks for something that its mainloop cannot generate; the message says what."""

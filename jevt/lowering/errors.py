@@ -1,0 +1,5 @@
+"""The one way in which lowering says no."""
+
+
+class NotFusible(Exception):
+    """An equation, or a set of them, cannot be one kernel; the message is the reason for the plan."""

@@ -1,12 +1,51 @@
-"""The only file that touches private parts of JAX, jax-triton and Triton."""
+"""The only file that touches private parts of JAX, jax-triton and Triton.
+
+Supported: JAX 0.11 and 0.12, Triton 3.6 to 3.9, jax-triton 0.4. The combination JAX 0.11.2, Triton
+3.8 and jax-triton 0.4.1 needs no mend; for the others, :func:`import_jax_triton` applies these, each
+only where it is needed:
+
+============================  ==================  =================================================
+mend                          where               without it
+============================  ==================  =================================================
+:func:`_find_nvidia_backend`  Triton < 3.8        jax-triton takes the NVIDIA backend for missing
+:func:`_complete_descriptors` Triton < 3.8        host TMA descriptors are rejected
+:func:`_adapt_dce_rule`       JAX >= 0.12         dead-code elimination of a kernel raises TypeError
+:func:`_keep_environment`     always              importing jax-triton unsets ``TRITON_CACHE_DIR``
+:func:`backend_options`       Triton >= 3.9       PTX that CUDA 12 rejects; a warning a process
+============================  ==================  =================================================
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import jax
+import numpy as np
 from jax._src import core as _core
 from jax.extend.core import Jaxpr, JaxprEqn, Var
+
+MINIMUM_TRITON = (3, 6)
+MINIMUM_CAPABILITY = 80
+
+# PTX 8.8 is what ptxas 12.9 reads. It knows every GPU up to sm_121.
+_PTX_VERSION = 88
+_PTX_VERSION_CAPABILITY = 121
+
+# CUDA's code for float32 that TMA rounds to tf32 (CU_TENSOR_MAP_DATA_TYPE_TFLOAT32).
+_TMA_TF32 = 11
+
+
+class UnsupportedDevice(RuntimeError):
+    """There is no GPU that the kernels can run on; the message says why."""
 
 
 def make_jaxpr(invars: Sequence[Var], outvars: Sequence[Any], eqns: Sequence[JaxprEqn]) -> Jaxpr:
@@ -14,3 +53,211 @@ def make_jaxpr(invars: Sequence[Var], outvars: Sequence[Any], eqns: Sequence[Jax
     effects = _core.join_effects(*(eqn.effects for eqn in eqns))
     debug = _core.lu._missing_debug_info("jevt")
     return Jaxpr([], list(invars), list(outvars), list(eqns), effects, debug_info=debug)
+
+
+# Versions and devices
+
+
+def parse_version(text: str) -> tuple[int, int]:
+    """``(major, minor)`` of a version such as ``"3.8.0+git1234"``."""
+    numbers = re.findall(r"\d+", text)
+    return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
+
+
+def jax_version() -> tuple[int, int]:
+    return parse_version(jax.__version__)
+
+
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    """Version of the installed Triton, which is not imported.
+
+    Raises:
+      ImportError: if Triton is missing or too old.
+    """
+    try:
+        text = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(
+            "jevt's kernels need Triton, which is not installed. Install it with jevt's "
+            'dependencies: pip install "jevt[cuda12]" or "jevt[cuda13]".'
+        ) from None
+    version = parse_version(text)
+    if version < MINIMUM_TRITON:
+        wanted = ".".join(map(str, MINIMUM_TRITON))
+        raise ImportError(
+            f"expected Triton {wanted} or newer, got {text}. Upgrade it: "
+            f'pip install --upgrade "triton>={wanted}"'
+        )
+    return version
+
+
+def local_compute_capability() -> int | None:
+    """Compute capability of the first visible CUDA GPU as jax-triton counts it (90 for sm_90).
+
+    None where JAX sees no CUDA GPU.
+    """
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return None
+    if not devices:
+        return None
+    major, minor = parse_version(str(devices[0].compute_capability))
+    return 10 * major + minor
+
+
+def check_compute_capability(capability: int) -> None:
+    """Raises :class:`UnsupportedDevice` for a GPU that is too old for the generated kernels."""
+    if capability < MINIMUM_CAPABILITY:
+        raise UnsupportedDevice(
+            f"expected a GPU of compute capability {MINIMUM_CAPABILITY / 10} or higher (A100 or "
+            f"newer), got {capability / 10}. Use a newer GPU, or run without Triton kernels: "
+            'jevt.jit(backend="xla").'
+        )
+
+
+def backend_options(capability: int | None) -> dict[str, Any]:
+    """Options for Triton's CUDA backend that give the same code with every version of Triton.
+
+    Triton 3.9 emits a PTX version that ptxas and drivers of CUDA 12 reject, and warns that it will
+    not contract ``a * b + c`` to one instruction by default.
+
+    Args:
+      capability: of the target GPU, or None if it is not known yet.
+    """
+    if triton_version() < (3, 9):
+        return {}
+    options: dict[str, Any] = {"enable_fp_fusion": True}
+    if capability is None or capability <= _PTX_VERSION_CAPABILITY:
+        options["ptx_version"] = _PTX_VERSION
+    return options
+
+
+# jax-triton
+
+
+@functools.cache
+def import_jax_triton() -> ModuleType:
+    """Imports jax-triton, mended for the installed versions of JAX and Triton.
+
+    Raises:
+      ImportError: if jax-triton or Triton is missing, or Triton is too old.
+    """
+    version = triton_version()
+    try:
+        with _keep_environment("TRITON_CACHE_DIR"):
+            jax_triton = importlib.import_module("jax_triton")
+            library = importlib.import_module("jax_triton.triton_lib")
+    except ModuleNotFoundError as error:
+        if error.name != "jax_triton":
+            raise
+        raise ImportError(
+            "jevt runs its kernels through jax-triton, which is not installed. Install it with "
+            'pip install "jax-triton>=0.4.1,<0.5", or run without Triton kernels: '
+            'jevt.jit(backend="xla").'
+        ) from None
+    _find_nvidia_backend(library)
+    if version < (3, 8):
+        _complete_descriptors(library)
+    if jax_version() >= (0, 12):
+        _adapt_dce_rule(library)
+    return jax_triton
+
+
+def _find_nvidia_backend(library: Any) -> None:
+    """Gives jax-triton the NVIDIA backend where it took it for missing.
+
+    It imports the backend together with a constant, ``TMA_TF32``, that Triton has since 3.8 only;
+    without it, it puts a stub in the backend's place and every call fails with an unrelated
+    TypeError. Mending its namespace afterwards works in whatever order the two were imported.
+    """
+    if not isinstance(library.cb, SimpleNamespace):
+        return
+    driver = importlib.import_module("triton.backends.nvidia.driver")
+    library.cb = importlib.import_module("triton.backends.nvidia.compiler")
+    library._TMA_DTYPE_DEVICE_TO_HOST = driver.TMA_DTYPE_DEVICE_TO_HOST
+    library._TMA_TF32 = _TMA_TF32
+
+
+def _complete_descriptors(library: Any) -> None:
+    """Adds ``is_im2col`` to descriptor metadata, which Triton emits since 3.8 and jax-triton checks."""
+    check = library.CompilationResult.__post_init__
+
+    def complete_and_check(self: Any) -> None:
+        for meta in self.tensordesc_meta or ():
+            meta.setdefault("is_im2col", False)
+        check(self)
+
+    library.CompilationResult.__post_init__ = complete_and_check
+
+
+def _adapt_dce_rule(library: Any) -> None:
+    """Lets jax-triton's DCE rule take the liveness of inputs, which JAX 0.12 passes in the middle."""
+    rules = library.pe.dce_rules
+    rule = rules[library.triton_kernel_call_p]
+    if len(inspect.signature(rule).parameters) != 2:
+        return
+
+    def rule_with_liveness(used_outputs: list[bool], live_inputs: list[bool], eqn: Any) -> Any:
+        del live_inputs
+        return rule(used_outputs, eqn)
+
+    rules[library.triton_kernel_call_p] = rule_with_liveness
+
+
+@contextlib.contextmanager
+def _keep_environment(name: str) -> Iterator[None]:
+    """Restores an environment variable on exit."""
+    value = os.environ.get(name)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
+
+
+# Triton's interpreter
+
+
+def interpreting() -> bool:
+    """Whether Triton was imported with ``TRITON_INTERPRET=1``. Imports Triton.
+
+    The variable must be set before the import, because Triton's own library functions are
+    decorated then; so the answer is read off one of them, not off the environment.
+    """
+    language = importlib.import_module("triton.language")
+    jit = importlib.import_module("triton.runtime.jit")
+    return not isinstance(language.cdiv, jit.JITFunction)
+
+
+def supply_interpreter_functions(functions: Mapping[str, Callable[..., np.ndarray]]) -> None:
+    """Makes libdevice callable in the interpreter, which has no external functions of its own.
+
+    Args:
+      functions: NumPy functions by libdevice symbol (``"__nv_tanhf"``). Their results are cast to
+        the type that Triton declares for the symbol.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    libdevice = importlib.import_module("triton.language.extra.cuda.libdevice")
+    stubs = importlib.import_module("triton.language.extra.libdevice")
+    core = importlib.import_module("triton.language.core")
+
+    def create_extern_elementwise(
+        self: Any, name: str, path: str, symbol: str, args: Any, result: Any, pure: bool
+    ) -> Any:
+        del self, name, path, pure
+        if symbol not in functions:
+            raise NotImplementedError(
+                f"libdevice function {symbol} has no NumPy counterpart in jevt_kernels/interpreter.py"
+            )
+        data = functions[symbol](*(argument.data for argument in args))
+        dtype = interpreter._get_np_dtype(result)
+        return interpreter.TensorHandle(np.asarray(data).astype(dtype), result.scalar)
+
+    interpreter.InterpreterBuilder.create_extern_elementwise = create_extern_elementwise
+    for name, member in inspect.getmembers(libdevice):
+        if core.is_builtin(member):
+            bound = functools.partial(member, _semantic=interpreter.interpreter_semantic)
+            setattr(libdevice, name, bound)
+            setattr(stubs, name, bound)

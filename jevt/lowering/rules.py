@@ -1,0 +1,251 @@
+"""What each primitive means to a kernel: one row a primitive.
+
+Rules live in dicts keyed by ``Primitive``; a primitive that is in none of them is "not fusible", with a
+reason that goes into the plan. Three kinds of rules exist:
+
+* ``POINTWISE`` maps an equation to the name of an operation of ``jevt_kernels.ops`` and, where parameters
+  of the equation matter, to extra constant operands;
+* ``VIEWS`` and ``REDUCTIONS`` are only named here: ``lowering.axes`` and ``lowering.spec`` know what they do;
+* ``SOURCES`` make values out of coordinates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.extend.core import JaxprEqn, Primitive, primitives as p
+
+from jevt.lowering.errors import NotFusible
+from jevt_kernels import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """How an equation can take part in a kernel.
+
+    Attributes:
+      kind: "pointwise", "view", "reduction", or "source" (reads no array).
+      axes: for a reduction, the reduced axes of its operand.
+    """
+
+    kind: Literal["pointwise", "view", "reduction", "source"]
+    axes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An operation of ``jevt_kernels.ops`` with constants appended to the equation's operands."""
+
+    op: str
+    constants: tuple[int, ...] = ()
+
+
+type PointwiseRule = Callable[[JaxprEqn], Operation]
+
+
+def _same(op: str) -> PointwiseRule:
+    return lambda eqn: Operation(op)
+
+
+def _integer_pow(eqn: JaxprEqn) -> Operation:
+    return Operation("integer_pow", (int(eqn.params["y"]),))
+
+
+def _round(eqn: JaxprEqn) -> Operation:
+    method = int(eqn.params["rounding_method"])
+    return Operation("round_even" if method == 1 else "round_away")
+
+
+def _reduce_precision(eqn: JaxprEqn) -> Operation:
+    bits = (eqn.params["exponent_bits"], eqn.params["mantissa_bits"])
+    if bits == (8, 7):
+        return Operation("round_to_bfloat16")
+    raise NotFusible(f"reduce_precision to {bits[0]} exponent and {bits[1]} mantissa bits has no kernel form")
+
+
+def _bitcast(eqn: JaxprEqn) -> Operation:
+    source, target = _dtype(eqn.invars[0].aval), _dtype(eqn.outvars[0].aval)
+    if source.itemsize != target.itemsize or np.dtype(bool) in (source, target):
+        raise NotFusible(f"bitcast from {source} to {target} changes the shape")
+    return Operation("bitcast")
+
+
+def _not_for_half(op: str) -> PointwiseRule:
+    def rule(eqn: JaxprEqn) -> Operation:
+        dtype = _dtype(eqn.invars[0].aval)
+        if dtype.itemsize < 4:
+            raise NotFusible(f"{op} of {dtype} depends on the storage type, kernels compute it in float32")
+        return Operation(op)
+
+    return rule
+
+
+def _pow(eqn: JaxprEqn) -> Operation:
+    if not ops.is_float(_dtype(eqn.invars[0].aval)):
+        raise NotFusible("pow of integers has no kernel form")
+    return Operation("pow")
+
+
+_SAME_NAME = (
+    "abs acos acosh add and asin asinh atan atan2 atanh cbrt ceil clamp copy cos cosh div eq erf erf_inv erfc "
+    "exp exp2 expm1 floor ge gt is_finite le lgamma log log1p log2 logistic lt max min mul ne neg not "
+    "one_minus_square or rem rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin "
+    "sinh sqrt square sub tan tanh threefry2x32 xor"
+).split()
+
+
+def _primitive(name: str) -> Primitive | None:
+    """The primitive that JAX exports as ``<name>_p``, None in a JAX that lacks it."""
+    return getattr(p, f"{name}_p", None) or getattr(jax.lax, f"{name}_p", None)
+
+
+def _table(rows: dict[str, Any]) -> dict[Primitive, Any]:
+    return {primitive: rule for name, rule in rows.items() if (primitive := _primitive(name)) is not None}
+
+
+POINTWISE: dict[Primitive, PointwiseRule] = _table(
+    {name: _same(name) for name in _SAME_NAME}
+    | {
+        "add_jaxvals": _same("add"),
+        "bitcast_convert_type": _bitcast,
+        "convert_element_type": _same("convert"),
+        "integer_pow": _integer_pow,
+        "nextafter": _not_for_half("nextafter"),
+        "pow": _pow,
+        "reduce_precision": _reduce_precision,
+        "round": _round,
+        "stop_gradient": _same("copy"),
+    }
+)
+
+VIEWS: dict[Primitive, str] = _table(
+    {
+        name: name
+        for name in ("broadcast_in_dim", "reshape", "rev", "slice", "squeeze", "transpose")
+    }
+)
+
+REDUCTIONS: dict[Primitive, str] = _table(
+    {
+        "reduce_sum": "sum",
+        "reduce_max": "max",
+        "reduce_min": "min",
+        "reduce_prod": "prod",
+        "reduce_and": "and",
+        "reduce_or": "or",
+    }
+)
+
+SOURCES: dict[Primitive, str] = _table({"iota": "iota"})
+
+#: Primitives that a later mainloop will take; the plan names it.
+_AWAITED: dict[Primitive, str] = _table(
+    {
+        "dot_general": "GEMM",
+        "conv_general_dilated": "convolution",
+        "scatter_add": "embedding gradient",
+        "gather": "gather",
+        "argmax": "argument reduction",
+        "argmin": "argument reduction",
+        "cumsum": "scan",
+        "reduce_window_sum": "window",
+        "reduce_window_max": "window",
+        "select_and_scatter_add": "window",
+        "sort": "sort",
+        "top_k": "sort",
+        "concatenate": "concatenation",
+        "pad": "padding",
+        "dynamic_slice": "dynamic slice",
+        "dynamic_update_slice": "dynamic slice",
+        "random_bits": "generator",
+        "scan": "control flow",
+        "while": "control flow",
+        "jit": "call",
+        "remat": "call",
+        "cond": "control flow",
+    }
+)
+
+def _dtype(aval: Any) -> np.dtype:
+    dtype = getattr(aval, "dtype", None)
+    if not isinstance(dtype, np.dtype):
+        raise NotFusible(f"{aval} is not an array of numbers")
+    return dtype
+
+
+def classify(eqn: JaxprEqn) -> Role:
+    """The part that an equation can play in a kernel.
+
+    Raises:
+      NotFusible: no mainloop takes it; the message says why.
+    """
+    primitive = eqn.primitive
+    if primitive.name == "iota_2x32_shape":  # JAX exports it nowhere, so its row is added when first met
+        SOURCES.setdefault(primitive, "iota_2x32_shape")
+    if eqn.effects:
+        raise NotFusible(f"{primitive.name} has effects, which bound groups")
+    if primitive in _AWAITED:
+        raise NotFusible(f"no mainloop: {primitive.name} ({_AWAITED[primitive]})")
+    if not any(primitive in table for table in (POINTWISE, VIEWS, REDUCTIONS, SOURCES)):
+        raise NotFusible(f"unknown primitive {primitive.name!r}")
+    for atom in (*eqn.invars, *eqn.outvars):
+        check_aval(atom.aval)
+    if primitive in VIEWS:
+        return Role("view")
+    if primitive in SOURCES:
+        _check_source(eqn)
+        return Role("source")
+    if primitive in REDUCTIONS:
+        return _classify_reduction(eqn)
+    operation = POINTWISE[primitive](eqn)
+    operands = tuple(_dtype(atom.aval) for atom in eqn.invars)
+    try:
+        for index, atom in enumerate(eqn.outvars):
+            ops.check(operation.op, operands, _dtype(atom.aval), index)
+    except ValueError as error:
+        raise NotFusible(str(error)) from None
+    return Role("pointwise")
+
+
+def check_aval(aval: Any) -> None:
+    dtype = _dtype(aval)
+    if dtype not in ops.TRITON_TYPES:
+        raise NotFusible(f"{dtype.name} stays with XLA")
+    if not all(isinstance(size, int) for size in aval.shape):
+        raise NotFusible(f"shape {aval.shape} is not static")
+    memory = getattr(aval, "memory_space", None)
+    if memory is not None and getattr(memory, "name", "Device") not in ("Device", "Any"):
+        raise NotFusible(f"operand in {memory} memory")
+
+
+def _check_source(eqn: JaxprEqn) -> None:
+    if eqn.invars:
+        raise NotFusible(f"{eqn.primitive.name} with a dynamic shape")
+    if SOURCES[eqn.primitive] == "iota_2x32_shape" and eqn.outvars[0].aval.size >= 2**32:
+        raise NotFusible("random bits for 2**32 and more elements")
+
+
+def _classify_reduction(eqn: JaxprEqn) -> Role:
+    aval = eqn.invars[0].aval
+    axes = tuple(int(a) for a in eqn.params["axes"])
+    op, dtype = REDUCTIONS[eqn.primitive], _dtype(aval)
+    if op in ("and", "or") and dtype != np.dtype(bool):
+        raise NotFusible(f"bitwise {eqn.primitive.name} of {dtype} has no kernel form")
+    inner = next((axis for axis in reversed(range(aval.ndim)) if aval.shape[axis] > 1), None)
+    if inner is not None and inner not in axes and any(aval.shape[a] > 1 for a in axes):
+        raise NotFusible("no mainloop: column reduction (the contiguous axis is kept)")
+    kept = aval.size // max(1, _product(aval.shape[a] for a in axes))
+    if kept and kept < 64 and aval.size > 1 << 17:
+        raise NotFusible(f"no mainloop: reduction of {aval.size} elements to only {kept} (needs split rows)")
+    return Role("reduction", axes)
+
+
+def _product(sizes: Any) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result

@@ -1,0 +1,160 @@
+"""Joins nodes that no good partition separates, so that long pointwise chains cost the solver nothing.
+
+Two rules. For each, take an optimal partition that separates the two nodes; moving one of them over gives
+a partition that is valid and no dearer, so an optimal partition exists that keeps them together.
+
+*Into the producer.* ``v`` reads one variable ``t`` and nothing else, is the only reader of ``t``, visits
+as many elements as ``t`` has and writes no more bytes (a cast to a narrower type, ``exp``, a
+transpose). Move ``v`` to the group of ``t``'s producer ``u``.
+Acyclic: ``v`` depends on nothing but ``u``, so ``u``'s group gains no dependency; what read ``v`` already
+came after ``u``. Cost: ``t`` is neither written nor read any more, ``v``'s result, not larger, is written
+in its stead, and read by whoever read it. ``v``'s readers in its old group stay connected as readers of
+one tensor. Template: ``v``'s element count is that of ``t``, so it is a full tile or a row wherever
+``t`` is.
+
+*Into the consumer.* All results of ``s`` are read by the single node ``w``, ``s`` reads at most one
+variable that is not a scalar, and its operands together have no more bytes than its results (a cast
+to a wider type, a broadcast, ``iota``). Move ``s`` to ``w``'s group.
+Acyclic: what ``s`` depends on, ``w``'s group depended on already. Cost: the results of ``s`` are neither
+written nor read any more; its operands, not larger in sum, are written and read in their stead at worst.
+``s``'s old group stays connected, because ``s`` had one neighbour in it. Template: ``s`` is computed
+in the space in which ``w`` consumed it.
+
+What the proofs cannot see is a pair of views that does not compose into one index map. Therefore a joined
+node is kept only if ``build`` accepts it; otherwise its equations stay apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jax.extend.core import Var
+
+from jevt.partition import graph as graphs
+from jevt.partition.graph import Graph, Node
+
+
+def contract(graph: Graph, accepts: Callable[[tuple[int, ...]], bool]) -> Graph:
+    """The graph with pairs joined by both rules.
+
+    Args:
+      graph: one node for each equation.
+      accepts: whether the equations at these positions can be one kernel.
+    """
+    joined = _Joined(graph)
+    for node in range(len(graph.nodes)):
+        _into_producer(joined, node)
+    for node in reversed(range(len(graph.nodes))):
+        _into_consumer(joined, node)
+    members: dict[int, list[int]] = {}
+    for node in range(len(graph.nodes)):
+        members.setdefault(joined.find(node), []).append(node)
+    nodes: list[Node] = []
+    for group in members.values():
+        parts = [graph.nodes[n] for n in group]
+        if len(parts) > 1 and accepts(tuple(p for part in parts for p in part.eqns)):
+            nodes.append(_merge(parts))
+        else:
+            nodes.extend(parts)
+    return _ordered(graph, nodes)
+
+
+class _Joined:
+    """Union–find over the nodes of a graph, with what the rules ask about a joined node."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.parent = list(range(len(graph.nodes)))
+        self.members = [[n] for n in range(len(graph.nodes))]
+        self.reduces = [node.kind == "reduction" for node in graph.nodes]
+
+    def find(self, node: int) -> int:
+        while self.parent[node] != node:
+            self.parent[node] = self.parent[self.parent[node]]
+            node = self.parent[node]
+        return node
+
+    def join(self, a: int, b: int) -> None:
+        a, b = self.find(a), self.find(b)
+        if len(self.members[a]) < len(self.members[b]):
+            a, b = b, a
+        self.parent[b] = a
+        self.members[a].extend(self.members[b])
+        self.members[b] = []
+        self.reduces[a] = self.reduces[a] or self.reduces[b]
+
+
+def _into_producer(joined: _Joined, v: int) -> None:
+    graph = joined.graph
+    node = graph.nodes[v]
+    if node.kind not in ("pointwise", "view") or len(graph.reads[v]) != 1 or len(graph.writes[v]) != 1:
+        return
+    operand, result = graph.tensors[graph.reads[v][0]], graph.tensors[graph.writes[v][0]]
+    u = operand.producer
+    if u is None or graph.nodes[u].opaque or operand.consumers != (v,) or operand.escapes:
+        return
+    if result.size != operand.size or node.size != operand.size or result.nbytes > operand.nbytes:
+        return
+    if result.size == 1 and len(result.consumers) > 1:
+        return  # readers of one scalar are not counted as connected
+    joined.join(u, v)
+
+
+def _into_consumer(joined: _Joined, s: int) -> None:
+    graph = joined.graph
+    root = joined.find(s)
+    if max(joined.members[root]) != s or graph.nodes[s].opaque or joined.reduces[root]:
+        return
+    results = [t for n in joined.members[root] for t in graph.writes[n]]
+    outside = {joined.find(c) for t in results for c in graph.tensors[t].consumers} - {root}
+    if len(outside) != 1 or any(graph.tensors[t].escapes for t in results):
+        return
+    (w,) = outside
+    if graph.nodes[w].opaque:
+        return
+    leaving = [
+        graph.tensors[t]
+        for t in results
+        if any(joined.find(c) != root for c in graph.tensors[t].consumers)
+    ]
+    if any(_sees_a_part(graph, c, t.var) for t in leaving for c in t.consumers):
+        return
+    operands = {
+        t for n in joined.members[root] for t in graph.reads[n]
+        if (p := graph.tensors[t].producer) is None or joined.find(p) != root
+    }
+    if sum(graph.tensors[t].size > 1 for t in operands) > 1:
+        return
+    if sum(graph.tensors[t].nbytes for t in operands) <= sum(t.nbytes for t in leaving):
+        joined.join(root, w)
+
+
+def _sees_a_part(graph: Graph, node: int, var: Var) -> bool:
+    eqns = (graph.jaxpr.eqns[p] for p in graph.nodes[node].eqns)
+    return any(graphs.shrinks(eqn, var) for eqn in eqns if var in eqn.invars)
+
+
+def _merge(parts: list[Node]) -> Node:
+    reductions = [p for p in parts if p.kind == "reduction"]
+    kinds = {p.kind for p in parts}
+    size = max(p.size for p in parts)
+    return Node(
+        tuple(sorted(position for part in parts for position in part.eqns)),
+        "reduction" if reductions else "pointwise" if "pointwise" in kinds else "view",
+        reductions[0].size if reductions else size,
+        reductions[0].cols if reductions else 0,
+        free=all(p.free for p in parts),
+    )
+
+
+def _ordered(graph: Graph, nodes: list[Node]) -> Graph:
+    """The contracted graph with its nodes in an executable order, stable by position."""
+    from jevt.partition.order import executable
+
+    nodes = sorted(nodes, key=lambda n: n.eqns)
+    draft = graphs.assemble(graph.jaxpr, nodes)
+    order = executable([n.eqns[0] for n in nodes], draft.successors)
+    assert order is not None, "contraction keeps the graph acyclic"
+    return draft if order == list(range(len(nodes))) else graphs.assemble(
+        graph.jaxpr, [nodes[n] for n in order]
+    )

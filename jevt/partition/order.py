@@ -1,0 +1,61 @@
+"""An executable order of groups, or the cycle that prevents one."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+
+def executable(keys: Sequence[int], successors: Sequence[Sequence[int]]) -> list[int] | None:
+    """Topological order of a graph, smallest key first among what is ready; None if there is a cycle."""
+    waiting = [0] * len(keys)
+    for targets in successors:
+        for target in targets:
+            waiting[target] += 1
+    ready = [(keys[n], n) for n, count in enumerate(waiting) if not count]
+    heapq.heapify(ready)
+    result: list[int] = []
+    while ready:
+        _, node = heapq.heappop(ready)
+        result.append(node)
+        for target in successors[node]:
+            waiting[target] -= 1
+            if not waiting[target]:
+                heapq.heappush(ready, (keys[target], target))
+    return result if len(result) == len(keys) else None
+
+
+def quotient(groups: Sequence[Sequence[int]], successors: Sequence[Sequence[int]]) -> list[list[int]]:
+    """For each group, the groups that depend on it."""
+    owner = {node: index for index, group in enumerate(groups) for node in group}
+    return [
+        sorted({owner[s] for node in group for s in successors[node]} - {index})
+        for index, group in enumerate(groups)
+    ]
+
+
+def cycle(successors: Sequence[Sequence[int]]) -> list[int] | None:
+    """The nodes of a strongly connected set of two or more nodes, None if the graph is acyclic."""
+    remaining = [0] * len(successors)
+    for targets in successors:
+        for target in targets:
+            remaining[target] += 1
+    stack = [n for n, count in enumerate(remaining) if not count]
+    alive = set(range(len(successors)))
+    while stack:
+        node = stack.pop()
+        alive.discard(node)
+        for target in successors[node]:
+            remaining[target] -= 1
+            if not remaining[target]:
+                stack.append(target)
+    if not alive:
+        return None
+    # Every live node has a live predecessor, so walking backwards must come round.
+    predecessor = {t: n for n in sorted(alive) for t in successors[n] if t in alive}
+    path: dict[int, int] = {}
+    node = min(alive)
+    while node not in path:
+        path[node] = len(path)
+        node = predecessor[node]
+    return [n for n, step in path.items() if step >= path[node]]

@@ -1,0 +1,162 @@
+"""Compiling a :class:`~jevt_kernels.spec.KernelSpec` ahead of time, also on a machine without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jevt_kernels import compat, launch
+from jevt_kernels.spec import Config, KernelSpec, Source, TensorType
+
+# jax-triton passes buffers of this alignment and tells Triton so; the code depends on it.
+_ALIGNMENT = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Binary:
+    """A compiled kernel and the resources that it takes.
+
+    Attributes:
+      arch: compute capability that it was compiled for, 90 for sm_90.
+      ptx: the assembly.
+      cubin: the machine code.
+      registers: registers of a thread, 255 at most.
+      spill_bytes: bytes of local memory that a thread's spilled registers are stored to; 0 is wanted.
+      stack_bytes: bytes of local memory that a thread uses, spills included.
+      shared_bytes: shared memory of a thread block.
+      num_warps: warps of a thread block, which warp specialisation can raise above the requested.
+    """
+
+    arch: int
+    ptx: str = dataclasses.field(repr=False)
+    cubin: bytes = dataclasses.field(repr=False)
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+    num_warps: int
+
+
+def compile(  # noqa: A001
+    spec: KernelSpec,
+    arch: int,
+    *,
+    config: Config | None = None,
+    source: Source | None = None,
+) -> Binary:
+    """Compiles the kernel for an NVIDIA GPU with Triton's own ptxas; no GPU or driver is needed.
+
+    Args:
+      spec: the kernel.
+      arch: compute capability, 80 (A100) or 90 (H100).
+      config: launch configuration; the default is chosen by the mainloop.
+      source: printed kernel to use instead of generating one; it brings its own configuration.
+
+    Raises:
+      RuntimeError: if Triton was imported with ``TRITON_INTERPRET=1``.
+      UnsupportedKernel: if the spec cannot be generated.
+      jevt_kernels.compat.UnsupportedDevice: if ``arch`` is below 80.
+      ImportError: if Triton is missing or too old.
+    """
+    compat.check_compute_capability(arch)
+    if source is None:
+        source = launch.source_for(spec, config)
+    return _compile(source, launch.parameters(spec), arch)
+
+
+@functools.lru_cache(maxsize=256)
+def _compile(source: Source, parameters: tuple[TensorType, ...], arch: int) -> Binary:
+    compat.triton_version()
+    if compat.interpreting():
+        raise RuntimeError(
+            "Triton was imported with TRITON_INTERPRET=1, so it cannot compile. Unset the variable, "
+            "and interpret and compile in separate processes."
+        )
+    triton: Any = importlib.import_module("triton")
+    compiler: Any = importlib.import_module("triton.compiler")
+    backends: Any = importlib.import_module("triton.backends.compiler")
+    kernel = launch.load(source)
+    names = kernel.arg_names
+    if len(names) != len(parameters):
+        raise ValueError(
+            f"expected {source.entry} to take {len(parameters)} pointers, got the parameters {names}"
+        )
+    compiled = triton.compile(
+        compiler.ASTSource(
+            kernel,
+            {
+                name: f"*{launch.triton_name(parameter.dtype)}"
+                for name, parameter in zip(names, parameters, strict=True)
+            },
+            attrs={(i,): [["tt.divisibility", _ALIGNMENT]] for i in range(len(names))},
+        ),
+        target=backends.GPUTarget("cuda", arch, 32),
+        options={
+            "num_warps": source.config.num_warps,
+            "num_stages": source.config.num_stages,
+            **compat.backend_options(arch),
+        },
+    )
+    usage = _resource_usage(compiled.asm["cubin"])
+    # Without a stack there are no spills, and ptxas, which compiles once more, need not be asked.
+    spills = _spill_bytes(compiled.asm["ptx"]) if usage["STACK"] or usage["LOCAL"] else 0
+    return Binary(
+        arch=arch,
+        ptx=compiled.asm["ptx"],
+        cubin=compiled.asm["cubin"],
+        registers=usage["REG"],
+        spill_bytes=spills,
+        stack_bytes=max(usage["STACK"], usage["LOCAL"]),
+        shared_bytes=compiled.metadata.shared,
+        num_warps=compiled.metadata.num_warps,
+    )
+
+
+def _tool(name: str) -> str:
+    """Path of a CUDA tool that Triton's wheel brings."""
+    package = importlib.import_module("triton.backends.nvidia")
+    return str(Path(package.__path__[0]) / "bin" / name)
+
+
+def _execute(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    output = result.stdout + result.stderr
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed with code {result.returncode}:\n{output}")
+    return output
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """Reads ``Function f: REG:16 STACK:0 SHARED:0 LOCAL:0 ...`` of the only function."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "kernel.cubin"
+        path.write_bytes(cubin)
+        output = _execute(_tool("cuobjdump"), "--dump-resource-usage", str(path))
+    usage = {key: int(value) for key, value in re.findall(r"\b(\w+):(\d+)", output)}
+    if missing := {"REG", "STACK", "LOCAL"} - usage.keys():
+        raise RuntimeError(f"expected {sorted(missing)} in the output of cuobjdump, got\n{output}")
+    return usage
+
+
+def _spill_bytes(ptx: str) -> int:
+    """Bytes of spill stores that ptxas reports."""
+    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
+    if target is None:
+        raise RuntimeError(f"expected a .target line in the PTX, got\n{ptx[:500]}")
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "kernel.ptx"
+        path.write_text(ptx)
+        output = _execute(
+            *(_tool("ptxas"), "-v", f"--gpu-name={target[1]}", str(path)),
+            *("-o", str(Path(directory) / "kernel.cubin")),
+        )
+    spills = re.search(r"(\d+) bytes spill stores", output)
+    if spills is None:
+        raise RuntimeError(f"expected the spill stores in the output of ptxas -v, got\n{output}")
+    return int(spills[1])

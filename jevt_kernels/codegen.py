@@ -1,0 +1,289 @@
+"""Visitor tree to Triton source text.
+
+A mainloop (``jevt_kernels.mainloops``) decides how tiles are walked; the :class:`Printer` here prints
+index arithmetic, masks and nodes, the same for every mainloop. Generated code keeps these names:
+
+* ``x0, x1, …`` inputs, ``y0, y1, …`` outputs, ``v<position>`` the value of a node;
+* ``<axis>`` the linear index along a tile axis (``i``, ``row``, ``col``), ``<axis>_ok`` its mask;
+* ``BLOCK_<AXIS>`` the tile size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from jevt_kernels import visitor
+from jevt_kernels.index_map import IndexMap, TileAxis
+from jevt_kernels.ops import OPS, TRITON_TYPES, Arg, compute_dtype, is_float, triton_type
+from jevt_kernels.spec import Config, KernelSpec, Source, UnsupportedKernel
+
+_HEADER = """\
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import libdevice
+
+from jevt_kernels import device_math as dm
+
+
+@triton.jit
+"""
+
+_INT32_MAX = 2**31 - 1
+
+
+def default_config(spec: KernelSpec) -> Config:
+    """The configuration that the mainloop prefers when nothing was measured."""
+    from jevt_kernels.mainloops import MAINLOOPS
+
+    return MAINLOOPS[spec.mainloop].configs(spec)[0]
+
+
+def generate(spec: KernelSpec, config: Config | None = None) -> Source:
+    """Prints the kernel.
+
+    Args:
+      spec: what to compute.
+      config: tile sizes and warps; the mainloop's first choice by default.
+
+    Raises:
+      UnsupportedKernel: the mainloop cannot generate this spec.
+    """
+    from jevt_kernels.mainloops import MAINLOOPS
+
+    if spec.mainloop not in MAINLOOPS:
+        raise UnsupportedKernel(f"expected a mainloop of {sorted(MAINLOOPS)}, got {spec.mainloop!r}")
+    mainloop = MAINLOOPS[spec.mainloop]
+    config = config or mainloop.configs(spec)[0]
+    printer = Printer(spec, config)
+    grid = mainloop.emit(printer)
+    return Source(printer.text(), spec.name, grid, config)
+
+
+class Printer:
+    """Prints one kernel; a mainloop drives it."""
+
+    def __init__(self, spec: KernelSpec, config: Config):
+        self.spec = spec
+        self.config = config
+        self.dependencies = visitor.dependencies(spec.tree, spec.space)
+        self.levels = visitor.levels(spec.tree)
+        self.rank = len(spec.space.tile)
+        self._lines: list[str] = []
+        self._indent = 1
+        self._scopes: list[dict[object, str]] = [{}]
+        self._counter = 0
+
+    # Text
+
+    def line(self, text: str) -> None:
+        self._lines.append("    " * self._indent + text)
+
+    def open(self, text: str) -> None:
+        """Starts a block; names bound in it are forgotten at its :meth:`close`."""
+        self.line(text)
+        self._indent += 1
+        self._scopes.append({})
+
+    def close(self) -> None:
+        self._indent -= 1
+        self._scopes.pop()
+
+    def text(self) -> str:
+        inputs = [f"x{i}" for i in range(len(self.spec.inputs))]
+        aliased = {output for _, output in self.spec.aliases}
+        outputs = [f"y{o}" for o in range(len(self.spec.outputs)) if o not in aliased]
+        comment = "".join(f"# {line}".rstrip() + "\n" for line in self.spec.comment.splitlines())
+        signature = f"def {self.spec.name}({', '.join(inputs + outputs)}):"
+        return comment + _HEADER + signature + "\n" + "\n".join(self._lines) + "\n"
+
+    def bind(self, key: object, expression: str, name: str) -> str:
+        """The name of ``expression``, printed once a scope."""
+        for scope in self._scopes:
+            if key in scope:
+                return scope[key]
+        self.line(f"{name} = {expression}")
+        self._scopes[-1][key] = name
+        return name
+
+    # Index arithmetic
+
+    @property
+    def wide(self) -> bool:
+        """Whether offsets need 64 bits."""
+        spans = [t.size for t in (*self.spec.inputs, *self.spec.outputs)]
+        for node in self.spec.tree:
+            if isinstance(node, visitor.Iota):
+                spans.append(max(map(abs, node.index.span(self.spec.space))))
+        slack = math.prod(block for _, block in self.config.blocks)
+        spans.append(max((self.spec.space.extent(t) for t in self.spec.space.tile), default=0))
+        return max(spans, default=0) + slack > _INT32_MAX
+
+    def slot(self, position: int) -> str:
+        """The subscript that puts a one-dimensional range at its place in the tile."""
+        if self.rank == 1:
+            return ""
+        return "[" + ", ".join(":" if p == position else "None" for p in range(self.rank)) + "]"
+
+    def tile_index(self, name: str, start: str) -> None:
+        """Prints the linear index and the mask of one tile axis, whose blocks start at ``start``."""
+        position = [t.name for t in self.spec.space.tile].index(name)
+        tile_axis = self.spec.space.tile[position]
+        arange = f"tl.arange(0, BLOCK_{name.upper()}){self.slot(position)}"
+        self.line(f"{name} = {start} + {arange}" if start else f"{name} = {arange}")
+        if self.masked(tile_axis):
+            extent = self.spec.space.extent(tile_axis)
+            self.line(f"{name}_ok = {name} < {extent}")
+
+    def constants(self) -> None:
+        """Prints the tile sizes."""
+        for name, block in self.config.blocks:
+            self.line(f"BLOCK_{name.upper()}: tl.constexpr = {block}")
+
+    def program_id(self) -> str:
+        return "tl.program_id(0).to(tl.int64)" if self.wide else "tl.program_id(0)"
+
+    def masked(self, tile_axis: TileAxis) -> bool:
+        return self.spec.space.extent(tile_axis) % self.config.block(tile_axis.name) != 0
+
+    def mask(self, names: frozenset[str]) -> str:
+        """The conjunction of the masks of these tile axes, "" when none is needed."""
+        tile_axes = [t for t in self.spec.space.tile if t.name in names and self.masked(t)]
+        return " & ".join(f"{t.name}_ok" for t in tile_axes)
+
+    def address(self, index: IndexMap) -> str:
+        """The value of an index map at the tile's points, without parentheses."""
+        terms: list[str] = []
+        for tile_axis in self.spec.space.tile:
+            for digit in index.digits(self.spec.space, tile_axis):
+                name = tile_axis.name
+                if digit.divisor != 1:
+                    name = self.bind((name, "div", digit.divisor), f"{name} // {digit.divisor}", f"{name}_d{digit.divisor}")
+                if digit.modulus is not None:
+                    name = self.bind((name, "mod", digit.modulus), f"{name} % {digit.modulus}", f"{name}_m{digit.modulus}")
+                terms.append(name if digit.stride == 1 else f"{name} * {digit.stride}")
+        if index.offset or not terms:
+            terms.append(str(index.offset))
+        return " + ".join(terms)
+
+    # Nodes
+
+    def is_constant(self, position: int) -> bool:
+        return isinstance(self.spec.tree[position], visitor.Constant)
+
+    def value(self, position: int) -> str:
+        """The name that holds a node's value; prints it, and what it needs, if it is not yet there."""
+        key = ("value", position)
+        for scope in self._scopes:
+            if key in scope:
+                return scope[key]
+        expression = self._expression(position)
+        if expression.isidentifier():  # a conversion that changes nothing inside a kernel
+            self._scopes[-1][key] = expression
+            return expression
+        name = f"v{position}"
+        self.line(f"{name} = {expression}")
+        self._scopes[-1][key] = name
+        return name
+
+    def set_value(self, position: int, name: str) -> None:
+        """Declares that ``name`` holds the node's value in the present scope."""
+        self._scopes[-1][("value", position)] = name
+
+    def _expression(self, position: int) -> str:
+        node = self.spec.tree[position]
+        match node:
+            case visitor.Load():
+                return self._load(node, self.dependencies[position])
+            case visitor.Constant():
+                return f"tl.full({self._unit_shape()}, {literal(node.value, node.dtype)}, {triton_type(node.dtype)})"
+            case visitor.Iota():
+                address = self.address(node.index)
+                if not self.dependencies[position]:
+                    return f"tl.full({self._unit_shape()}, {address}, {triton_type(node.dtype)})"
+                return f"({address}).to({triton_type(node.dtype)})"
+            case visitor.Compute():
+                return self._compute(node)
+            case visitor.Reduce():
+                raise UnsupportedKernel(f"mainloop {self.spec.mainloop!r} holds no reduction along {node.over!r}")
+            case visitor.Accumulator():
+                raise UnsupportedKernel(f"mainloop {self.spec.mainloop!r} has no accumulator")
+            case visitor.Store():
+                raise AssertionError("stores are roots, they have no value")
+
+    def _unit_shape(self) -> str:
+        return "(" + ", ".join("1" for _ in range(self.rank)) + ("," if self.rank == 1 else "") + ")"
+
+    def _load(self, node: visitor.Load, varies: frozenset[str]) -> str:
+        dtype = self.spec.inputs[node.input].dtype
+        arguments = [f"x{node.input} + {self.address(node.index)}"]
+        if mask := self.mask(varies):
+            arguments += [f"mask={mask}", "other=0"]
+        text = f"tl.load({', '.join(arguments)})"
+        return text if compute_dtype(dtype) == dtype else f"{text}.to({triton_type(dtype)})"
+
+    def _compute(self, node: visitor.Compute) -> str:
+        op = OPS[node.op]
+        varying = [o for o in node.operands if not self.is_constant(o)]
+        args: list[Arg] = []
+        for operand in node.operands:
+            source = self.spec.tree[operand]
+            dtype = self.node_dtype(operand)
+            if isinstance(source, visitor.Constant):
+                bare = node.op == "integer_pow" or (op.literals and bool(varying))
+                text = literal(source.value, source.dtype) if bare else self.value(operand)
+                args.append(Arg(text, dtype, source.value))
+            else:
+                args.append(Arg(self.value(operand), dtype))
+        if op.results == 1:
+            return op.emit(tuple(args), node.dtype)
+        key = (node.op, node.operands)
+        names = [f"v{'_'.join(map(str, node.operands))}_r{r}" for r in range(op.results)]
+        for scope in self._scopes:
+            if key in scope:
+                return names[node.result]
+        self.line(f"{', '.join(names)} = {op.emit(tuple(args), node.dtype)}")
+        self._scopes[-1][key] = names[0]
+        return names[node.result]
+
+    def node_dtype(self, position: int) -> np.dtype:
+        """A node's own type."""
+        node = self.spec.tree[position]
+        match node:
+            case visitor.Load():
+                return self.spec.inputs[node.input].dtype
+            case visitor.Store():
+                return self.spec.outputs[node.output].dtype
+            case _:
+                return node.dtype
+
+    def store(self, position: int) -> None:
+        node = self.spec.tree[position]
+        assert isinstance(node, visitor.Store)
+        varies = frozenset(t.name for t in self.spec.space.tile if node.index.depends_on(t))
+        if not self.dependencies[node.operand] <= varies:
+            raise UnsupportedKernel(f"output {node.output} does not follow every axis of its value")
+        dtype = self.spec.outputs[node.output].dtype
+        value = self.value(node.operand)
+        if compute_dtype(dtype) != dtype:
+            value = f"{value}.to({TRITON_TYPES[dtype]})"
+        aliased = {output: source for source, output in self.spec.aliases}
+        pointer = f"x{aliased[node.output]}" if node.output in aliased else f"y{node.output}"
+        arguments = [f"{pointer} + {self.address(node.index)}", value]
+        if mask := self.mask(varies):
+            arguments.append(f"mask={mask}")
+        self.line(f"tl.store({', '.join(arguments)})")
+
+    def stores(self) -> list[int]:
+        return [i for i, node in enumerate(self.spec.tree) if isinstance(node, visitor.Store)]
+
+
+def literal(value: bool | int | float, dtype: np.dtype) -> str:
+    """A constant as Triton text."""
+    if is_float(dtype):
+        number = float(value)
+        return repr(number) if math.isfinite(number) else f"float('{number}')"
+    if dtype == np.dtype(bool):
+        return repr(bool(value))
+    return repr(int(value))

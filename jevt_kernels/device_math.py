@@ -1,0 +1,146 @@
+"""Triton functions that generated kernels call, where one expression would not be readable.
+
+Integer functions follow XLA's definitions at the edges that C leaves undefined.
+"""
+
+# Triton compiles these functions: their parameters have no Python types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def int_div(x, y):
+    """Truncating division; x / 0 is -1 (all bits set) and the smallest integer over -1 is itself."""
+    zero = y == 0
+    # Dividing by -1 as a negation keeps the one overflowing case defined.
+    minus_one = y == -1 if x.dtype.is_int_signed() else zero
+    safe = tl.where(zero | minus_one, y * 0 + 1, y)
+    quotient = x // safe
+    negated = 0 - x
+    quotient = tl.where(minus_one & (zero == 0), negated, quotient)
+    return tl.where(zero, ~(quotient * 0), quotient)
+
+
+@triton.jit
+def int_rem(x, y):
+    """Remainder with the sign of ``x``; x % 0 is x."""
+    zero = y == 0
+    minus_one = y == -1 if x.dtype.is_int_signed() else zero
+    safe = tl.where(zero | minus_one, y * 0 + 1, y)
+    remainder = x % safe
+    return tl.where(zero, x, remainder)
+
+
+@triton.jit
+def float_to_int(x, low: tl.constexpr, high: tl.constexpr, dtype: tl.constexpr):
+    """Truncates towards zero; out of range saturates, NaN gives 0."""
+    inside = (x > low) & (x < high)
+    result = tl.where(inside, x, 0.0).to(dtype)
+    result = tl.where(x >= high, tl.full((), high, dtype), result)
+    return tl.where(x <= low, tl.full((), low, dtype), result)
+
+
+@triton.jit
+def shift_left(x, amount, bits: tl.constexpr):
+    """Shifting by the width or more gives 0."""
+    inside = (amount >= 0) & (amount < bits)
+    return tl.where(inside, x << tl.where(inside, amount, amount * 0), x * 0)
+
+
+@triton.jit
+def shift_right(x, amount, bits: tl.constexpr):
+    """Logical shift of an unsigned ``x``; by the width or more gives 0."""
+    inside = (amount >= 0) & (amount < bits)
+    return tl.where(inside, x >> tl.where(inside, amount, amount * 0).to(x.dtype), x * 0)
+
+
+@triton.jit
+def shift_right_arithmetic(x, amount, bits: tl.constexpr):
+    """By the width or more gives the sign."""
+    inside = (amount >= 0) & (amount < bits)
+    return x >> tl.where(inside, amount, amount * 0 + (bits - 1))
+
+
+@triton.jit
+def sign(x):
+    """-1, 0 or 1; of a float, NaN and signed zeros pass through."""
+    one = x * 0 + 1
+    return tl.where(x > 0, one, tl.where(x < 0, 0 - one, x))
+
+
+@triton.jit
+def integer_pow(x, exponent: tl.constexpr):
+    """``x ** exponent`` by repeated squaring."""
+    magnitude: tl.constexpr = exponent if exponent >= 0 else -exponent
+    result = x * 0 + 1
+    square = x
+    for bit in tl.static_range(0, 32):
+        if (magnitude >> bit) & 1:
+            result = result * square
+        if (magnitude >> bit) > 1:
+            square = square * square
+    if exponent < 0:
+        result = 1.0 / result
+    return result
+
+
+@triton.jit
+def nan_max(x, y):
+    """Maximum that propagates NaN, for ``tl.reduce``."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def nan_min(x, y):
+    """Minimum that propagates NaN, for ``tl.reduce``."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def product(x, y):
+    """Multiplication, for ``tl.reduce``."""
+    return x * y
+
+
+@triton.jit
+def rotate_left(x, distance: tl.constexpr):
+    return (x << distance) | (x >> (32 - distance))
+
+
+@triton.jit
+def _threefry_rounds(x0, x1, r0: tl.constexpr, r1: tl.constexpr, r2: tl.constexpr, r3: tl.constexpr):
+    x0 = x0 + x1
+    x1 = x0 ^ rotate_left(x1, r0)
+    x0 = x0 + x1
+    x1 = x0 ^ rotate_left(x1, r1)
+    x0 = x0 + x1
+    x1 = x0 ^ rotate_left(x1, r2)
+    x0 = x0 + x1
+    x1 = x0 ^ rotate_left(x1, r3)
+    return x0, x1
+
+
+@triton.jit
+def threefry2x32(k0, k1, x0, x1):
+    """Threefry-2x32 with 20 rounds (Salmon et al., 2011), bit for bit ``jax.random``'s generator."""
+    k2 = k0 ^ k1 ^ 0x1BD11BDA
+    x0 = x0 + k0
+    x1 = x1 + k1
+    x0, x1 = _threefry_rounds(x0, x1, 13, 15, 26, 6)
+    x0 = x0 + k1
+    x1 = x1 + k2 + 1
+    x0, x1 = _threefry_rounds(x0, x1, 17, 29, 16, 24)
+    x0 = x0 + k2
+    x1 = x1 + k0 + 2
+    x0, x1 = _threefry_rounds(x0, x1, 13, 15, 26, 6)
+    x0 = x0 + k0
+    x1 = x1 + k1 + 3
+    x0, x1 = _threefry_rounds(x0, x1, 17, 29, 16, 24)
+    x0 = x0 + k1
+    x1 = x1 + k2 + 4
+    x0, x1 = _threefry_rounds(x0, x1, 13, 15, 26, 6)
+    x0 = x0 + k2
+    x1 = x1 + k0 + 5
+    return x0, x1

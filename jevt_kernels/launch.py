@@ -1,0 +1,238 @@
+"""Running a :class:`~jevt_kernels.spec.KernelSpec` on a GPU through jax-triton.
+
+:func:`call` is traceable and belongs inside ``jax.jit``; :func:`run` is the same, jitted, for use by
+hand. :mod:`jevt_kernels.interpreter` runs a kernel without a GPU, :mod:`jevt_kernels.aot` compiles it
+without one. All take the source that :mod:`jevt_kernels.codegen` prints, or one given by hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import linecache
+import math
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jevt_kernels import compat
+from jevt_kernels.compat import UnsupportedDevice
+from jevt_kernels.spec import Config, KernelSpec, Source, TensorType, UnsupportedKernel
+from jevt_kernels.visitor import Compute, Reduce
+
+# The x dimension of a CUDA grid, which is the only one that generated kernels use.
+MAXIMUM_GRID = 2**31 - 1
+
+# Triton's names of element types. Others (complex, 4-bit, 8-bit floats) have no kernels.
+TRITON_NAMES = {
+    "bool": "i1",
+    "int8": "i8",
+    "int16": "i16",
+    "int32": "i32",
+    "int64": "i64",
+    "uint8": "u8",
+    "uint16": "u16",
+    "uint32": "u32",
+    "uint64": "u64",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float64": "fp64",
+}
+
+
+def triton_name(dtype: np.dtype) -> str:
+    """Triton's name of a dtype: ``"fp32"`` for float32.
+
+    Raises:
+      UnsupportedKernel: if kernels do not support the dtype.
+    """
+    try:
+        return TRITON_NAMES[dtype.name]
+    except KeyError:
+        raise UnsupportedKernel(
+            f"expected an operand of type {', '.join(TRITON_NAMES)}, got {dtype.name}"
+        ) from None
+
+
+@functools.cache
+def source_for(spec: KernelSpec, config: Config | None) -> Source:
+    """The generated source of ``spec``, with the default configuration if ``config`` is None."""
+    from jevt_kernels import codegen
+
+    return codegen.generate(spec, config)
+
+
+def parameters(spec: KernelSpec) -> tuple[TensorType, ...]:
+    """Types of the kernel's pointers in order: the inputs, then the outputs that alias no input."""
+    aliased = {output for _, output in spec.aliases}
+    own = (output for i, output in enumerate(spec.outputs) if i not in aliased)
+    return (*spec.inputs, *own)
+
+
+@functools.cache
+def load(source: Source) -> Any:
+    """The ``@triton.jit`` function that ``source`` defines.
+
+    The text is registered with :mod:`linecache`, because Triton reads a kernel's source lines, and
+    so that tracebacks show them.
+
+    Returns:
+      A ``triton.JITFunction``, or an ``InterpretedFunction`` under ``TRITON_INTERPRET=1``.
+
+    Raises:
+      ValueError: if the text does not define ``source.entry``.
+    """
+    digest = hashlib.sha256(source.text.encode()).hexdigest()[:16]
+    filename = f"<jevt kernel {source.entry} {digest}>"
+    # A modification time of None tells linecache that there is no file to check against.
+    linecache.cache[filename] = (
+        len(source.text),
+        None,
+        source.text.splitlines(keepends=True),
+        filename,
+    )
+    module = ModuleType(f"jevt_kernel_{source.entry}_{digest}")
+    module.__file__ = filename
+    exec(compile(source.text, filename, "exec"), module.__dict__)  # noqa: S102
+    try:
+        return module.__dict__[source.entry]
+    except KeyError:
+        raise ValueError(
+            f"expected the generated module to define {source.entry!r}, got the text\n{source.text}"
+        ) from None
+
+
+def check_operands(spec: KernelSpec, operands: Sequence[Any]) -> None:
+    """Raises TypeError unless ``operands`` have the number, shapes and dtypes of the spec's inputs."""
+    if len(operands) != len(spec.inputs):
+        raise TypeError(
+            f"kernel {spec.name}: expected {len(spec.inputs)} operands, got {len(operands)}"
+        )
+    for position, (operand, expected) in enumerate(zip(operands, spec.inputs, strict=True)):
+        got = TensorType(tuple(operand.shape), np.dtype(operand.dtype))
+        if got != expected:
+            raise TypeError(
+                f"kernel {spec.name}: expected operand {position} of type {expected}, got {got}"
+            )
+
+
+def check_grid(spec: KernelSpec, source: Source) -> None:
+    """Raises UnsupportedKernel if the launch grid is empty or exceeds CUDA's limit."""
+    if not 1 <= source.grid <= MAXIMUM_GRID:
+        raise UnsupportedKernel(
+            f"kernel {spec.name}: expected a grid of 1 to {MAXIMUM_GRID} programs, got "
+            f"{source.grid}. Use larger blocks: {source.config.blocks}"
+        )
+
+
+def call(
+    spec: KernelSpec,
+    *operands: jax.Array,
+    config: Config | None = None,
+    source: Source | None = None,
+    compute_capability: int | None = None,
+    name: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """Calls the kernel. Traceable; the surrounding program must be lowered for CUDA.
+
+    Args:
+      spec: the kernel.
+      operands: arrays of the types ``spec.inputs``.
+      config: launch configuration; the default is chosen by the mainloop.
+      source: printed kernel to use instead of generating one; it brings its own configuration.
+      compute_capability: of the GPU to compile for, 90 for sm_90; the default is the first visible
+        GPU's. Must be given to lower for CUDA on a machine without a GPU.
+      name: what profiles call this launch; the default is ``spec.name``.
+
+    Returns:
+      One array for each of ``spec.outputs``.
+
+    Raises:
+      TypeError: if the operands do not match the spec.
+      UnsupportedKernel: if the spec cannot be generated or launched.
+      jevt_kernels.compat.UnsupportedDevice: if the GPU is older than sm_80.
+      ImportError: if jax-triton is missing or Triton is too old.
+    """
+    check_operands(spec, operands)
+    if not any(output.size for output in spec.outputs):
+        return tuple(jnp.empty(output.shape, output.dtype) for output in spec.outputs)
+    if source is None:
+        source = source_for(spec, config)
+    check_grid(spec, source)
+    for operand in parameters(spec):
+        triton_name(operand.dtype)
+    if compute_capability is None:
+        compute_capability = compat.local_compute_capability()
+    if compute_capability is not None:
+        compat.check_compute_capability(compute_capability)
+    jax_triton = compat.import_jax_triton()
+    if compat.interpreting():
+        raise UnsupportedDevice(
+            "Triton was imported with TRITON_INTERPRET=1, so it cannot compile for a GPU. Unset the "
+            "variable, or use jevt_kernels.interpreter (jevt.jit(backend='interpret'))."
+        )
+    with warnings.catch_warnings():
+        # The replacement, Ref arguments, needs a discharge pass around every lowering rule.
+        # Should another thread leave this filter installed, it still hides this one message only.
+        warnings.filterwarnings(
+            "ignore", message="input_output_aliases is deprecated", category=DeprecationWarning
+        )
+        results = jax_triton.triton_call(
+            *operands,
+            kernel=load(source),
+            out_type=tuple(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in spec.outputs),
+            grid=(source.grid,),
+            name=spec.name if name is None else name,
+            num_warps=source.config.num_warps,
+            num_stages=source.config.num_stages,
+            compute_capability=compute_capability,
+            backend_options=compat.backend_options(compute_capability),
+            input_output_aliases=dict(spec.aliases),
+            cost_estimate=cost_estimate(spec),
+        )
+    return tuple(results)
+
+
+def cost_estimate(spec: KernelSpec) -> dict[str, int]:
+    """Bytes moved and operations executed by one launch, in the form that jax-triton passes to XLA.
+
+    An operation of the visitor tree counts once a point of the space; operations on values that do
+    not vary along every axis are therefore overestimated, and a looped kernel's second read of its
+    operands is not counted.
+    """
+    operations = sum(isinstance(node, Compute | Reduce) for node in spec.tree)
+    return {
+        "bytes_accessed": sum(operand.nbytes for operand in (*spec.inputs, *spec.outputs)),
+        "flops": operations * math.prod(spec.space.sizes),
+    }
+
+
+@functools.cache
+def _jitted(spec: KernelSpec, config: Config | None, source: Source | None) -> Any:
+    return jax.jit(functools.partial(call, spec, config=config, source=source))
+
+
+def run(
+    spec: KernelSpec,
+    *operands: jax.Array,
+    config: Config | None = None,
+    source: Source | None = None,
+) -> tuple[jax.Array, ...]:
+    """Runs the kernel on the GPU: :func:`call` under ``jax.jit``.
+
+    Raises:
+      jevt_kernels.compat.UnsupportedDevice: if JAX sees no CUDA GPU, or one older than sm_80.
+      TypeError, UnsupportedKernel, ImportError: as :func:`call` does.
+    """
+    if compat.local_compute_capability() is None:
+        raise UnsupportedDevice(
+            "JAX sees no CUDA GPU. Install its plugin (pip install 'jevt[cuda12]' or "
+            "'jevt[cuda13]'), or run the kernel without a GPU: jevt_kernels.interpreter.run."
+        )
+    return _jitted(spec, config, source)(*operands)

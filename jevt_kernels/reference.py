@@ -1,0 +1,127 @@
+"""The reference of every kernel: the visitor tree evaluated with ``jax.numpy`` over the whole space."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jevt_kernels import visitor
+from jevt_kernels.index_map import IndexMap, Space
+from jevt_kernels.ops import OPS, compute_dtype
+from jevt_kernels.spec import KernelSpec
+
+_REDUCTIONS = {
+    "sum": jnp.sum,
+    "prod": jnp.prod,
+    "max": jnp.max,
+    "min": jnp.min,
+    "and": jnp.all,
+    "or": jnp.any,
+}
+
+
+def reference(spec: KernelSpec, *arrays: Any) -> tuple[jax.Array, ...]:
+    """Evaluates a kernel without generating it.
+
+    Args:
+      spec: the kernel.
+      arrays: one array for each of ``spec.inputs``, of its shape and dtype.
+
+    Returns:
+      One array for each of ``spec.outputs``. Sums of float16 and bfloat16 are float32, as in the kernel.
+    """
+    types = [(tuple(a.shape), np.dtype(a.dtype)) for a in arrays]
+    expected = [(t.shape, t.dtype) for t in spec.inputs]
+    if types != expected:
+        raise TypeError(f"kernel {spec.name!r}: expected inputs {expected}, got {types}")
+    values: list[Any] = []
+    outputs: list[jax.Array] = [jnp.zeros(t.shape, t.dtype) for t in spec.outputs]
+    for node in spec.tree:
+        values.append(_evaluate(node, spec, values, arrays, outputs))
+    return tuple(outputs)
+
+
+def addresses(index: IndexMap, space: Space) -> np.ndarray:
+    """The map's value at every point; size-1 axes where it does not vary."""
+    rank = len(space.sizes)
+    total = np.full((1,) * rank, index.offset, np.int64)
+    for axis, stride in enumerate(index.strides):
+        if stride and space.sizes[axis] != 1:
+            shape = [1] * rank
+            shape[axis] = space.sizes[axis]
+            total = total + np.arange(space.sizes[axis], dtype=np.int64).reshape(shape) * stride
+    return total
+
+
+def _evaluate(
+    node: visitor.Node, spec: KernelSpec, values: list[Any], arrays: tuple[Any, ...], outputs: list[jax.Array]
+) -> Any:
+    rank = len(spec.space.sizes)
+    match node:
+        case visitor.Load():
+            array = jnp.asarray(arrays[node.input])
+            value = array.reshape(-1)[addresses(node.index, spec.space)]
+            return value.astype(compute_dtype(np.dtype(array.dtype)))
+        case visitor.Constant():
+            return jnp.full((1,) * rank, node.value, compute_dtype(node.dtype))
+        case visitor.Iota():
+            return jnp.asarray(addresses(node.index, spec.space).astype(compute_dtype(node.dtype)))
+        case visitor.Compute():
+            return _compute(node, spec, values)
+        case visitor.Reduce():
+            return _reduce(node, spec, values[node.operand])
+        case visitor.Store():
+            where = addresses(node.index, spec.space)
+            value = jnp.broadcast_to(values[node.operand], _broadcast_shape(where.shape, values[node.operand].shape))
+            flat = outputs[node.output].reshape(-1).at[where].set(value.astype(outputs[node.output].dtype))
+            outputs[node.output] = flat.reshape(outputs[node.output].shape)
+            return None
+        case visitor.Accumulator():
+            raise NotImplementedError("mainloops with an accumulator bring their own reference")
+
+
+def _broadcast_shape(target: tuple[int, ...], source: tuple[int, ...]) -> tuple[int, ...]:
+    if jnp.broadcast_shapes(target, source) != target:
+        raise ValueError(f"a value of shape {source} does not fit a store of shape {target}")
+    return target
+
+
+def _own_dtype(spec: KernelSpec, position: int) -> np.dtype:
+    node = spec.tree[position]
+    return spec.inputs[node.input].dtype if isinstance(node, visitor.Load) else node.dtype  # type: ignore[union-attr]
+
+
+def _compute(node: visitor.Compute, spec: KernelSpec, values: list[Any]) -> Any:
+    op = OPS[node.op]
+    args = [values[o] for o in node.operands]
+    if node.op == "bitcast":
+        stored = args[0].astype(_own_dtype(spec, node.operands[0]))
+        return lax.bitcast_convert_type(stored, node.dtype).astype(compute_dtype(node.dtype))
+    if node.op == "integer_pow":
+        exponent = spec.tree[node.operands[1]]
+        assert isinstance(exponent, visitor.Constant)
+        return lax.integer_pow(args[0], int(exponent.value))
+    result = op.reference(*args, dtype=node.dtype) if op.needs_dtype else op.reference(*args)
+    return result[node.result] if op.results > 1 else result
+
+
+def _reduce(node: visitor.Reduce, spec: KernelSpec, value: Any) -> Any:
+    axes = spec.space.tile_axis(node.over).axes
+    shape = list(value.shape)
+    for axis in axes:
+        shape[axis] = spec.space.sizes[axis]
+    full = jnp.broadcast_to(value, shape)
+    dtype = compute_dtype(node.dtype)
+    if node.op in ("and", "or"):
+        return _REDUCTIONS[node.op](full, axis=axes, keepdims=True)
+    if node.op in ("sum", "prod"):
+        return _REDUCTIONS[node.op](full, axis=axes, keepdims=True, dtype=dtype)
+    identity = -jnp.inf if node.op == "max" else jnp.inf
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        identity = info.min if node.op == "max" else info.max
+    return _REDUCTIONS[node.op](full, axis=axes, keepdims=True, initial=identity).astype(dtype)

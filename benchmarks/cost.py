@@ -42,9 +42,7 @@ def everything_in_memory(aval: Any) -> bool:
     return False
 
 
-def count_work(
-    fun: Callable[..., Any], *args: Any, on_chip: OnChip = everything_in_memory
-) -> Work:
+def count_work(fun: Callable[..., Any], *args: Any, on_chip: OnChip = everything_in_memory) -> Work:
     """The work of ``fun(*args)``; the arguments may be ``jax.ShapeDtypeStruct``."""
     jaxpr = jax.make_jaxpr(fun)(*args).jaxpr
     border = sum(_bytes(v.aval) for v in (*jaxpr.invars, *jaxpr.outvars))
@@ -78,6 +76,10 @@ def _conv(eqn: core.JaxprEqn, on_chip: OnChip) -> Work:
     # A dilated left operand is mostly zeros; an ideal kernel skips them.
     zeros = math.prod(eqn.params["lhs_dilation"])
     return Work(2 * math.prod(out.shape) * taps / zeros, _traffic(eqn, on_chip))
+
+
+def _sparse_dot(eqn: core.JaxprEqn, on_chip: OnChip) -> Work:
+    return Work(bytes=_traffic(eqn, on_chip))
 
 
 def _gather(eqn: core.JaxprEqn, on_chip: OnChip) -> Work:
@@ -116,6 +118,7 @@ _Rule = Callable[[core.JaxprEqn, OnChip], Work]
 _RULES: dict[str, _Rule] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv,
+    "bcoo_dot_general": _sparse_dot,
     "gather": _gather,
     "scatter-add": _scatter,
     "scatter": _scatter,

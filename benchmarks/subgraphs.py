@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.models import bert, gcn, resnet
-from benchmarks.models._init import init_variables
+from benchmarks.models._init import from_seed, init_variables
 from benchmarks.models._losses import binary_cross_entropy, cross_entropy
 from benchmarks.models.xmlcnn import multi_hot
 from benchmarks.options import Options
@@ -100,7 +100,6 @@ def xmlcnn_head(options: Options) -> Workload:
     dense = nn.Dense(s.labels, dtype=options.dtype, param_dtype=options.param_dtype)
     x = jax.ShapeDtypeStruct((s.batch, s.hidden), jnp.dtype(options.dtype))
 
-    @jax.jit
     def draw(key: jax.Array) -> Tree:
         k1, k2 = jax.random.split(key)
         labels = multi_hot(k2, s.batch, s.labels, s.positives)
@@ -113,7 +112,7 @@ def xmlcnn_head(options: Options) -> Workload:
         "xmlcnn-head",
         loss_and_backward(loss_fn),
         init=lambda seed: init_variables(dense.init, seed, x)["params"],
-        batch=lambda seed: draw(jax.random.PRNGKey(1000 + seed)),
+        batch=from_seed(draw),
         donate_argnums=(),
         carries_state=False,
         on_chip=lambda aval: aval.shape == (s.batch, s.labels),
@@ -126,12 +125,12 @@ def gcn_uturn(options: Options) -> Workload:
     dense = nn.Dense(s.classes, dtype=options.dtype, param_dtype=options.param_dtype)
     x = jax.ShapeDtypeStruct((s.nodes, s.hidden), jnp.dtype(options.dtype))
 
-    def batch(seed: int) -> Tree:
-        k1, k2 = jax.random.split(jax.random.PRNGKey(1000 + seed))
+    @from_seed
+    def draw(key: jax.Array) -> Tree:
+        k1, k2 = jax.random.split(key)
         return {
             "x": jax.random.normal(k1, x.shape, x.dtype),
             "labels": jax.random.randint(k2, (s.nodes,), 0, s.classes),
-            "graph": gcn.graph_of(s, options),
         }
 
     def loss_fn(params: Tree, x: jax.Array, batch: Tree) -> jax.Array:
@@ -142,7 +141,7 @@ def gcn_uturn(options: Options) -> Workload:
         "gcn-uturn",
         loss_and_backward(loss_fn),
         init=lambda seed: init_variables(dense.init, seed, x)["params"],
-        batch=batch,
+        batch=lambda seed: draw(seed) | {"graph": gcn.graph_of(s, options)},
         donate_argnums=(),
         carries_state=False,
         on_chip=gcn.messages_stay_on_chip(s),
@@ -164,8 +163,9 @@ def _block(
         out = module.apply({"params": params}, x, mutable=["batch_stats"])
         return out[0]
 
-    def batch(seed: int) -> Tree:
-        k1, k2 = jax.random.split(jax.random.PRNGKey(1000 + seed))
+    @from_seed
+    def batch(key: jax.Array) -> Tree:
+        k1, k2 = jax.random.split(key)
         return {
             "x": jax.random.normal(k1, x_shape, options.dtype),
             "dy": jax.random.normal(k2, y_shape, options.dtype),

@@ -13,7 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from benchmarks.accuracy import Gradients
 from benchmarks.cost import Work, count_work, everything_in_memory
 
 Tree = Any
@@ -56,11 +58,17 @@ class Workload:
             return state
         return {**state, "lr": jnp.float32(PROBE_LEARNING_RATE)}
 
-    def gradients(self, before: Tree, after: Tree) -> Tree:
-        """The gradients, in float32, from the states before and after a step from ``probe``."""
-        if not self.carries_state:
-            return jax.tree.map(lambda x: x.astype(jnp.float32), after)
-        return _recover_gradients(before["params"], after["params"])
+    def gradients(self, before: Tree, after: Tree) -> Gradients:
+        """The gradients by name, float32 on the host, one after the other, from the states before
+        and after a step from ``probe``."""
+        if self.carries_state:
+            before, after = before["params"], after["params"]
+        old = jax.tree.leaves(before)
+        for i, (path, new) in enumerate(jax.tree_util.tree_leaves_with_path(after)):
+            gradient = _on_host(new)
+            if self.carries_state:
+                gradient = (_on_host(old[i]) - gradient) / np.float32(PROBE_LEARNING_RATE)
+            yield jax.tree_util.keystr(path), gradient
 
     def work(self) -> Work:
         """FLOPs and bytes of one step, counted from its jaxpr without running anything."""
@@ -108,9 +116,5 @@ def cast_floats(tree: Tree, dtype: Any) -> Tree:
     return jax.tree.map(cast, tree)
 
 
-@jax.jit
-def _recover_gradients(before: Tree, after: Tree) -> Tree:
-    def recover(p: jax.Array, q: jax.Array) -> jax.Array:
-        return (p.astype(jnp.float32) - q.astype(jnp.float32)) / PROBE_LEARNING_RATE
-
-    return jax.tree.map(recover, before, after)
+def _on_host(x: jax.Array) -> np.ndarray:
+    return np.asarray(x).astype(np.float32)

@@ -1,0 +1,10 @@
+"""jevt: a training-fusion compiler for JAX. ``@jevt.jit`` replaces ``@jax.jit`` on a train step."""
+
+from jevt._api import explain as explain
+from jevt._api import jit as jit
+from jevt._api import last_trace as last_trace
+from jevt._call import JevtWarning as JevtWarning
+from jevt._config import ConfigError as ConfigError
+from jevt.pipeline import StrictError as StrictError
+from jevt.report.trace import Stage as Stage
+from jevt.report.trace import Trace as Trace

@@ -10,8 +10,8 @@ import sys
 # Before any other import: the modules below do not even parse on an older Python.
 if sys.version_info < (3, 12):
     raise ImportError(
-        "jevt needs Python 3.12 or newer, got %d.%d. Create the environment with a newer Python: "
-        "python3.12 -m venv .venv" % sys.version_info[:2]
+        f"jevt needs Python 3.12 or newer, got {sys.version_info[0]}.{sys.version_info[1]}. "
+        "Create the environment with a newer Python: python3.12 -m venv .venv"
     )
 
 from jevt_kernels import aot as aot

@@ -1,4 +1,4 @@
-"""Compiling a :class:`~jevt_kernels.spec.KernelSpec` ahead of time, also on a machine without a GPU."""
+"""Compiling a :class:`~jevt_kernels.spec.KernelSpec` ahead of time; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Binary:
       ptx: the assembly.
       cubin: the machine code.
       registers: registers of a thread, 255 at most.
-      spill_bytes: bytes of local memory that a thread's spilled registers are stored to; 0 is wanted.
+      spill_bytes: bytes that a thread stores to local memory for want of registers; 0 is wanted.
       stack_bytes: bytes of local memory that a thread uses, spills included.
       shared_bytes: shared memory of a thread block.
       num_warps: warps of a thread block, which warp specialisation can raise above the requested.
@@ -75,8 +75,8 @@ def _compile(source: Source, parameters: tuple[TensorType, ...], arch: int) -> B
     compat.triton_version()
     if compat.interpreting():
         raise RuntimeError(
-            "Triton was imported with TRITON_INTERPRET=1, so it cannot compile. Unset the variable, "
-            "and interpret and compile in separate processes."
+            "Triton was imported with TRITON_INTERPRET=1, so it cannot compile. Unset the "
+            "variable; interpret and compile in separate processes."
         )
     triton: Any = importlib.import_module("triton")
     compiler: Any = importlib.import_module("triton.compiler")
@@ -85,7 +85,7 @@ def _compile(source: Source, parameters: tuple[TensorType, ...], arch: int) -> B
     names = kernel.arg_names
     if len(names) != len(parameters):
         raise ValueError(
-            f"expected {source.entry} to take {len(parameters)} pointers, got the parameters {names}"
+            f"expected {source.entry} to take {len(parameters)} pointers, got parameters {names}"
         )
     compiled = triton.compile(
         compiler.ASTSource(

@@ -1,7 +1,8 @@
 """Visitor tree to Triton source text.
 
-A mainloop (``jevt_kernels.mainloops``) decides how tiles are walked; the :class:`Printer` here prints
-index arithmetic, masks and nodes, the same for every mainloop. Generated code keeps these names:
+A mainloop (``jevt_kernels.mainloops``) decides how tiles are walked; the :class:`Printer` here
+prints index arithmetic, masks and nodes, the same for every mainloop. Generated code keeps these
+names:
 
 * ``x0, x1, …`` inputs, ``y0, y1, …`` outputs, ``v<position>`` the value of a node;
 * ``<axis>`` the linear index along a tile axis (``i``, ``row``, ``col``), ``<axis>_ok`` its mask;
@@ -53,7 +54,9 @@ def generate(spec: KernelSpec, config: Config | None = None) -> Source:
     from jevt_kernels.mainloops import MAINLOOPS
 
     if spec.mainloop not in MAINLOOPS:
-        raise UnsupportedKernel(f"expected a mainloop of {sorted(MAINLOOPS)}, got {spec.mainloop!r}")
+        raise UnsupportedKernel(
+            f"expected a mainloop of {sorted(MAINLOOPS)}, got {spec.mainloop!r}"
+        )
     mainloop = MAINLOOPS[spec.mainloop]
     config = config or mainloop.configs(spec)[0]
     printer = Printer(spec, config)
@@ -127,7 +130,8 @@ class Printer:
         return "[" + ", ".join(":" if p == position else "None" for p in range(self.rank)) + "]"
 
     def tile_index(self, name: str, start: str) -> None:
-        """Prints the linear index and the mask of one tile axis, whose blocks start at ``start``."""
+        """Prints the linear index and the mask of one tile axis, whose blocks start at
+        ``start``."""
         position = [t.name for t in self.spec.space.tile].index(name)
         tile_axis = self.spec.space.tile[position]
         arange = f"tl.arange(0, BLOCK_{name.upper()}){self.slot(position)}"
@@ -159,9 +163,17 @@ class Printer:
             for digit in index.digits(self.spec.space, tile_axis):
                 name = tile_axis.name
                 if digit.divisor != 1:
-                    name = self.bind((name, "div", digit.divisor), f"{name} // {digit.divisor}", f"{name}_d{digit.divisor}")
+                    name = self.bind(
+                        (name, "div", digit.divisor),
+                        f"{name} // {digit.divisor}",
+                        f"{name}_d{digit.divisor}",
+                    )
                 if digit.modulus is not None:
-                    name = self.bind((name, "mod", digit.modulus), f"{name} % {digit.modulus}", f"{name}_m{digit.modulus}")
+                    name = self.bind(
+                        (name, "mod", digit.modulus),
+                        f"{name} % {digit.modulus}",
+                        f"{name}_m{digit.modulus}",
+                    )
                 terms.append(name if digit.stride == 1 else f"{name} * {digit.stride}")
         if index.offset or not terms:
             terms.append(str(index.offset))
@@ -173,7 +185,8 @@ class Printer:
         return isinstance(self.spec.tree[position], visitor.Constant)
 
     def value(self, position: int) -> str:
-        """The name that holds a node's value; prints it, and what it needs, if it is not yet there."""
+        """The name that holds a node's value; prints it, and what it needs, if it is not yet
+        there."""
         key = ("value", position)
         for scope in self._scopes:
             if key in scope:
@@ -206,14 +219,18 @@ class Printer:
             case visitor.Compute():
                 return self._compute(node)
             case visitor.Reduce():
-                raise UnsupportedKernel(f"mainloop {self.spec.mainloop!r} holds no reduction along {node.over!r}")
+                raise UnsupportedKernel(
+                    f"mainloop {self.spec.mainloop!r} holds no reduction along {node.over!r}"
+                )
             case visitor.Accumulator():
                 raise UnsupportedKernel(f"mainloop {self.spec.mainloop!r} has no accumulator")
             case visitor.Store():
                 raise AssertionError("stores are roots, they have no value")
 
     def _unit_shape(self) -> str:
-        return "(" + ", ".join("1" for _ in range(self.rank)) + ("," if self.rank == 1 else "") + ")"
+        return (
+            "(" + ", ".join("1" for _ in range(self.rank)) + ("," if self.rank == 1 else "") + ")"
+        )
 
     def _load(self, node: visitor.Load, varies: frozenset[str]) -> str:
         dtype = self.spec.inputs[node.input].dtype
@@ -258,6 +275,14 @@ class Printer:
             case _:
                 return node.dtype
 
+    def store_all(self, positions: list[int]) -> None:
+        """Prints stores, after everything that they need: an output may share its buffer with an
+        input."""
+        for position in positions:
+            self.value(visitor.operands(self.spec.tree[position])[0])
+        for position in positions:
+            self.store(position)
+
     def store(self, position: int) -> None:
         node = self.spec.tree[position]
         assert isinstance(node, visitor.Store)
@@ -270,7 +295,10 @@ class Printer:
             value = f"{value}.to({TRITON_TYPES[dtype]})"
         aliased = {output: source for source, output in self.spec.aliases}
         pointer = f"x{aliased[node.output]}" if node.output in aliased else f"y{node.output}"
-        arguments = [f"{pointer} + {self.address(node.index)}", value]
+        address = self.address(node.index)
+        if address.isdecimal():  # a single element, whose value may be a block of one
+            address = f"tl.full({self._unit_shape()}, {address}, tl.int32)"
+        arguments = [f"{pointer} + {address}", value]
         if mask := self.mask(varies):
             arguments.append(f"mask={mask}")
         self.line(f"tl.store({', '.join(arguments)})")

@@ -1,8 +1,8 @@
 """The only file that touches private parts of JAX, jax-triton and Triton.
 
 Supported: JAX 0.11 and 0.12, Triton 3.6 to 3.9, jax-triton 0.4. The combination JAX 0.11.2, Triton
-3.8 and jax-triton 0.4.1 needs no mend; for the others, :func:`import_jax_triton` applies these, each
-only where it is needed:
+3.8 and jax-triton 0.4.1 needs no mend; for the others, :func:`import_jax_triton` applies these,
+each only where it is needed:
 
 ============================  ==================  =================================================
 mend                          where               without it
@@ -65,6 +65,7 @@ def parse_version(text: str) -> tuple[int, int]:
 
 
 def jax_version() -> tuple[int, int]:
+    """``(major, minor)`` of JAX."""
     return parse_version(jax.__version__)
 
 
@@ -181,7 +182,7 @@ def _find_nvidia_backend(library: Any) -> None:
 
 
 def _complete_descriptors(library: Any) -> None:
-    """Adds ``is_im2col`` to descriptor metadata, which Triton emits since 3.8 and jax-triton checks."""
+    """Adds ``is_im2col`` to the metadata of TMA descriptors, where Triton has it since 3.8 only."""
     check = library.CompilationResult.__post_init__
 
     def complete_and_check(self: Any) -> None:
@@ -193,7 +194,7 @@ def _complete_descriptors(library: Any) -> None:
 
 
 def _adapt_dce_rule(library: Any) -> None:
-    """Lets jax-triton's DCE rule take the liveness of inputs, which JAX 0.12 passes in the middle."""
+    """Lets jax-triton's DCE rule take the inputs' liveness, which JAX 0.12 passes in the middle."""
     rules = library.pe.dce_rules
     rule = rules[library.triton_kernel_call_p]
     if len(inspect.signature(rule).parameters) != 2:
@@ -249,7 +250,7 @@ def supply_interpreter_functions(functions: Mapping[str, Callable[..., np.ndarra
         del self, name, path, pure
         if symbol not in functions:
             raise NotImplementedError(
-                f"libdevice function {symbol} has no NumPy counterpart in jevt_kernels/interpreter.py"
+                f"libdevice function {symbol} has no counterpart in jevt_kernels/interpreter.py"
             )
         data = functions[symbol](*(argument.data for argument in args))
         dtype = interpreter._get_np_dtype(result)

@@ -12,7 +12,8 @@ import triton.language as tl
 
 @triton.jit
 def int_div(x, y):
-    """Truncating division; x / 0 is -1 (all bits set) and the smallest integer over -1 is itself."""
+    """Truncating division; x / 0 is -1 (all bits set) and the smallest integer over -1 is
+    itself."""
     zero = y == 0
     # Dividing by -1 as a negation keeps the one overflowing case defined.
     minus_one = y == -1 if x.dtype.is_int_signed() else zero
@@ -110,7 +111,9 @@ def rotate_left(x, distance: tl.constexpr):
 
 
 @triton.jit
-def _threefry_rounds(x0, x1, r0: tl.constexpr, r1: tl.constexpr, r2: tl.constexpr, r3: tl.constexpr):
+def _threefry_rounds(
+    x0, x1, r0: tl.constexpr, r1: tl.constexpr, r2: tl.constexpr, r3: tl.constexpr
+):
     x0 = x0 + x1
     x1 = x0 ^ rotate_left(x1, r0)
     x0 = x0 + x1
@@ -124,7 +127,8 @@ def _threefry_rounds(x0, x1, r0: tl.constexpr, r1: tl.constexpr, r2: tl.constexp
 
 @triton.jit
 def threefry2x32(k0, k1, x0, x1):
-    """Threefry-2x32 with 20 rounds (Salmon et al., 2011), bit for bit ``jax.random``'s generator."""
+    """Threefry-2x32 with 20 rounds (Salmon et al., 2011), bit for bit ``jax.random``'s
+    generator."""
     k2 = k0 ^ k1 ^ 0x1BD11BDA
     x0 = x0 + k0
     x1 = x1 + k1

@@ -102,7 +102,9 @@ class IndexMap:
 
     def span(self, space: Space) -> tuple[int, int]:
         """Smallest and largest address reached from a non-empty space."""
-        reach = [stride * (size - 1) for stride, size in zip(self.strides, space.sizes, strict=True)]
+        reach = [
+            stride * (size - 1) for stride, size in zip(self.strides, space.sizes, strict=True)
+        ]
         return (
             self.offset + sum(r for r in reach if r < 0),
             self.offset + sum(r for r in reach if r > 0),

@@ -4,8 +4,8 @@ Every program instance is executed by NumPy, one after another: slow, but it che
 and arithmetic of the very source that a GPU runs. PyTorch is not needed.
 
 The interpreter computes bfloat16 wrongly: arithmetic works on raw bits, and float32 is truncated to
-bfloat16, where a GPU rounds to nearest even. Generated kernels compute in float32, so what remains is
-an error of one unit in the last place where bfloat16 is stored.
+bfloat16, where a GPU rounds to nearest even. Generated kernels compute in float32, so what remains
+is an error of one unit in the last place where bfloat16 is stored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import functools
 import math
 import os
 import statistics
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -108,10 +107,8 @@ def require() -> None:
     if not wanted:
         raise RuntimeError(f"Triton's interpreter is off. {advice}")
     compat.triton_version()
-    imported = "triton" in sys.modules
     if not compat.interpreting():
-        late = "after Triton was imported" if imported else "too late"
-        raise RuntimeError(f"expected TRITON_INTERPRET=1 from the start, but it was set {late}. {advice}")
+        raise RuntimeError(f"TRITON_INTERPRET=1 was set after Triton was imported. {advice}")
     _supply_functions()
 
 
@@ -125,7 +122,8 @@ def run(
 
     Args:
       spec: the kernel.
-      operands: arrays of the types ``spec.inputs``. They are copied, also where an output aliases one.
+      operands: arrays of the types ``spec.inputs``. They stay as they are, also where an output
+        aliases one.
       config: launch configuration; the default is chosen by the mainloop.
       source: printed kernel to use instead of generating one; it brings its own configuration.
 
@@ -220,7 +218,7 @@ def _erfcinv(y: float) -> float:
     return _erfinv(1 - y)
 
 
-def _wide(function: Callable[..., Any]) -> Callable[..., np.ndarray]:
+def _wide(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     """Computes in float64, so that rounding to float32 happens once."""
 
     def widened(*arguments: np.ndarray) -> np.ndarray:
@@ -230,11 +228,12 @@ def _wide(function: Callable[..., Any]) -> Callable[..., np.ndarray]:
 
 
 def _round_half_away(x: np.ndarray) -> np.ndarray:
-    return np.copysign(np.floor(np.abs(x) + 0.5), x)
+    whole = np.trunc(x)
+    return np.where(np.abs(x - whole) >= 0.5, whole + np.copysign(1, x), whole)
 
 
 # libdevice names of float64 functions; the float32 function has the suffix "f".
-_FLOAT_FUNCTIONS: dict[str, Callable[..., Any]] = {
+_FLOAT_FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "acos": np.arccos,
     "acosh": np.arccosh,
     "asin": np.arcsin,
@@ -287,9 +286,10 @@ _FLOAT_FUNCTIONS: dict[str, Callable[..., Any]] = {
 _FAST_FUNCTIONS = ("cos", "exp", "exp10", "log", "log10", "log2", "pow", "sin", "tan")
 
 
-def _leading_zeros(bits: int) -> Callable[..., np.ndarray]:
+def _on_bits(bits: int, function: Callable[[int, int], int]) -> Callable[..., np.ndarray]:
+    """``function(x, bits)`` of each integer's bits, read as an unsigned number."""
     mask = (1 << bits) - 1
-    return np.vectorize(lambda x: bits - (int(x) & mask).bit_length(), otypes=[np.int32])
+    return np.vectorize(lambda x: function(int(x) & mask, bits), otypes=[np.int32])
 
 
 def _functions() -> dict[str, Callable[..., np.ndarray]]:
@@ -309,10 +309,9 @@ def _functions() -> dict[str, Callable[..., np.ndarray]]:
     ):
         for suffix in suffixes:
             table[f"__nv_{suffix}"] = test
-    table["__nv_popc"] = np.vectorize(lambda x: (int(x) & 0xFFFFFFFF).bit_count(), otypes=[np.int32])
-    table["__nv_popcll"] = np.vectorize(lambda x: (int(x) & (2**64 - 1)).bit_count(), otypes=[np.int32])
-    table["__nv_clz"] = _leading_zeros(32)
-    table["__nv_clzll"] = _leading_zeros(64)
+    for suffix, bits in (("", 32), ("ll", 64)):
+        table[f"__nv_clz{suffix}"] = _on_bits(bits, lambda x, bits: bits - x.bit_length())
+        table[f"__nv_popc{suffix}"] = _on_bits(bits, lambda x, _: x.bit_count())
     return table
 
 

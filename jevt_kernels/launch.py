@@ -1,8 +1,9 @@
 """Running a :class:`~jevt_kernels.spec.KernelSpec` on a GPU through jax-triton.
 
-:func:`call` is traceable and belongs inside ``jax.jit``; :func:`run` is the same, jitted, for use by
-hand. :mod:`jevt_kernels.interpreter` runs a kernel without a GPU, :mod:`jevt_kernels.aot` compiles it
-without one. All take the source that :mod:`jevt_kernels.codegen` prints, or one given by hand.
+:func:`call` is traceable and belongs inside ``jax.jit``; :func:`run` is the same, jitted, for use
+by hand. :mod:`jevt_kernels.interpreter` runs a kernel without a GPU, :mod:`jevt_kernels.aot`
+compiles it without one. All take the source that :mod:`jevt_kernels.codegen` prints, or one given
+by hand.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import linecache
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -109,7 +110,7 @@ def load(source: Source) -> Any:
 
 
 def check_operands(spec: KernelSpec, operands: Sequence[Any]) -> None:
-    """Raises TypeError unless ``operands`` have the number, shapes and dtypes of the spec's inputs."""
+    """Raises TypeError unless ``operands`` match the spec's inputs in number, shape and dtype."""
     if len(operands) != len(spec.inputs):
         raise TypeError(
             f"kernel {spec.name}: expected {len(spec.inputs)} operands, got {len(operands)}"
@@ -174,8 +175,8 @@ def call(
     jax_triton = compat.import_jax_triton()
     if compat.interpreting():
         raise UnsupportedDevice(
-            "Triton was imported with TRITON_INTERPRET=1, so it cannot compile for a GPU. Unset the "
-            "variable, or use jevt_kernels.interpreter (jevt.jit(backend='interpret'))."
+            "Triton was imported with TRITON_INTERPRET=1, so it cannot compile for a GPU. Unset "
+            "the variable, or use jevt_kernels.interpreter (jevt.jit(backend='interpret'))."
         )
     with warnings.catch_warnings():
         # The replacement, Ref arguments, needs a discharge pass around every lowering rule.
@@ -214,7 +215,9 @@ def cost_estimate(spec: KernelSpec) -> dict[str, int]:
 
 
 @functools.cache
-def _jitted(spec: KernelSpec, config: Config | None, source: Source | None) -> Any:
+def _jitted(
+    spec: KernelSpec, config: Config | None, source: Source | None
+) -> Callable[..., tuple[jax.Array, ...]]:
     return jax.jit(functools.partial(call, spec, config=config, source=source))
 
 

@@ -1,7 +1,7 @@
 """The operations of :class:`~jevt_kernels.visitor.Compute`: one row an operation.
 
-A row gives the Triton expression and the reference function. Both work on *compute types*: float16 and
-bfloat16 are float32 inside a kernel (:func:`compute_dtype`), every other type is itself.
+A row gives the Triton expression and the reference function. Both work on *compute types*: float16
+and bfloat16 are float32 inside a kernel (:func:`compute_dtype`), every other type is itself.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ class Op:
 
     Attributes:
       emit: prints the Triton expression from the operands and the result's own type.
-      reference: the same function on JAX arrays of compute types; ``dtype`` is passed by keyword where
-        ``needs_dtype`` says so.
-      literals: whether constant operands may be printed as bare numbers, which Triton then gives the type
-        of the other operand.
+      reference: the same function on JAX arrays of compute types; ``dtype`` is passed by keyword
+        where ``needs_dtype`` says so.
+      literals: whether constant operands may be printed as bare numbers, which Triton then gives
+        the type of the other operand.
       results: number of results.
     """
 
@@ -198,7 +198,11 @@ def _not(args: tuple[Arg, ...], dtype: np.dtype) -> str:
 
 
 def _sign(args: tuple[Arg, ...], dtype: np.dtype) -> str:
-    return f"dm.sign({args[0].text})" if dtype.kind != "u" else f"({args[0].text} != 0).to({triton_type(dtype)})"
+    return (
+        f"dm.sign({args[0].text})"
+        if dtype.kind != "u"
+        else f"({args[0].text} != 0).to({triton_type(dtype)})"
+    )
 
 
 def _round_to_bfloat16_reference(x: jax.Array) -> jax.Array:
@@ -210,7 +214,9 @@ def _convert_reference(x: jax.Array, *, dtype: np.dtype) -> jax.Array:
 
 
 def _bitcast_reference(x: jax.Array, *, dtype: np.dtype) -> jax.Array:
-    raise NotImplementedError("evaluated by jevt_kernels.reference, which knows the operand's own type")
+    raise NotImplementedError(
+        "evaluated by jevt_kernels.reference, which knows the operand's own type"
+    )
 
 
 def _threefry_reference(k0: Any, k1: Any, x0: Any, x1: Any) -> Any:
@@ -280,17 +286,27 @@ OPS: dict[str, Op] = {
     "neg": _row(_neg, lax.neg),
     "nextafter": _row(_float_call("nextafter"), lax.nextafter),
     "not": _row(_not, lax.bitwise_not),
-    "one_minus_square": _row(lambda args, dtype: f"(1 - {args[0].text}) * (1 + {args[0].text})", lambda x: (1 - x) * (1 + x)),
+    "one_minus_square": _row(
+        lambda args, dtype: f"(1 - {args[0].text}) * (1 + {args[0].text})",
+        lambda x: (1 - x) * (1 + x),
+    ),
     "or": _row(_infix("|"), lax.bitwise_or),
     "pow": _row(
-        lambda args, dtype: f"libdevice.pow({args[0].text}, {args[1].text}.to({triton_type(dtype)}))",
+        lambda args, dtype: (
+            f"libdevice.pow({args[0].text}, {args[1].text}.to({triton_type(dtype)}))"
+        ),
         lambda x, y: lax.pow(x, y.astype(x.dtype)),
     ),
     "rem": _row(_rem, lax.rem),
-    "round_away": _row(_float_call("round"), lambda x: lax.round(x, lax.RoundingMethod.AWAY_FROM_ZERO)),
-    "round_even": _row(_float_call("rint"), lambda x: lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)),
+    "round_away": _row(
+        _float_call("round"), lambda x: lax.round(x, lax.RoundingMethod.AWAY_FROM_ZERO)
+    ),
+    "round_even": _row(
+        _float_call("rint"), lambda x: lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+    ),
     "round_to_bfloat16": _row(
-        lambda args, dtype: f"{args[0].text}.to(tl.bfloat16).to({triton_type(dtype)})", _round_to_bfloat16_reference
+        lambda args, dtype: f"{args[0].text}.to(tl.bfloat16).to({triton_type(dtype)})",
+        _round_to_bfloat16_reference,
     ),
     "rsqrt": _row(lambda args, dtype: f"tl.rsqrt({args[0].text})", lax.rsqrt),
     "select_n": _row(_select, lax.select_n),
@@ -311,9 +327,7 @@ OPS: dict[str, Op] = {
 
 #: Operations whose Triton form exists for floating-point operands only.
 _FLOAT_ONLY = frozenset(
-    "acos acosh asin asinh atan atan2 atanh cbrt ceil cos cosh erf erf_inv erfc exp exp2 expm1 floor is_finite "
-    "lgamma log log1p log2 logistic nextafter pow round_away round_even round_to_bfloat16 rsqrt sin sinh sqrt "
-    "tan tanh".split()
+    ["acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "cos", "cosh", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "is_finite", "lgamma", "log", "log1p", "log2", "logistic", "nextafter", "pow", "round_away", "round_even", "round_to_bfloat16", "rsqrt", "sin", "sinh", "sqrt", "tan", "tanh"]
 )
 
 

@@ -1,4 +1,5 @@
-"""The reference of every kernel: the visitor tree evaluated with ``jax.numpy`` over the whole space."""
+"""The reference of every kernel: the visitor tree evaluated with ``jax.numpy`` over the whole
+space."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def reference(spec: KernelSpec, *arrays: Any) -> tuple[jax.Array, ...]:
       arrays: one array for each of ``spec.inputs``, of its shape and dtype.
 
     Returns:
-      One array for each of ``spec.outputs``. Sums of float16 and bfloat16 are float32, as in the kernel.
+      One array for each of ``spec.outputs``. Sums of float16 and bfloat16 are float32, as in the
+      kernel.
     """
     types = [(tuple(a.shape), np.dtype(a.dtype)) for a in arrays]
     expected = [(t.shape, t.dtype) for t in spec.inputs]
@@ -58,7 +60,11 @@ def addresses(index: IndexMap, space: Space) -> np.ndarray:
 
 
 def _evaluate(
-    node: visitor.Node, spec: KernelSpec, values: list[Any], arrays: tuple[Any, ...], outputs: list[jax.Array]
+    node: visitor.Node,
+    spec: KernelSpec,
+    values: list[Any],
+    arrays: tuple[Any, ...],
+    outputs: list[jax.Array],
 ) -> Any:
     rank = len(spec.space.sizes)
     match node:
@@ -76,8 +82,15 @@ def _evaluate(
             return _reduce(node, spec, values[node.operand])
         case visitor.Store():
             where = addresses(node.index, spec.space)
-            value = jnp.broadcast_to(values[node.operand], _broadcast_shape(where.shape, values[node.operand].shape))
-            flat = outputs[node.output].reshape(-1).at[where].set(value.astype(outputs[node.output].dtype))
+            value = jnp.broadcast_to(
+                values[node.operand], _broadcast_shape(where.shape, values[node.operand].shape)
+            )
+            flat = (
+                outputs[node.output]
+                .reshape(-1)
+                .at[where]
+                .set(value.astype(outputs[node.output].dtype))
+            )
             outputs[node.output] = flat.reshape(outputs[node.output].shape)
             return None
         case visitor.Accumulator():

@@ -71,6 +71,10 @@ class KernelSpec:
     aliases: tuple[tuple[int, int], ...] = ()
     comment: str = dataclasses.field(default="", compare=False)
 
+    def __str__(self) -> str:
+        """The name alone: ``repr`` shows everything."""
+        return self.name
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:

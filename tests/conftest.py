@@ -1,6 +1,6 @@
 """Which tests can run in this process, golden files, and the interpreter's mends.
 
-Triton either compiles or interprets, from its import on. So there are two passes (see ``make test``):
+Triton either compiles or interprets, from its import on. So there are two passes (``make test``):
 ``pytest -m "not interpret"`` and ``TRITON_INTERPRET=1 pytest -m interpret``.
 """
 

@@ -94,6 +94,9 @@ def test_range_over_a_loaded_value() -> None:
     output = TensorType((1,), np.dtype(np.int32))
     numpy = compat.parse_version(importlib.metadata.version("numpy"))
     if compat.triton_version() < (3, 7) and numpy >= (2, 5):
-        with interpreter_mends.suspended("_patch_lang_tensor"), pytest.raises(Exception, match="0-dim"):
+        with (
+            interpreter_mends.suspended("_patch_lang_tensor"),
+            pytest.raises(Exception, match="0-dim"),
+        ):
             run(body, [x], output)
     np.testing.assert_array_equal(run(body, [x], output), [3])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.models._attention import attention
-from benchmarks.models._init import init_variables
+from benchmarks.models._init import from_seed, init_variables
 from benchmarks.models._losses import cross_entropy
 from benchmarks.options import Options
 from benchmarks.shapes import BERT, BertShape
@@ -110,8 +110,8 @@ def make(options: Options) -> Workload:
         variables = init_variables(_init_with_dropout_stream(model), seed, tokens, tokens)
         return training_state(variables["params"])
 
-    def batch(seed: int) -> Tree:
-        k1, k2, k3, k4 = jax.random.split(jax.random.PRNGKey(1000 + seed), 4)
+    def draw(key: jax.Array) -> Tree:
+        k1, k2, k3, k4 = jax.random.split(key, 4)
         shape = (s.batch, s.sequence)
         made = {
             "tokens": jax.random.randint(k1, shape, 0, s.vocabulary),
@@ -128,7 +128,7 @@ def make(options: Options) -> Workload:
     def on_chip(aval: jax.core.ShapedArray) -> bool:
         return aval.shape[-2:] == (s.sequence, s.sequence) and aval.ndim == 4  # attention scores
 
-    return Workload("bert", sgd_step(loss_fn), init, batch, on_chip=on_chip)
+    return Workload("bert", sgd_step(loss_fn), init, from_seed(draw), on_chip=on_chip)
 
 
 def _init_with_dropout_stream(model: nn.Module):

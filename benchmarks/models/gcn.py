@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import sparse
 
 from benchmarks.models._graph import Graph, ogbn_mag, power_law_graph
-from benchmarks.models._init import init_variables
+from benchmarks.models._init import from_seed, init_variables
 from benchmarks.models._losses import cross_entropy
 from benchmarks.options import Options
 from benchmarks.shapes import GCN, GcnShape
@@ -60,13 +61,14 @@ def make(options: Options, aggregation: Aggregation = "segment_sum") -> Workload
         graph = jax.eval_shape(lambda: graph_of(s, options))
         return training_state(init_variables(model.init, seed, features, graph)["params"])
 
+    draw = from_seed(functools.partial(_random_nodes, s, options.dtype))
+
     def batch(seed: int) -> Tree:
+        nodes = draw(seed)
         if options.data:
             data = ogbn_mag(options.data)
-            features, labels = data.features.astype(options.dtype), data.labels
-        else:
-            features, labels = random_nodes(s, seed, options.dtype)
-        return {"features": features, "labels": labels, "graph": graph_of(s, options)}
+            nodes = {"features": data.features.astype(options.dtype), "labels": data.labels}
+        return nodes | {"graph": graph_of(s, options)}
 
     def loss_fn(params: Tree, stats: Tree, batch: Tree) -> tuple[jax.Array, Tree]:
         logits = model.apply({"params": params}, batch["features"], batch["graph"])
@@ -92,11 +94,13 @@ def graph_of(shape: GcnShape, options: Options) -> Graph:
         return ogbn_mag(options.data).graph if options.data else power_law_graph(shape, 0)
 
 
-def random_nodes(shape: GcnShape, seed: int, dtype: str) -> tuple[jax.Array, jax.Array]:
+def _random_nodes(shape: GcnShape, dtype: str, key: jax.Array) -> Tree:
     """Normal features ``[nodes, features]`` and uniform labels ``int32[nodes]``."""
-    k1, k2 = jax.random.split(jax.random.PRNGKey(1000 + seed))
-    features = jax.random.normal(k1, (shape.nodes, shape.features), dtype)
-    return features, jax.random.randint(k2, (shape.nodes,), 0, shape.classes)
+    k1, k2 = jax.random.split(key)
+    return {
+        "features": jax.random.normal(k1, (shape.nodes, shape.features), dtype),
+        "labels": jax.random.randint(k2, (shape.nodes,), 0, shape.classes),
+    }
 
 
 def messages_stay_on_chip(shape: GcnShape):

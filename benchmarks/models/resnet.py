@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from benchmarks.models._init import init_variables
 from benchmarks.models._losses import cross_entropy
+from benchmarks.models.vit import random_images
 from benchmarks.options import Options
 from benchmarks.shapes import RESNET, ResnetShape
 from benchmarks.workload import Tree, Workload, sgd_step, training_state
@@ -87,16 +88,10 @@ def make(options: Options) -> Workload:
         variables = init_variables(model.init, seed, images)
         return training_state(variables["params"], variables["batch_stats"])
 
-    def batch(seed: int) -> Tree:
-        k1, k2 = jax.random.split(jax.random.PRNGKey(1000 + seed))
-        return {
-            "images": jax.random.normal(k1, size, options.dtype),
-            "labels": jax.random.randint(k2, (s.batch,), 0, s.classes),
-        }
-
     def loss_fn(params: Tree, stats: Tree, batch: Tree) -> tuple[jax.Array, Tree]:
         variables = {"params": params, "batch_stats": stats}
         logits, new = model.apply(variables, batch["images"], mutable=["batch_stats"])
         return cross_entropy(logits, batch["labels"]), new["batch_stats"]
 
+    batch = random_images(size, s.classes, options.dtype)
     return Workload("resnet", sgd_step(loss_fn), init, batch)

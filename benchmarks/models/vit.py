@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from benchmarks.models._attention import attention
-from benchmarks.models._init import init_variables
+from benchmarks.models._init import from_seed, init_variables
 from benchmarks.models._losses import cross_entropy
 from benchmarks.options import Options
 from benchmarks.shapes import VIT, VitShape
@@ -57,14 +59,17 @@ class Vit(nn.Module):
         return nn.Dense(s.classes, **dtypes, name="head")(x)
 
 
-def random_images(shape: VitShape, seed: int, dtype: str) -> Tree:
-    """Normal images ``[batch, image, image, 3]`` and uniform labels ``int32[batch]``."""
-    k1, k2 = jax.random.split(jax.random.PRNGKey(1000 + seed))
-    size = (shape.batch, shape.image, shape.image, 3)
-    return {
-        "images": jax.random.normal(k1, size, dtype),
-        "labels": jax.random.randint(k2, (shape.batch,), 0, shape.classes),
-    }
+def random_images(size: tuple[int, ...], classes: int, dtype: str) -> Callable[[int], Tree]:
+    """Seed -> normal images of that size (NHWC) and uniform labels ``int32[batch]``."""
+
+    def draw(key: jax.Array) -> Tree:
+        k1, k2 = jax.random.split(key)
+        return {
+            "images": jax.random.normal(k1, size, dtype),
+            "labels": jax.random.randint(k2, size[:1], 0, classes),
+        }
+
+    return from_seed(draw)
 
 
 def scores_stay_on_chip(shape: VitShape):
@@ -76,9 +81,10 @@ def make(options: Options) -> Workload:
     """The training step of ViT-B/14 on random images."""
     s = VIT[options.size]
     model = Vit(s, options)
+    size = (s.batch, s.image, s.image, 3)
 
     def init(seed: int) -> Tree:
-        images = jax.ShapeDtypeStruct((s.batch, s.image, s.image, 3), jnp.dtype(options.dtype))
+        images = jax.ShapeDtypeStruct(size, jnp.dtype(options.dtype))
         return training_state(init_variables(model.init, seed, images)["params"])
 
     def loss_fn(params: Tree, stats: Tree, batch: Tree) -> tuple[jax.Array, Tree]:
@@ -89,6 +95,6 @@ def make(options: Options) -> Workload:
         "vit",
         sgd_step(loss_fn),
         init,
-        batch=lambda seed: random_images(s, seed, options.dtype),
+        batch=random_images(size, s.classes, options.dtype),
         on_chip=scores_stay_on_chip(s),
     )

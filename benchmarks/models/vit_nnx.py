@@ -75,6 +75,6 @@ def make(options: Options) -> Workload:
         "vit-nnx",
         sgd_step(loss_fn),
         init=lambda seed: training_state(fill(shapes, seed)),
-        batch=lambda seed: random_images(s, seed, options.dtype),
+        batch=random_images((s.batch, s.image, s.image, 3), s.classes, options.dtype),
         on_chip=scores_stay_on_chip(s),
     )

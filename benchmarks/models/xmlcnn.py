@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.models._init import init_variables
+from benchmarks.models._init import from_seed, init_variables
 from benchmarks.models._losses import binary_cross_entropy
 from benchmarks.options import Options
 from benchmarks.shapes import XMLCNN, XmlcnnShape
@@ -50,7 +50,6 @@ def make(options: Options) -> Workload:
         documents = jax.ShapeDtypeStruct(size, jnp.dtype(options.dtype))
         return training_state(init_variables(model.init, seed, documents)["params"])
 
-    @jax.jit
     def draw(key: jax.Array) -> Tree:
         k1, k2 = jax.random.split(key)
         return {
@@ -66,7 +65,7 @@ def make(options: Options) -> Workload:
         "xmlcnn",
         sgd_step(loss_fn),
         init,
-        batch=lambda seed: draw(jax.random.PRNGKey(1000 + seed)),
+        batch=from_seed(draw),
         # An ideal kernel turns the logits into their gradient without storing them.
         on_chip=lambda aval: aval.shape == (s.batch, s.labels),
     )

@@ -1,12 +1,14 @@
 """One iteration space for a group: logical axes of all its values, refined and identified.
 
-Every logical axis of every value is an ordered list of *factors* (outermost first). Equations relate
-factors: pointwise operands share them, a transpose permutes axes, a reshape regroups them, a broadcast
-adds some. Relating two lists of factors whose sizes do not match splits the larger one (1024 against 64
-becomes 16 and 64 everywhere), so that in the end the group has a set of *atoms*, the axes of its space.
+Every logical axis of every value is an ordered list of *factors* (outermost first). Equations
+relate
+factors: pointwise operands share them, a transpose permutes axes, a reshape regroups them, a
+broadcast adds some. Relating two lists of factors whose sizes do not match splits the larger one
+(1024 against 64 becomes 16 and 64 everywhere), so that in the end the group has a set of *atoms*,
+the axes of its space.
 
-A value that only views a group input is not computed in the kernel; it is a :class:`View`, whose factors
-carry strides. Slices and reversals exist for views alone.
+A value that only views a group input is not computed in the kernel; it is a :class:`View`, whose
+factors carry strides. Slices and reversals exist for views alone.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from jevt_kernels.index_map import row_major
 
 
 class Factor:
-    """A part of a logical axis: of size ``size``, either identified with another factor or split in two."""
+    """A part of a logical axis: of size ``size``, either identified with another factor or split in
+    two."""
 
     __slots__ = ("inner", "outer", "same", "size")
 
@@ -79,7 +82,9 @@ def unify(left: Sequence[Factor], right: Sequence[Factor], what: str) -> None:
         else:
             large, small, stack = (x, y, a) if x.size > y.size else (y, x, b)
             if small.size == 0 or large.size % small.size:
-                raise NotFusible(f"{what}: sizes {x.size} and {y.size} do not factor into common axes")
+                raise NotFusible(
+                    f"{what}: sizes {x.size} and {y.size} do not factor into common axes"
+                )
             large.split(small.size)
             assert large.outer is not None and large.inner is not None
             large.inner.same = small
@@ -98,7 +103,8 @@ class View:
 
     Attributes:
       input: position among the group's inputs.
-      axes: for each logical axis its (size, stride) parts, outermost first; size-1 parts are left out.
+      axes: for each logical axis its (size, stride) parts, outermost first; size-1 parts are left
+      out.
       offset: address of the first element.
     """
 
@@ -111,7 +117,10 @@ class View:
         strides = row_major(shape)
         return View(
             position,
-            tuple(((size, stride),) if size != 1 else () for size, stride in zip(shape, strides, strict=True)),
+            tuple(
+                ((size, stride),) if size != 1 else ()
+                for size, stride in zip(shape, strides, strict=True)
+            ),
         )
 
     @property
@@ -128,7 +137,9 @@ class View:
         return dataclasses.replace(self, axes=tuple(self.axes[i] for i in permutation))
 
     def broadcast(self, shape: Sequence[int], dimensions: Sequence[int]) -> View:
-        axes: list[tuple[tuple[int, int], ...]] = [((size, 0),) if size != 1 else () for size in shape]
+        axes: list[tuple[tuple[int, int], ...]] = [
+            ((size, 0),) if size != 1 else () for size in shape
+        ]
         for source, target in enumerate(dimensions):
             if self.axes[source] or shape[target] == 1:
                 axes[target] = self.axes[source]
@@ -161,7 +172,9 @@ class View:
         if not parts:
             return 0
         if len(parts) != 1:
-            raise NotFusible(f"{what} of an axis that a reshape merged does not compose to an index map")
+            raise NotFusible(
+                f"{what} of an axis that a reshape merged does not compose to an index map"
+            )
         return parts[0][1]
 
     def reshape(self, shape: Sequence[int]) -> View:
@@ -184,7 +197,9 @@ class View:
                     parts.append((have // size, stride * size))
                     size = 1
                 else:
-                    raise NotFusible(f"reshape: sizes {have} and {size} do not factor into common axes")
+                    raise NotFusible(
+                        f"reshape: sizes {have} and {size} do not factor into common axes"
+                    )
             axes.append(tuple(reversed(taken)))
         return dataclasses.replace(self, axes=tuple(reversed(axes)))
 
@@ -214,10 +229,8 @@ class Address:
             step = stride
             for atom in reversed(factor.atoms()):
                 if atom in result:
-                    raise NotFusible("two axes of one array would share an axis of the iteration space (a diagonal)")
-                result[atom] = step
-                step *= atom.size
-        return result
+                    raise NotFusible( "two axes of one array would share an axis of the iteration
+                        space (a diagonal)" ) result[atom] = step step *= atom.size return result
 
 
 def leaf(view: View) -> tuple[Axes, Address]:

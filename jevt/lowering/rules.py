@@ -1,11 +1,12 @@
 """What each primitive means to a kernel: one row a primitive.
 
-Rules live in dicts keyed by ``Primitive``; a primitive that is in none of them is "not fusible", with a
-reason that goes into the plan. Three kinds of rules exist:
+Rules live in dicts keyed by ``Primitive``; a primitive that is in none of them is "not fusible",
+with a reason that goes into the plan. Three kinds of rules exist:
 
-* ``POINTWISE`` maps an equation to the name of an operation of ``jevt_kernels.ops`` and, where parameters
-  of the equation matter, to extra constant operands;
-* ``VIEWS`` and ``REDUCTIONS`` are only named here: ``lowering.axes`` and ``lowering.spec`` know what they do;
+* ``POINTWISE`` maps an equation to the name of an operation of ``jevt_kernels.ops`` and, where
+  parameters of the equation matter, to extra constant operands;
+* ``VIEWS`` and ``REDUCTIONS`` are only named here: ``lowering.axes`` and ``lowering.spec`` know
+  what they do;
 * ``SOURCES`` make values out of coordinates.
 """
 
@@ -17,7 +18,8 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.extend.core import JaxprEqn, Primitive, primitives as p
+from jax.extend.core import JaxprEqn, Primitive
+from jax.extend.core import primitives as p
 
 from jevt.lowering.errors import NotFusible
 from jevt_kernels import ops
@@ -64,7 +66,9 @@ def _reduce_precision(eqn: JaxprEqn) -> Operation:
     bits = (eqn.params["exponent_bits"], eqn.params["mantissa_bits"])
     if bits == (8, 7):
         return Operation("round_to_bfloat16")
-    raise NotFusible(f"reduce_precision to {bits[0]} exponent and {bits[1]} mantissa bits has no kernel form")
+    raise NotFusible(
+        f"reduce_precision to {bits[0]} exponent and {bits[1]} mantissa bits has no kernel form"
+    )
 
 
 def _bitcast(eqn: JaxprEqn) -> Operation:
@@ -78,7 +82,9 @@ def _not_for_half(op: str) -> PointwiseRule:
     def rule(eqn: JaxprEqn) -> Operation:
         dtype = _dtype(eqn.invars[0].aval)
         if dtype.itemsize < 4:
-            raise NotFusible(f"{op} of {dtype} depends on the storage type, kernels compute it in float32")
+            raise NotFusible(
+                f"{op} of {dtype} depends on the storage type, kernels compute it in float32"
+            )
         return Operation(op)
 
     return rule
@@ -90,12 +96,7 @@ def _pow(eqn: JaxprEqn) -> Operation:
     return Operation("pow")
 
 
-_SAME_NAME = (
-    "abs acos acosh add and asin asinh atan atan2 atanh cbrt ceil clamp copy cos cosh div eq erf erf_inv erfc "
-    "exp exp2 expm1 floor ge gt is_finite le lgamma log log1p log2 logistic lt max min mul ne neg not "
-    "one_minus_square or rem rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin "
-    "sinh sqrt square sub tan tanh threefry2x32 xor"
-).split()
+_SAME_NAME = ["abs", "acos", "acosh", "add", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp", "copy", "cos", "cosh", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "is_finite", "le", "lgamma", "log", "log1p", "log2", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "one_minus_square", "or", "rem", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh", "threefry2x32", "xor"]
 
 
 def _primitive(name: str) -> Primitive | None:
@@ -104,7 +105,11 @@ def _primitive(name: str) -> Primitive | None:
 
 
 def _table(rows: dict[str, Any]) -> dict[Primitive, Any]:
-    return {primitive: rule for name, rule in rows.items() if (primitive := _primitive(name)) is not None}
+    return {
+        primitive: rule
+        for name, rule in rows.items()
+        if (primitive := _primitive(name)) is not None
+    }
 
 
 POINTWISE: dict[Primitive, PointwiseRule] = _table(
@@ -123,10 +128,7 @@ POINTWISE: dict[Primitive, PointwiseRule] = _table(
 )
 
 VIEWS: dict[Primitive, str] = _table(
-    {
-        name: name
-        for name in ("broadcast_in_dim", "reshape", "rev", "slice", "squeeze", "transpose")
-    }
+    {name: name for name in ("broadcast_in_dim", "reshape", "rev", "slice", "squeeze", "transpose")}
 )
 
 REDUCTIONS: dict[Primitive, str] = _table(
@@ -170,6 +172,7 @@ _AWAITED: dict[Primitive, str] = _table(
     }
 )
 
+
 def _dtype(aval: Any) -> np.dtype:
     dtype = getattr(aval, "dtype", None)
     if not isinstance(dtype, np.dtype):
@@ -184,7 +187,9 @@ def classify(eqn: JaxprEqn) -> Role:
       NotFusible: no mainloop takes it; the message says why.
     """
     primitive = eqn.primitive
-    if primitive.name == "iota_2x32_shape":  # JAX exports it nowhere, so its row is added when first met
+    if (
+        primitive.name == "iota_2x32_shape"
+    ):  # JAX exports it nowhere, so its row is added when first met
         SOURCES.setdefault(primitive, "iota_2x32_shape")
     if eqn.effects:
         raise NotFusible(f"{primitive.name} has effects, which bound groups")
@@ -240,7 +245,9 @@ def _classify_reduction(eqn: JaxprEqn) -> Role:
         raise NotFusible("no mainloop: column reduction (the contiguous axis is kept)")
     kept = aval.size // max(1, _product(aval.shape[a] for a in axes))
     if kept and kept < 64 and aval.size > 1 << 17:
-        raise NotFusible(f"no mainloop: reduction of {aval.size} elements to only {kept} (needs split rows)")
+        raise NotFusible(
+            f"no mainloop: reduction of {aval.size} elements to only {kept} (needs split rows)"
+        )
     return Role("reduction", axes)
 
 

@@ -1,8 +1,8 @@
 """From a group's jaxpr to its :class:`~jevt_kernels.spec.KernelSpec`.
 
-This file alone decides whether a set of equations can be one kernel. It goes through the equations once,
-relating axes (``lowering.axes``) and collecting visitor nodes; then it resolves axes to the atoms of one
-iteration space, picks the mainloop, and checks that every output follows it.
+This file alone decides whether a set of equations can be one kernel. It goes through the equations
+once, relating axes (``lowering.axes``) and collecting visitor nodes; then it resolves axes to the
+atoms of one iteration space, picks the mainloop, and checks that every output follows it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class _Builder:
         # Nodes whose index maps are still addresses (loads, iotas, stores) keep them beside.
         self.nodes: list[visitor.Node] = []
         self.addresses: dict[int, Address] = {}
-        self.reductions: list[tuple[list[Factor], Axes, int]] = []  # reduced factors, operand's axes, node
+        self.reductions: list[
+            tuple[list[Factor], Axes, int]
+        ] = []  # reduced factors, operand's axes, node
 
     def add(self, node: visitor.Node, address: Address | None = None) -> int:
         self.nodes.append(node)
@@ -62,7 +64,8 @@ class _Builder:
         return self._load(value) if isinstance(value, View) else value
 
     def _load(self, view: View) -> _Value:
-        """A load. With ``shared``, uses of one view run along the same axes, and so do dense views of one input."""
+        """A load. With ``shared``, uses of one view run along the same axes, and so do dense views
+        of one input."""
         if self.shared and view in self.loads:
             return self.loads[view]
         axes, address = leaf(view)
@@ -122,7 +125,9 @@ class _Builder:
         if not factors:  # only axes of size 1: the value itself
             node = self.add(visitor.Compute("convert", (operand.node,), dtype))
         else:
-            node = self.add(visitor.Reduce(rules.REDUCTIONS[eqn.primitive], operand.node, "col", dtype))
+            node = self.add(
+                visitor.Reduce(rules.REDUCTIONS[eqn.primitive], operand.node, "col", dtype)
+            )
             self.reductions.append((factors, operand.axes, node))
         self.env[eqn.outvars[0]] = _Value(node, kept)
 
@@ -132,7 +137,9 @@ class _Builder:
         if rules.SOURCES[eqn.primitive] == "iota":
             dimension = eqn.params["dimension"]
             address = dense((axes[dimension],), (shape[dimension],))
-            node = self.add(visitor.Iota(IndexMap(()), np.dtype(eqn.outvars[0].aval.dtype)), address)
+            node = self.add(
+                visitor.Iota(IndexMap(()), np.dtype(eqn.outvars[0].aval.dtype)), address
+            )
             self.env[eqn.outvars[0]] = _Value(node, axes)
         else:
             uint32 = np.dtype("uint32")
@@ -161,7 +168,9 @@ def _slice_bounds(eqn: JaxprEqn) -> tuple[Sequence[int], Sequence[int], Sequence
 
 
 _VIEW_OF_INPUT: dict[str, Callable[[View, JaxprEqn], View]] = {
-    "broadcast_in_dim": lambda v, e: v.broadcast(e.outvars[0].aval.shape, e.params["broadcast_dimensions"]),
+    "broadcast_in_dim": lambda v, e: v.broadcast(
+        e.outvars[0].aval.shape, e.params["broadcast_dimensions"]
+    ),
     "reshape": lambda v, e: v.reshape(e.outvars[0].aval.shape),
     "rev": lambda v, e: v.reverse(e.params["dimensions"]),
     "slice": lambda v, e: v.slice(*_slice_bounds(e)),
@@ -194,7 +203,9 @@ _VIEW_OF_VALUE: dict[str, Callable[[Axes, JaxprEqn], Axes]] = {
     "reshape": _reshape_value,
     "rev": _no_view_of_value,
     "slice": _no_view_of_value,
-    "squeeze": lambda axes, e: tuple(a for i, a in enumerate(axes) if i not in e.params["dimensions"]),
+    "squeeze": lambda axes, e: tuple(
+        a for i, a in enumerate(axes) if i not in e.params["dimensions"]
+    ),
     "transpose": lambda axes, e: tuple(axes[i] for i in e.params["permutation"]),
 }
 
@@ -247,7 +258,20 @@ def _check_operands(jaxpr: Jaxpr) -> None:
                 raise NotFusible("an operand without elements")
 
 
+def _check_diagonals(builder: _Builder) -> None:
+    """A computed value whose two axes became one would only be known on its diagonal."""
+    for axes in {
+        id(v.axes): v.axes for v in builder.env.values() if isinstance(v, _Value)
+    }.values():
+        atoms = [atom for axis in axes for factor in axis for atom in factor.atoms()]
+        if len(set(atoms)) != len(atoms):
+            raise NotFusible(
+                "two axes of one value would share an axis of the iteration space (a diagonal)"
+            )
+
+
 def _resolve(builder: _Builder, name: str) -> KernelSpec:
+    _check_diagonals(builder)
     strides = {position: address.strides() for position, address in builder.addresses.items()}
     stores = [p for p, node in enumerate(builder.nodes) if isinstance(node, visitor.Store)]
     reduced = _reduced_atoms(builder)
@@ -272,7 +296,9 @@ def _resolve(builder: _Builder, name: str) -> KernelSpec:
     for position, node in enumerate(builder.nodes):
         if position in builder.addresses:
             found = strides[position]
-            index = IndexMap(tuple(found.get(a, 0) for a in atoms), builder.addresses[position].offset)
+            index = IndexMap(
+                tuple(found.get(a, 0) for a in atoms), builder.addresses[position].offset
+            )
             node = dataclasses.replace(node, index=index)  # type: ignore[call-arg]
         nodes.append(node)
     return KernelSpec(
@@ -291,7 +317,10 @@ def _tensor(var: Var | Literal) -> TensorType:
 
 
 def _reduced_atoms(builder: _Builder) -> set[Factor]:
-    sets = [{atom for factor in factors for atom in factor.atoms()} for factors, _, _ in builder.reductions]
+    sets = [
+        {atom for factor in factors for atom in factor.atoms()}
+        for factors, _, _ in builder.reductions
+    ]
     if any(s != sets[0] for s in sets):
         raise NotFusible("reductions along different axes")
     return sets[0] if sets else set()
@@ -301,11 +330,16 @@ def _check_reductions(builder: _Builder, kept: list[Factor]) -> None:
     for _, axes, _ in builder.reductions:
         own = {atom for axis in axes for factor in axis for atom in factor.atoms()}
         if any(atom not in own for atom in kept):
-            raise NotFusible("a reduction would be repeated along an axis that its operand does not have")
+            raise NotFusible(
+                "a reduction would be repeated along an axis that its operand does not have"
+            )
 
 
 def _check_stores(
-    strides: dict[int, dict[Factor, int]], stores: list[int], kept: list[Factor], reduced: set[Factor]
+    strides: dict[int, dict[Factor, int]],
+    stores: list[int],
+    kept: list[Factor],
+    reduced: set[Factor],
 ) -> None:
     for position in stores:
         own = set(strides[position])
@@ -318,7 +352,8 @@ def _check_stores(
 def _memory_order(
     builder: _Builder, strides: dict[int, dict[Factor, int]], stores: list[int], live: set[Factor]
 ) -> list[Factor]:
-    """Atoms, outermost first, in the order of the largest stored array, then of the largest loaded ones."""
+    """Atoms, outermost first, in the order of the largest stored array, then of the largest loaded
+    ones."""
     loads = [p for p, node in enumerate(builder.nodes) if isinstance(node, visitor.Load)]
 
     def extent(position: int) -> int:
@@ -338,7 +373,9 @@ def _memory_order(
 
 def _contiguous(found: dict[Factor, int]) -> Factor | None:
     """The atom along which neighbouring points are neighbouring addresses."""
-    return next((atom for atom, stride in found.items() if abs(stride) == 1 and atom.size > 1), None)
+    return next(
+        (atom for atom, stride in found.items() if abs(stride) == 1 and atom.size > 1), None
+    )
 
 
 def _tiles(

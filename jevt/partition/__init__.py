@@ -1,0 +1,16 @@
+"""Partitioning: which equations become one kernel.
+
+In processing order: :mod:`.graph` reads the jaxpr, :mod:`.contract` joins what no good partition
+separates, :mod:`.components` splits the rest, :mod:`.problem` states what is optimised, :mod:`.solve` with
+:mod:`.greedy` and :mod:`.ilp` optimises it, :mod:`.targets` with :mod:`.cost` chooses between a kernel and
+XLA, :mod:`.plan` is the result and :mod:`.printing` shows it. :mod:`.run` is the way through.
+"""
+
+from jevt.partition.cost import device_model as device_model
+from jevt.partition.plan import Group as Group
+from jevt.partition.plan import Plan as Plan
+from jevt.partition.printing import fallbacks as fallbacks
+from jevt.partition.printing import format_plan as format_plan
+from jevt.partition.printing import summary as summary
+from jevt.partition.printing import to_json as to_json
+from jevt.partition.run import partition as partition

@@ -10,6 +10,7 @@ equation with effects and a barrier are *opaque*: groups of their own that other
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -141,19 +142,15 @@ class Graph:
                     inputs.setdefault(atom)
             for var in eqn.outvars:
                 defined.add(var)
-                users = self._uses.get(var)
+                users = self.uses.get(var)
                 if users is not None and (None in users or not users <= members):
                     outputs.append(var)
         return _jaxpr.make(list(inputs), outputs, [self.jaxpr.eqns[p] for p in chosen])
 
-    @property
-    def _uses(self) -> dict[Var, set[int | None]]:
+    @functools.cached_property
+    def uses(self) -> dict[Var, set[int | None]]:
         """Positions of the equations that read a variable; None stands for the jaxpr's output."""
-        cached = self.__dict__.get("_uses_cache")
-        if cached is None:
-            cached = uses(self.jaxpr)
-            object.__setattr__(self, "_uses_cache", cached)
-        return cached
+        return uses(self.jaxpr)
 
 
 def uses(jaxpr: Jaxpr) -> dict[Var, set[int | None]]:

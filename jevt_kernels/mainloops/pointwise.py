@@ -22,7 +22,9 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
         candidates = [((32, 64), 4), ((64, 64), 8), ((32, 32), 4)]
     result: dict[Config, None] = {}
     for blocks, num_warps in candidates:
-        sizes = [min(block, power_of_two(extent)) for block, extent in zip(blocks, extents, strict=True)]
+        sizes = [
+            min(block, power_of_two(extent)) for block, extent in zip(blocks, extents, strict=True)
+        ]
         if len(sizes) == 2:  # a short axis leaves its share of the tile to the other
             spare = blocks[0] * blocks[1] // (sizes[0] * sizes[1])
             grow = 0 if sizes[1] < blocks[1] else 1
@@ -54,6 +56,5 @@ def emit(printer: Printer) -> int:
         printer.tile_index("i", f"pid // {columns} * BLOCK_I" if columns > 1 else "pid * BLOCK_I")
         printer.tile_index("j", f"pid % {columns} * BLOCK_J" if columns > 1 else "")
         grid = blocks_along(space, config, "i") * columns
-    for position in printer.stores():
-        printer.store(position)
+    printer.store_all(printer.stores())
     return grid

@@ -1,9 +1,10 @@
-"""Rowwise kernels: any number of reductions along ``col``, with pointwise work before, between and after.
+"""Rowwise kernels: any number of reductions along ``col``, with pointwise work before, between and
+after.
 
 Two forms. *Whole*: a program instance holds whole rows on chip, so each element is read and written
 once. *Looped*, for rows that do not fit: one loop over the row for each level of reductions (a
-reduction that needs an earlier reduction's result is one level up) and one for the stores; pointwise
-work is repeated rather than stored.
+reduction that needs an earlier reduction's result is one level up) and one for the stores;
+pointwise work is repeated rather than stored.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
     rows, columns = (spec.space.extent(spec.space.tile_axis(name)) for name in ("row", "col"))
     width = power_of_two(columns)
     if width > MAX_WHOLE:
-        return tuple(Config((("row", 1), ("col", block)), warps) for block, warps in ((4096, 8), (2048, 8), (8192, 16)))
+        return tuple(
+            Config((("row", 1), ("col", block)), warps)
+            for block, warps in ((4096, 8), (2048, 8), (8192, 16))
+        )
     result: dict[Config, None] = {}
     for elements in (2048, 4096, 1024):
         height = min(max(1, elements // width), power_of_two(rows))
@@ -58,8 +62,7 @@ def _emit_whole(printer: Printer) -> None:
         value = _masked(printer, position)
         printer.line(f"v{position} = {_combine(printer, position, value)}")
         printer.set_value(position, f"v{position}")
-    for position in printer.stores():
-        printer.store(position)
+    printer.store_all(printer.stores())
 
 
 def _emit_looped(printer: Printer) -> None:
@@ -88,14 +91,12 @@ def _emit_looped(printer: Printer) -> None:
     operands = [o for position in stores for o in visitor.operands(printer.spec.tree[position])]
     _hoist(printer, operands)
     narrow = [s for s in stores if not _store_follows_columns(printer, s)]
-    for position in narrow:
-        printer.store(position)
+    printer.store_all(narrow)
     wide = [s for s in stores if s not in narrow]
     if wide:
         printer.open(f"for start in range(0, {columns}, BLOCK_COL):")
         printer.tile_index("col", "start")
-        for position in wide:
-            printer.store(position)
+        printer.store_all(wide)
         printer.close()
 
 
@@ -117,7 +118,9 @@ def _hoist(printer: Printer, roots: list[int]) -> None:
                 stack.extend(visitor.operands(printer.spec.tree[position]))
     for position in sorted(needed):
         node = printer.spec.tree[position]
-        if "col" not in printer.dependencies[position] and not isinstance(node, (visitor.Constant, visitor.Reduce)):
+        if "col" not in printer.dependencies[position] and not isinstance(
+            node, (visitor.Constant, visitor.Reduce)
+        ):
             printer.value(position)
 
 
@@ -125,7 +128,9 @@ def _node(printer: Printer, position: int) -> visitor.Reduce:
     node = printer.spec.tree[position]
     assert isinstance(node, visitor.Reduce)
     if node.over != "col":
-        raise UnsupportedKernel(f"rowwise kernels reduce along 'col', got a reduction along {node.over!r}")
+        raise UnsupportedKernel(
+            f"rowwise kernels reduce along 'col', got a reduction along {node.over!r}"
+        )
     return node
 
 
@@ -179,11 +184,17 @@ def _accumulate(printer: Printer, position: int, value: str) -> str:
         case "min" | "and":
             return _extremum(printer, position, "minimum", acc, value)
         case op:
-            raise UnsupportedKernel(f"expected a reduction sum, prod, max, min, and, or; got {op!r}")
+            raise UnsupportedKernel(
+                f"expected a reduction sum, prod, max, min, and, or; got {op!r}"
+            )
 
 
 def _extremum(printer: Printer, position: int, function: str, left: str, right: str) -> str:
-    nan = ", propagate_nan=tl.PropagateNan.ALL" if is_float(_reduced_dtype(_node(printer, position))) else ""
+    nan = (
+        ", propagate_nan=tl.PropagateNan.ALL"
+        if is_float(_reduced_dtype(_node(printer, position)))
+        else ""
+    )
     return f"tl.{function}({left}, {right}{nan})"
 
 
@@ -199,11 +210,21 @@ def _combine(printer: Printer, position: int, value: str) -> str:
         case "prod":
             text = f"tl.reduce({value}, 1, dm.product, keep_dims=True)"
         case "max" | "or":
-            text = f"tl.reduce({value}, 1, dm.nan_max, keep_dims=True)" if floating else f"tl.max({value}, axis=1, keep_dims=True)"
+            text = (
+                f"tl.reduce({value}, 1, dm.nan_max, keep_dims=True)"
+                if floating
+                else f"tl.max({value}, axis=1, keep_dims=True)"
+            )
         case "min" | "and":
-            text = f"tl.reduce({value}, 1, dm.nan_min, keep_dims=True)" if floating else f"tl.min({value}, axis=1, keep_dims=True)"
+            text = (
+                f"tl.reduce({value}, 1, dm.nan_min, keep_dims=True)"
+                if floating
+                else f"tl.min({value}, axis=1, keep_dims=True)"
+            )
         case op:
-            raise UnsupportedKernel(f"expected a reduction sum, prod, max, min, and, or; got {op!r}")
+            raise UnsupportedKernel(
+                f"expected a reduction sum, prod, max, min, and, or; got {op!r}"
+            )
     if node.dtype == bool:
         text = f"{text} != 0"
     elif not floating:

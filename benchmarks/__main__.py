@@ -1,0 +1,19 @@
+"""``python -m benchmarks``: whole steps (the default), ``kernels``, ``report``."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import cli
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the subcommand; the suite of whole steps if none is named."""
+    commands = {"run": cli.run_steps, "kernels": cli.run_kernels, "report": cli.run_report}
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
+    return cli.run_steps(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,37 @@
+"""Sorts kernels into what they do, from their names, for the stacked bars.
+
+A heuristic for reading a profile, never an input to a measurement.
+"""
+
+from __future__ import annotations
+
+import re
+
+CATEGORIES = ("matmul", "convolution", "attention", "sparse", "reduction", "pointwise", "copy")
+
+# In order: the first pattern that matches decides.
+_PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (category, re.compile(pattern, re.IGNORECASE))
+    for category, pattern in (
+        ("copy", r"^mem(cpy|set)|memcpy|memset"),
+        ("attention", r"fmha|flash|attention|sdpa|softmax.*gemm"),
+        ("sparse", r"spmm|scatter|index_add|segment|csr|indexfunclarge|embedding_backward"),
+        ("convolution", r"conv(?!ert)|[fd]prop|wgrad|dgrad|implicit"),
+        ("matmul", r"gemm|gemv|nvjet|cutlass|cublas|matmul|_dot|splitk|^triton_mm|^triton_tem"),
+        ("reduction", r"reduc|softmax|norm|welford|_red_|_per_|nll_loss|variance|bn_fw|bn_bw"),
+        ("copy", r"transpose|_copy|nchwtonhwc|nhwctonchw"),
+    )
+)
+
+
+def category(kernel: str) -> str:
+    """The category of a kernel's name; ``pointwise`` if nothing else fits."""
+    for name, pattern in _PATTERNS:
+        if pattern.search(kernel):
+            return name
+    return "pointwise"
+
+
+def short_name(kernel: str) -> str:
+    """A kernel's name without the numbers that tell its instances apart, at most 70 characters."""
+    return re.sub(r"[._]\d+", "", kernel)[:70]

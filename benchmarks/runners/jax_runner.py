@@ -1,0 +1,184 @@
+"""Runs a workload or a kernel case under ``jax.jit`` or ``jevt.jit``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import accuracy, registry
+from benchmarks.kernel_profile import profile_steps
+from benchmarks.messages import Job, Loaded, Profile
+from benchmarks.runners.base import WARM_UP_STEPS
+from benchmarks.workload import Tree, Workload, cast_floats
+
+SEED = 0
+
+
+def device_name() -> str:
+    """The name of the device that JAX runs on."""
+    return jax.devices()[0].device_kind
+
+
+class JaxRunner:
+    """The variants ``float32``, ``jax``, ``jax-cudnn`` and ``jevt``, and the peers of a case."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.workload = _workload(job)
+        self.step = _compiler(job)(self.workload)
+        self.state: Tree = None
+        self.batches: list[Tree] = []
+        self.turn = 0
+
+    def load(self) -> Loaded:
+        w = self.workload
+        count = 1 if self.job.variant == "float32" else w.batches
+        self.batches = [self._lift(w.batch(SEED + i)) for i in range(count)]
+        state = jax.block_until_ready(w.probe(self._lift(w.init(SEED))))
+        after, cold = _timed(self.step, state, self.batches[0])
+        del state
+        peak = self._peak_bytes()
+        rel_err, note = self._check(after)
+        del after
+        warm = None
+        if self.job.variant != "float32":
+            warm = self._warm_start() if self.job.measure_warm else None
+            self.state = w.init(SEED)
+        return Loaded(cold, warm, peak, rel_err, note, self._warm_up())
+
+    def block(self, steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            batch = self.batches[self.turn % len(self.batches)]
+            self.turn += 1
+            after, aux = self.step(self.state, batch)
+            if self.workload.carries_state:
+                self.state = after
+        jax.block_until_ready((after, aux))
+        seconds = time.perf_counter() - start
+        self._require_finite(aux)
+        return seconds
+
+    def profile(self, steps: int) -> Profile:
+        return profile_steps(lambda: self.block(steps) and None, steps)
+
+    def _lift(self, tree: Tree) -> Tree:
+        """Float32 copies for the reference run: the same values as the other runs'."""
+        return cast_floats(tree, jnp.float32) if self.job.variant == "float32" else tree
+
+    def _check(self, after: Tree) -> tuple[float | None, str]:
+        w = self.workload
+        before = self._lift(w.init(SEED))
+        if self.job.kind == "case":
+            reference = (np.asarray(x) for x in jax.tree.leaves(_case_reference(self.job)))
+            return describe(accuracy.compare(w.gradients(before, after), reference), None)
+        if self.job.references is None:
+            return None, ""
+        folder = Path(self.job.references)
+        if self.job.variant in ("float32", "jax"):
+            accuracy.save(w.gradients(before, after), folder / self.job.variant)
+        errors: list[accuracy.Error | None] = [None, None]
+        for i, name in enumerate(("float32", "jax")):
+            reference = accuracy.references(folder / name)
+            if reference is not None and self.job.variant not in ("float32", name):
+                errors[i] = accuracy.compare(w.gradients(before, after), reference)
+        return describe(*errors)
+
+    def _warm_start(self) -> float:
+        """Compiles again from the caches on disk, after JAX has forgotten everything."""
+        state = jax.block_until_ready(self.workload.init(SEED))
+        jax.clear_caches()
+        self.step = _compiler(self.job)(_workload(self.job))
+        return _timed(self.step, state, self.batches[0])[1]
+
+    def _warm_up(self) -> float:
+        if self.job.variant == "float32":
+            return 0.0
+        self.block(WARM_UP_STEPS)
+        return self.block(WARM_UP_STEPS) / WARM_UP_STEPS
+
+    def _peak_bytes(self) -> int | None:
+        """The allocator's peak, less the batches that only wait for their turn."""
+        stats = jax.devices()[0].memory_stats()
+        if not stats or self.job.variant == "float32":
+            return None
+        held = {id(x): x.nbytes for b in self.batches for x in jax.tree.leaves(b)}
+        used = {id(x): x.nbytes for x in jax.tree.leaves(self.batches[0])}
+        return stats["peak_bytes_in_use"] - sum(held.values()) + sum(used.values())
+
+    def _require_finite(self, aux: Tree) -> None:
+        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(aux)):
+            raise FloatingPointError(f"{self.job.name}: the loss is not finite after timed steps")
+
+
+def _workload(job: Job) -> Workload:
+    options = job.options
+    if job.kind == "case":
+        from benchmarks.kernels.case import as_workload, find_case
+
+        return as_workload(find_case(job.name, options.size), job.variant)
+    if job.variant == "jax-cudnn":
+        options = options.replace(attention="cudnn")
+    if job.variant != "float32":
+        return registry.make(job.name, options)
+    # The reference computes in float32 on the values that the others start from.
+    lifted = registry.make(job.name, options.replace(dtype="float32", param_dtype="float32"))
+    own = registry.make(job.name, options)
+    return Workload(
+        own.name,
+        lifted.step,
+        own.init,
+        own.batch,
+        donate_argnums=own.donate_argnums,
+        carries_state=own.carries_state,
+    )
+
+
+def _compiler(job: Job) -> Callable[[Workload], Any]:
+    """How the variant turns a workload into a compiled step."""
+    if job.variant != "jevt":
+        return lambda w: jax.jit(w.step, donate_argnums=w.donate_argnums)
+    import jevt
+
+    # A kernel case compares kernels, so on a GPU it asks for them; a step lets jevt choose.
+    on_gpu = jax.default_backend() == "gpu"
+    backend = "triton" if job.kind == "case" and on_gpu else "auto"
+    return lambda w: jevt.jit(w.step, backend=backend, donate_argnums=w.donate_argnums)
+
+
+def _timed(step: Any, state: Tree, batch: Tree) -> tuple[Tree, float]:
+    start = time.perf_counter()
+    after, aux = jax.block_until_ready(step(state, batch))
+    del aux
+    return after, time.perf_counter() - start
+
+
+def _case_reference(job: Job) -> Tree:
+    """The case's function in float32 under ``jax.jit``, on the first arguments."""
+    from benchmarks.kernels.case import find_case
+
+    case = find_case(job.name, job.options.size)
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(case.fun)(*cast_floats(case.args(SEED), jnp.float32))
+
+
+def describe(
+    against_float32: accuracy.Error | None, against_jax: accuracy.Error | None
+) -> tuple[float | None, str]:
+    """The error for the row, and the rest for its note."""
+    parts = []
+    if against_jax is not None:
+        parts.append(f"against jax.jit {against_jax.total:.1e}")
+        if against_jax.worst > 10 * max(against_jax.total, 1e-2):
+            parts.append(f"worst {against_jax.worst:.1e} in {against_jax.where}")
+    if against_float32 is None:
+        return None, "; ".join(parts)
+    if against_float32.total == float("inf"):
+        return None, "; ".join([f"NOT FINITE: gradients in {against_float32.where}", *parts])
+    return against_float32.total, "; ".join(parts)

@@ -1,0 +1,36 @@
+"""Which outputs of a kernel may be written into the buffer of a donated input."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from jax.extend.core import Jaxpr, Var
+
+from jevt_kernels import visitor
+from jevt_kernels.spec import KernelSpec
+
+
+def donated_aliases(spec: KernelSpec, jaxpr: Jaxpr, free: Set[Var]) -> tuple[tuple[int, int], ...]:
+    """Pairs (input, output) that can share a buffer.
+
+    An input qualifies when it is in ``free`` (donated, and nothing reads it later) and the kernel
+    reads it only where the very same program instance and point writes the output: equal index
+    maps. Without the alias XLA would have to give the output a buffer of its own and copy it over
+    the donated one.
+    """
+    free_inputs = [i for i, var in enumerate(jaxpr.invars) if var in free]
+    pairs: list[tuple[int, int]] = []
+    taken: set[int] = set()
+    for output, kind in enumerate(spec.outputs):
+        written = {
+            n.index for n in spec.tree if isinstance(n, visitor.Store) and n.output == output
+        }
+        for candidate in free_inputs:
+            read = {
+                n.index for n in spec.tree if isinstance(n, visitor.Load) and n.input == candidate
+            }
+            if candidate not in taken and spec.inputs[candidate] == kind and read == written:
+                pairs.append((candidate, output))
+                taken.add(candidate)
+                break
+    return tuple(pairs)

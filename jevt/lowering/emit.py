@@ -1,0 +1,192 @@
+"""From a plan to the jaxpr that is lowered: each Triton group becomes one ``jevt_kernel`` equation.
+
+``jevt_kernel`` carries the group's own jaxpr beside its :class:`KernelSpec`. On CUDA it lowers to a
+jax-triton call; on every other platform to the group's equations, which XLA then fuses as it likes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from jax.extend import source_info_util
+from jax.extend.core import Jaxpr, JaxprEqn, Primitive, Var, jaxpr_as_fun, new_jaxpr_eqn, no_effects
+from jax.interpreters import mlir
+
+from jevt import _jaxpr
+from jevt._context import Context
+from jevt.lowering import checking
+from jevt.lowering.alias import donated_aliases
+from jevt.lowering.naming import canonical, common_scope
+from jevt.partition.plan import Group, Plan
+from jevt_kernels import interpreter, launch
+from jevt_kernels.spec import KernelSpec
+
+kernel_p = Primitive("jevt_kernel")
+kernel_p.multiple_results = True
+
+
+@kernel_p.def_impl
+def _impl(*args: Any, **params: Any) -> Any:
+    return jax.jit(lambda *xs: kernel_p.bind(*xs, **params))(*args)
+
+
+@kernel_p.def_abstract_eval
+def _abstract_eval(
+    *avals: Any, jaxpr: Jaxpr, spec: KernelSpec, interpret: bool, capability: int, check: str
+) -> list[Any]:
+    return [v.aval for v in jaxpr.outvars]
+
+
+def _equations(
+    *args: Any, jaxpr: Jaxpr, spec: KernelSpec, interpret: bool, capability: int, check: str
+) -> list[Any]:
+    """The group left to XLA, or run through Triton's interpreter."""
+    del capability
+    if interpret:
+        results = list(interpreter.call(spec, *args))
+        return _checked(results, args, jaxpr, spec, check)
+    return jaxpr_as_fun(jaxpr)(*args)
+
+
+def _triton(
+    *args: Any, jaxpr: Jaxpr, spec: KernelSpec, interpret: bool, capability: int, check: str
+) -> list[Any]:
+    del interpret
+    results = list(launch.call(spec, *args, compute_capability=capability or None))
+    return _checked(results, args, jaxpr, spec, check)
+
+
+def _checked(
+    results: list[Any], args: tuple[Any, ...], jaxpr: Jaxpr, spec: KernelSpec, check: str
+) -> list[Any]:
+    if check:
+        checking.compare(results, jaxpr_as_fun(jaxpr)(*args), args, spec, jaxpr, check)
+    return results
+
+
+mlir.register_lowering(kernel_p, mlir.lower_fun(_equations, multiple_results=True))
+mlir.register_lowering(kernel_p, mlir.lower_fun(_triton, multiple_results=True), platform="cuda")
+
+
+def lower(plan: Plan, context: Context, *, top: bool = True) -> tuple[Jaxpr, Plan]:
+    """Rewrites ``plan.jaxpr`` to its groups.
+
+    Args:
+      plan: what to lower; bodies of control flow are lowered by their nested plans.
+      context: for whom.
+      top: whether ``plan.jaxpr`` is the whole program, whose donated inputs may be overwritten.
+
+    Returns:
+      The jaxpr, and the plan as it was really carried out: a group whose kernel failed to compile has
+      gone back to XLA, with the reason, and a warning was given.
+    """
+    bodies: dict[tuple[int, int], Jaxpr] = {}
+    nested: list[tuple[tuple[int, int], Plan]] = []
+    for key, body in plan.nested:
+        bodies[key], carried_out = lower(body, context, top=False)
+        nested.append((key, carried_out))
+    groups = tuple(_confirm(group, plan, context) for group in plan.groups)
+    plan = dataclasses.replace(plan, groups=groups, nested=tuple(nested))
+    donated = donated_inputs(plan.jaxpr, context) if top else frozenset[Var]()
+    eqns: list[JaxprEqn] = []
+    for position, group in enumerate(groups):
+        if group.target == "triton":
+            eqns.append(_kernel_equation(plan, position, donated, context))
+        else:
+            eqns.extend(_with_bodies(plan.jaxpr.eqns[i], i, bodies) for i in group.eqns)
+    return plan.jaxpr.replace(eqns=eqns), plan
+
+
+def donated_inputs(jaxpr: Jaxpr, context: Context) -> frozenset[Var]:
+    if len(context.donated) != len(jaxpr.invars):
+        return frozenset()
+    return frozenset(v for v, d in zip(jaxpr.invars, context.donated, strict=True) if d)
+
+
+def _confirm(group: Group, plan: Plan, context: Context) -> Group:
+    """The group with its kernel's final name, or left to XLA if the kernel does not compile."""
+    if group.target != "triton" or group.spec is None:
+        return group
+    group = dataclasses.replace(
+        group, spec=canonical(group.spec, group.jaxpr, _stacks(plan, group))
+    )
+    if context.platform != "cuda":
+        return group
+    assert group.spec is not None
+    try:
+        _compile(group.spec, context.device.compute_capability)
+    except Exception as error:  # whatever the compiler stack raises, the program must still run
+        first_line = (str(error).splitlines() or [""])[0]
+        reason = f"kernel did not compile: {type(error).__name__}: {first_line}"
+        warnings.warn(f"jevt: group {group.name} runs through XLA: {reason}", stacklevel=2)
+        return dataclasses.replace(group, target="xla", reason=reason, fallback=True)
+    return group
+
+
+def _compile(spec: KernelSpec, compute_capability: int) -> None:
+    """Compiles a kernel by lowering a program that only calls it; jax-triton keeps the binary.
+
+    Lowering inside the real program would be too late to take another decision.
+    """
+    operands = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in spec.inputs]
+    call = functools.partial(launch.call, spec, compute_capability=compute_capability or None)
+    jax.jit(call).trace(*operands).lower(lowering_platforms=("cuda",))
+
+
+def _stacks(plan: Plan, group: Group) -> list[source_info_util.NameStack]:
+    return [plan.jaxpr.eqns[i].source_info.name_stack for i in group.eqns]
+
+
+def _kernel_equation(
+    plan: Plan, position: int, donated: frozenset[Var], context: Context
+) -> JaxprEqn:
+    group = plan.groups[position]
+    assert group.spec is not None
+    spec = group.spec
+    if donated:
+        later = _used_later(plan, position)
+        spec = dataclasses.replace(
+            spec, aliases=donated_aliases(spec, group.jaxpr, donated - later)
+        )
+    params = {
+        "jaxpr": group.jaxpr,
+        "spec": spec,
+        "interpret": context.backend == "interpret",
+        "capability": context.device.compute_capability,
+        "check": group.name if context.check else "",
+    }
+    last = plan.jaxpr.eqns[group.eqns[-1]]
+    scope = common_scope(_stacks(plan, group)).extend(group.name)
+    source = source_info_util.SourceInfo(last.source_info.traceback, scope)
+    return new_jaxpr_eqn(
+        group.jaxpr.invars, group.jaxpr.outvars, kernel_p, params, no_effects, source, last.ctx
+    )
+
+
+def _used_later(plan: Plan, position: int) -> frozenset[Var]:
+    used = {v for v in plan.jaxpr.outvars if isinstance(v, Var)}
+    for group in plan.groups[position + 1 :]:
+        used.update(group.jaxpr.invars)
+    return frozenset(used)
+
+
+def _with_bodies(eqn: JaxprEqn, position: int, bodies: Mapping[tuple[int, int], Jaxpr]) -> JaxprEqn:
+    mine = [bodies.get((position, i)) for i, _ in enumerate(_bodies_of(eqn))]
+    if not any(body is not None for body in mine):
+        return eqn
+    replacements = iter(mine)
+
+    def replace(old: Jaxpr) -> Jaxpr:
+        new = next(replacements)
+        return old if new is None else new
+
+    return _jaxpr.map_subjaxprs(eqn, replace)
+
+
+def _bodies_of(eqn: JaxprEqn) -> Iterable[Jaxpr]:
+    return (body for _, _, body in _jaxpr.subjaxprs(eqn))

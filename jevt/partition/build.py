@@ -1,0 +1,63 @@
+"""Asks ``lowering.spec.build`` about sets of equations, each shape of set once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+
+from jax.extend.core import Jaxpr, Var
+
+from jevt import _jaxpr
+from jevt.lowering.errors import NotFusible
+from jevt.partition import canonical
+from jevt.partition.graph import Graph
+from jevt_kernels.spec import KernelSpec
+
+type Build = Callable[[Jaxpr, str], KernelSpec]
+
+
+class Builder:
+    """Memory of what ``build`` said; equal sets of equations get the same answer and, later, the same spec."""
+
+    def __init__(self, build: Build) -> None:
+        self._build = build
+        self._refusals: dict[Hashable, str] = {}
+        self._specs: dict[Hashable, KernelSpec] = {}
+
+    def accepts(self, jaxpr: Jaxpr) -> bool:
+        """Whether a group can be one kernel."""
+        return not self.refusal(jaxpr)
+
+    def refusal(self, jaxpr: Jaxpr) -> str:
+        """Why a group cannot be one kernel, "" if it can."""
+        key = canonical.key(jaxpr)
+        if key not in self._refusals:
+            try:
+                self._build(jaxpr, "candidate")
+            except NotFusible as refusal:
+                self._refusals[key] = str(refusal) or "not fusible"
+            else:
+                self._refusals[key] = ""
+        return self._refusals[key]
+
+    def spec(self, jaxpr: Jaxpr, name: str) -> KernelSpec:
+        """The kernel of a group; one object, with the first one's name, for all equal groups.
+
+        Raises:
+          NotFusible: it cannot be one.
+        """
+        key = canonical.key(jaxpr)
+        if key not in self._specs:
+            if self._refusals.get(key):
+                raise NotFusible(self._refusals[key])
+            self._specs[key] = self._build(jaxpr, name)
+        return self._specs[key]
+
+
+def part(graph: Graph, positions: Iterable[int]) -> Jaxpr:
+    """Equations with those results as outputs that none of them reads: can they be *part* of a kernel?"""
+    eqns = [graph.jaxpr.eqns[p] for p in sorted(positions)]
+    defined = {v for e in eqns for v in e.outvars}
+    read = {v: None for e in eqns for v in e.invars if isinstance(v, Var)}
+    inputs = [v for v in read if v not in defined]
+    ends = [v for e in eqns for v in e.outvars if v not in read and v in graph.uses]
+    return _jaxpr.make(inputs, ends, eqns)

@@ -1,0 +1,208 @@
+"""One partitioning problem: a component of the graph, with costs and with what makes a group legal.
+
+The greedy partitioner, the integer program and the brute-force oracle of the tests all read this one
+description, so that they agree on what is optimised:
+
+    cost = launch · (number of groups)
+         + bytes of tensors written (once each, if anything outside the producer's group needs them)
+         + bytes of tensors read (once by each group that reads them from memory)
+
+in bytes, a launch counted as the bytes that the device moves in its time. EVT's objective is the second
+and third line ("minimize the data movement between partitions", ASPLOS 2024, section 5); training graphs
+also hold many small tensors for which the launch is what matters. A free node (a row-major reshape) that is
+a group by itself costs nothing: XLA gives its result the operand's buffer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterable, Sequence
+
+from jevt.partition import order
+
+type Grouping = list[list[int]]  # local node indices, each ascending
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """The iteration space of a group: points, and the length of its rows (0: nothing is reduced)."""
+
+    size: int
+    cols: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """A tensor as far as the component is concerned.
+
+    Attributes:
+      producer: local node, None if it comes from outside.
+      consumers: local nodes, ascending.
+      read_bytes: for each consumer.
+      leaves: it is needed outside the component.
+    """
+
+    nbytes: int
+    producer: int | None
+    consumers: tuple[int, ...]
+    read_bytes: tuple[int, ...]
+    leaves: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Local nodes are ``0 … size-1`` in an executable order.
+
+    Attributes:
+      size: number of nodes.
+      edges: producer–consumer pairs that may share a group.
+      siblings: pairs of readers of one tensor that may share a group, smaller index first.
+      ordered: pairs (u, v) that never share a group; v runs after u, through a path outside the component
+        or because no kernel holds both.
+      tensors: what moves.
+      labels: the spaces that occur.
+      firm: for each node, the labels (as a bit mask) whose space it spans, or whose rows it spans.
+      inner: for each node, the labels under which it is smaller than both, so that its results must not
+        be needed outside the group.
+      free: nodes that cost nothing alone.
+      launch: bytes that a launch is worth.
+      exact: every two readers of a tensor that may share a group are in ``edges`` or ``siblings``, so that
+        the integer program counts reads exactly; otherwise it may count too many.
+    """
+
+    size: int
+    edges: tuple[tuple[int, int], ...]
+    siblings: tuple[tuple[int, int], ...]
+    ordered: tuple[tuple[int, int], ...]
+    tensors: tuple[Traffic, ...]
+    labels: tuple[Label, ...]
+    firm: tuple[int, ...]
+    inner: tuple[int, ...]
+    free: tuple[bool, ...]
+    launch: int
+    exact: bool = True
+
+    def successors(self) -> list[list[int]]:
+        """For each node, the nodes that run after it, inside the component or because of ``ordered``."""
+        result: list[set[int]] = [set() for _ in range(self.size)]
+        for tensor in self.tensors:
+            if tensor.producer is not None:
+                result[tensor.producer].update(tensor.consumers)
+        for before, after in self.ordered:
+            result[before].add(after)
+        return [sorted(s) for s in result]
+
+    def consumers(self) -> list[set[int]]:
+        """For each node, the local nodes that read its results."""
+        result: list[set[int]] = [set() for _ in range(self.size)]
+        for tensor in self.tensors:
+            if tensor.producer is not None:
+                result[tensor.producer].update(tensor.consumers)
+        return result
+
+    def links(self) -> list[set[int]]:
+        """For each node, the nodes with which a candidate edge joins it."""
+        result: list[set[int]] = [set() for _ in range(self.size)]
+        for a, b in (*self.edges, *self.siblings):
+            result[a].add(b)
+            result[b].add(a)
+        return result
+
+    def cost(self, groups: Sequence[Sequence[int]]) -> int:
+        """Bytes and launches of a grouping."""
+        owner = {node: index for index, group in enumerate(groups) for node in group}
+        idle = {i for i, group in enumerate(groups) if len(group) == 1 and self.free[group[0]]}
+        total = self.launch * (len(groups) - len(idle))
+        for tensor in self.tensors:
+            home = None if tensor.producer is None else owner[tensor.producer]
+            reading: dict[int, int] = {}
+            for node, amount in zip(tensor.consumers, tensor.read_bytes, strict=True):
+                group = owner[node]
+                if group != home:
+                    reading[group] = max(reading.get(group, 0), amount)
+            total += sum(amount for group, amount in reading.items() if group not in idle)
+            if home is not None and home not in idle and (tensor.leaves or reading):
+                total += tensor.nbytes
+        return total
+
+    def floor(self) -> int | None:
+        """A cost below which no grouping is: one group for all; None where that is not a bound.
+
+        Any grouping launches at least once, reads every outer tensor and writes every leaving one. Only a
+        free node can beat that, where a tensor and its relabelled twin both leave: one write serves both.
+        """
+        if all(self.free):
+            return None
+        read: dict[int, int] = {}
+        written: dict[int, int] = {}
+        for index, tensor in enumerate(self.tensors):
+            read.update((node, index) for node in tensor.consumers if self.free[node])
+            if tensor.producer is not None:
+                written[tensor.producer] = index
+        buffer = list(range(len(self.tensors)))  # the tensor whose bytes a relabelled one shares
+        for node in sorted(read):
+            if node in written:
+                buffer[written[node]] = buffer[read[node]]
+        leaving = [buffer[i] for i, tensor in enumerate(self.tensors) if tensor.leaves]
+        if len(set(leaving)) < len(leaving) or any(self.tensors[b].producer is None for b in leaving):
+            return None
+        return self.cost([list(range(self.size))])
+
+    def fitting(self, group: Iterable[int], consumers: Sequence[set[int]]) -> int:
+        """The labels under which every node of the group has its place, as a bit mask."""
+        members = group if isinstance(group, (set, frozenset)) else set(group)
+        mask = (1 << len(self.labels)) - 1
+        for node in members:
+            here = self.firm[node]
+            if self.inner[node] and consumers[node] <= members:
+                here |= self.inner[node]
+            mask &= here
+            if not mask:
+                break
+        return mask
+
+    def valid(self, groups: Sequence[Sequence[int]]) -> bool:
+        """Every node once; groups connected, of one space each, and acyclic together.
+
+        Acyclicity of the quotient implies convexity of each group: EVT's "no path leaves a partition and
+        comes back", but not the other way round.
+        """
+        if sorted(node for group in groups for node in group) != list(range(self.size)):
+            return False
+        consumers, links = self.consumers(), self.links()
+        owner = {node: index for index, group in enumerate(groups) for node in group}
+        if any(owner[a] == owner[b] for a, b in self.ordered):
+            return False
+        for group in groups:
+            members = set(group)
+            if len(components(members, links)) != 1:
+                return False
+            if len(group) > 1 and not self.fitting(members, consumers):
+                return False
+        return order.executable([min(g) for g in groups], order.quotient(groups, self.successors())) is not None
+
+    def key(self) -> Hashable:
+        """Equal for problems that differ in nothing but where they sit."""
+        return (
+            self.edges, self.siblings, self.ordered, self.tensors, self.labels, self.firm, self.inner,
+            self.free, self.launch, self.exact,
+        )
+
+
+def components(nodes: Iterable[int], links: Sequence[Iterable[int]]) -> Grouping:
+    """Connected components of ``nodes`` under ``links``, ordered by their smallest node."""
+    remaining = set(nodes)
+    result: Grouping = []
+    for start in sorted(remaining):
+        if start not in remaining:
+            continue
+        remaining.discard(start)
+        stack, found = [start], [start]
+        while stack:
+            for other in links[stack.pop()]:
+                if other in remaining:
+                    remaining.discard(other)
+                    stack.append(other)
+                    found.append(other)
+        result.append(sorted(found))
+    return result

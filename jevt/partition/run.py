@@ -1,0 +1,166 @@
+"""Jaxpr to plan: the stages of the partitioner in the order in which they run."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Hashable, Sequence
+
+from jax.extend.core import Jaxpr
+
+from jevt import _jaxpr
+from jevt._context import Context
+from jevt.partition import canonical, graph as graphs, order, targets
+from jevt.partition.build import Build, Builder, part as part_of
+from jevt.partition.components import Links, Reach, pose, split
+from jevt.partition.contract import contract
+from jevt.partition.duplicate import duplicate
+from jevt.partition.graph import Classify, Graph
+from jevt.partition.plan import Plan, Solution
+from jevt.partition.problem import Problem
+from jevt.partition.solve import Oracle, Outcome, Status, solve
+
+
+def partition(
+    jaxpr: Jaxpr,
+    context: Context,
+    *,
+    classify: Classify | None = None,
+    build: Build | None = None,
+) -> Plan:
+    """Partitions a program into groups that each run as one kernel, or are left to XLA with a reason.
+
+    Args:
+      jaxpr: the program after the passes.
+      context: device, backend and time limit.
+      classify: what an equation can be in a kernel; ``lowering.rules.classify`` by default.
+      build: makes a group a kernel, or refuses; ``lowering.spec.build`` by default.
+
+    Returns:
+      A plan whose groups hold every equation once, in an executable order. The same jaxpr and context give
+      the same plan, unless the time limit is what stopped the solver.
+    """
+    if classify is None:
+        from jevt.lowering.rules import classify
+    if build is None:
+        from jevt.lowering.spec import build
+    run = _Run(classify, Builder(build), time.monotonic() + context.partition_seconds)
+    plan = run.plan(jaxpr, context)
+    return plan if context.fuel is None else targets.limit_fuel(plan, context.fuel)
+
+
+class _Run:
+    """One call of :func:`partition`: its tools, its deadline and what it has already solved."""
+
+    def __init__(self, classify: Classify, builder: Builder, deadline: float) -> None:
+        self.classify = classify
+        self.builder = builder
+        self.deadline = deadline
+        self.solved: dict[Hashable, Outcome] = {}
+
+    def plan(self, jaxpr: Jaxpr, context: Context) -> Plan:
+        started = time.monotonic()
+        # 1. equations as nodes; what is cheap to make again copied, what stays together joined
+        jaxpr = duplicate(graphs.from_jaxpr(jaxpr, self.classify))
+        single = self._checked(graphs.from_jaxpr(jaxpr, self.classify))
+        graph = contract(single, lambda positions: self.builder.accepts(single.extract(positions)))
+        # 2. components that no good group crosses, each solved
+        reach = Reach.of(graph)
+        parts, links = split(graph, reach)
+        launch = round(context.device.triton_launch_us * context.device.bytes_per_us)
+        outcomes = [self._solve(graph, reach, part, links, launch) for part in parts]
+        # 3. components whose groups form a cycle together, solved as one
+        while (cyclic := self._cycle(graph, parts, outcomes)) is not None:
+            merged = sorted(n for index in cyclic for n in parts[index])
+            keep = [i for i in range(len(parts)) if i not in cyclic]
+            parts = [parts[i] for i in keep] + [merged]
+            outcomes = [outcomes[i] for i in keep] + [self._solve(graph, reach, merged, links, launch)]
+        # 4. groups in an executable order, each with its target
+        groups = _ordered(graph, _all_groups(graph, parts, outcomes))
+        chosen = tuple(
+            targets.choose(graph, single, nodes, index, context, self.builder)
+            for index, nodes in enumerate(groups)
+        )
+        scale = 1 / context.device.bytes_per_us
+        solution = Solution(
+            _worst([o.status for o in outcomes]),
+            sum(o.cost for o in outcomes) * scale,
+            sum(o.bound for o in outcomes) * scale,
+            time.monotonic() - started,
+            max((o.rounds for o in outcomes), default=0),
+        )
+        # 5. bodies of control flow, each a plan of its own
+        return Plan(jaxpr, chosen, solution, self._nested(jaxpr, context))
+
+    def _checked(self, graph: Graph) -> Graph:
+        """The graph with equations opaque that ``classify`` lets pass and ``build`` refuses even alone."""
+        nodes = list(graph.nodes)
+        for index, node in enumerate(nodes):
+            if node.kind in ("pointwise", "reduction") and node.size > 1:
+                reason = self.builder.refusal(graph.extract(node.eqns))
+                if reason:
+                    nodes[index] = graphs.Node(node.eqns, "opaque", reason=reason, fallback=True)
+        return dataclasses.replace(graph, nodes=tuple(nodes))
+
+    def _solve(self, graph: Graph, reach: Reach, part: Sequence[int], links: Links, launch: int) -> Outcome:
+        problem = pose(graph, reach, part, links, launch)
+        key = self._key(graph, part, problem)
+        if key not in self.solved:
+
+            def positions(local: Sequence[int]) -> list[int]:
+                return [p for n in local for p in graph.nodes[part[n]].eqns]
+
+            oracle = Oracle(
+                lambda local: self.builder.accepts(graph.extract(positions(local))),
+                lambda local: self.builder.accepts(part_of(graph, positions(local))),
+            )
+            self.solved[key] = solve(problem, oracle, self.deadline)
+        return self.solved[key]
+
+    def _key(self, graph: Graph, part: Sequence[int], problem: Problem) -> Hashable:
+        """Equal for components with equal equations in equal nodes and an equal border."""
+        positions = sorted(p for n in part for p in graph.nodes[n].eqns)
+        local = {p: i for i, p in enumerate(positions)}
+        nodes = tuple(tuple(local[p] for p in graph.nodes[n].eqns) for n in part)
+        return nodes, problem.key(), canonical.key(graph.extract(positions))
+
+    def _cycle(self, graph: Graph, parts: Sequence[Sequence[int]], outcomes: Sequence[Outcome]) -> set[int] | None:
+        """Components whose groups are on a cycle of the quotient graph."""
+        groups = _all_groups(graph, parts, outcomes)
+        found = order.cycle(order.quotient(groups, graph.successors))
+        if found is None:
+            return None
+        home = {n: index for index, part in enumerate(parts) for n in part}
+        return {home[groups[g][0]] for g in found if groups[g][0] in home}
+
+    def _nested(self, jaxpr: Jaxpr, context: Context) -> tuple[tuple[tuple[int, int], Plan], ...]:
+        result: list[tuple[tuple[int, int], Plan]] = []
+        for position, eqn in enumerate(jaxpr.eqns):
+            parameters = graphs.BODIES.get(eqn.primitive.name, frozenset())
+            inner = targets.body_context(context, eqn.primitive.name, eqn.params)
+            for ordinal, (parameter, _, body) in enumerate(_jaxpr.subjaxprs(eqn)):
+                if parameter in parameters:
+                    result.append(((position, ordinal), self.plan(body, inner)))
+        return tuple(result)
+
+
+def _all_groups(graph: Graph, parts: Sequence[Sequence[int]], outcomes: Sequence[Outcome]) -> list[list[int]]:
+    """The groups of all components, and each opaque node as one."""
+    groups = [
+        [part[n] for n in group]
+        for part, outcome in zip(parts, outcomes, strict=True)
+        for group in outcome.groups
+    ]
+    return groups + [[n] for n, node in enumerate(graph.nodes) if node.opaque]
+
+
+def _ordered(graph: Graph, groups: list[list[int]]) -> list[list[int]]:
+    keys = [min(graph.nodes[n].eqns[0] for n in group) for group in groups]
+    ranks = order.executable(keys, order.quotient(groups, graph.successors))
+    assert ranks is not None, "cycles were removed above"
+    return [groups[index] for index in ranks]
+
+
+def _worst(statuses: Sequence[Status]) -> Status:
+    ranking: tuple[Status, ...] = ("greedy", "feasible", "optimal")
+    return next((s for s in ranking if s in statuses), "trivial")

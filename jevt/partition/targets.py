@@ -1,0 +1,100 @@
+"""Decides, group by group, between a generated kernel and XLA, and writes down why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from jevt._context import Context
+from jevt.lowering.errors import NotFusible
+from jevt.partition import cost, names
+from jevt.partition.build import Builder
+from jevt.partition.graph import Graph, Node
+from jevt.partition.plan import Group, Plan
+
+
+def choose(graph: Graph, single: Graph, nodes: Sequence[int], index: int, context: Context, builder: Builder) -> Group:
+    """The group of these nodes.
+
+    Args:
+      graph: the contracted graph that ``nodes`` are positions of.
+      single: the graph with one node for each equation, which knows each equation's kind.
+      index: of the group in the plan.
+    """
+    members = [graph.nodes[n] for n in nodes]
+    positions = tuple(sorted(p for node in members for p in node.eqns))
+    jaxpr = graph.extract(positions)
+    if len(members) == 1 and members[0].opaque:
+        node = members[0]
+        name = names.group_name(index, "opaque", jaxpr)
+        return Group(name, "xla", "opaque", positions, jaxpr, reason=node.reason, fallback=node.fallback)
+    parts = [single.nodes[p] for p in positions]
+    reductions = {i for i, part in enumerate(parts) if part.kind == "reduction"}
+    kind = "rowwise" if reductions else "pointwise"
+    predicted, xla = cost.predict_us(jaxpr, context.device), cost.xla_us(jaxpr, context.device, reductions)
+    group = Group(names.group_name(index, kind, jaxpr), "xla", kind, positions, jaxpr, None, xla, xla)
+    trivial = _trivial(parts)
+    if trivial:
+        return dataclasses.replace(group, reason=trivial)
+    try:
+        spec = builder.spec(jaxpr, group.name)
+    except NotFusible as refusal:
+        return dataclasses.replace(group, reason=str(refusal), fallback=True)
+    name = names.group_name(index, spec.mainloop, jaxpr)
+    group = dataclasses.replace(group, name=name, kind=spec.mainloop, spec=spec)
+    reason, fallback = _elsewhere(context, predicted, xla)
+    if reason:
+        return dataclasses.replace(group, reason=reason, fallback=fallback)
+    return dataclasses.replace(group, target="triton", predicted_us=predicted)
+
+
+def limit_fuel(plan: Plan, fuel: int) -> Plan:
+    """The plan with only its first ``fuel`` Triton groups, bodies counted where their equation stands."""
+    return _burn(plan, fuel)[0]
+
+
+def _burn(plan: Plan, fuel: int) -> tuple[Plan, int]:
+    nested = dict(plan.nested)
+    groups: list[Group] = []
+    for group in plan.groups:
+        for at in [at for at in nested if at[0] in group.eqns]:
+            nested[at], fuel = _burn(nested[at], fuel)
+        if group.target == "triton":
+            if fuel <= 0:
+                group = dataclasses.replace(
+                    group, target="xla", predicted_us=group.xla_us, reason="fuel: JEVT_FUEL is used up"
+                )
+            fuel -= 1
+        groups.append(group)
+    return dataclasses.replace(plan, groups=tuple(groups), nested=tuple(nested.items())), max(fuel, 0)
+
+
+def _trivial(parts: Sequence[Node]) -> str:
+    """Why a group is not worth a kernel on any device, "" if it might be."""
+    if all(part.kind in ("view", "source") for part in parts):
+        return "cost model: only views, no arithmetic"
+    if all(part.size <= 1 for part in parts):
+        return "cost model: scalars only"
+    return ""
+
+
+def _elsewhere(context: Context, predicted: float, xla: float) -> tuple[str, bool]:
+    """Why a kernel that could be built is not to be, and whether that is a fallback."""
+    if context.backend == "xla" or (context.backend == "auto" and context.platform == "cpu"):
+        return f"backend: {context.backend} on {context.platform} leaves all to XLA", False
+    if context.partitioned:
+        return "automatic partitioning over several devices", True
+    if context.backend == "auto" and predicted > xla:
+        return f"cost model: {predicted:.1f} µs as a kernel, {xla:.1f} µs as XLA fuses it", False
+    return "", False
+
+
+def body_context(context: Context, primitive: str, params: dict[str, object]) -> Context:
+    """The context of a body: inside a fully manual ``shard_map`` nothing is partitioned automatically."""
+    if primitive != "shard_map":
+        return context
+    mesh = getattr(params.get("mesh"), "axis_names", ())
+    manual = params.get("manual_axes", frozenset(mesh))
+    if isinstance(manual, (set, frozenset)) and manual.issuperset(mesh):
+        return dataclasses.replace(context, partitioned=False)
+    return context

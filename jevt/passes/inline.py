@@ -1,0 +1,199 @@
+"""Inlining: calls become the equations that they call.
+
+Purpose: one flat jaxpr, so that later passes and the partitioner see across calls.
+
+Invariant: equations keep their order, sources and settings (``eqn.ctx``); name scopes are prefixed as
+JAX's own lowering prefixes them. A body of control flow stays a body, inlined within itself.
+
+    before  { lambda ; a:f32[8]. let
+                b:f32[8] = jit[name=relu jaxpr={ lambda ; c:f32[8]. let
+                    d:f32[8] = custom_jvp_call[call_jaxpr={ lambda ; e:f32[8]. let
+                        f:f32[8] = max e 0.0:f32[] in (f,) } …] c in (d,) }] a
+              in (b,) }
+    after   { lambda ; a:f32[8]. let b:f32[8] = max a 0.0:f32[] in (b,) }
+
+``jax.checkpoint`` is inlined behind the same barrier with which JAX lowers it: the operands that
+``prevent_cse`` names pass through an ``optimization_barrier`` when the body is a recomputation in a
+backward pass, so that nothing computed from them is shared with the forward pass.
+
+Equations that only speak to transformations (``stop_gradient``, the ``name`` of ``checkpoint_name``) are
+their operands. Kept as calls: a ``jit`` with shardings, layouts or compiler options of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jax import lax
+from jax.extend.core import DropVar, Jaxpr, JaxprEqn, Primitive, Var, new_jaxpr_eqn, primitives as p
+
+from jevt import _jax_internals as internals
+from jevt._jaxpr import Atom
+from jevt.passes._rewrite import map_bodies, once, read, rebuild, substitute
+
+
+def _jit(eqn: JaxprEqn) -> Jaxpr | None:
+    return eqn.params["jaxpr"] if internals.is_plain_jit(eqn) else None
+
+
+def _parameter(name: str) -> Callable[[JaxprEqn], Jaxpr | None]:
+    return lambda eqn: eqn.params[name]
+
+
+# The jaxpr that an equation calls, None where it has to stay a call. By name for jevt's own primitive,
+# whose module imports the pipeline.
+_CALLS: Mapping[Primitive, Callable[[JaxprEqn], Jaxpr | None]] = {
+    p.jit_p: _jit,
+    p.closed_call_p: _parameter("call_jaxpr"),
+    p.custom_jvp_call_p: _parameter("call_jaxpr"),
+    p.custom_vjp_call_p: _parameter("call_jaxpr"),
+    internals.remat_p: _parameter("jaxpr"),
+    internals.custom_vmap_call_p: _parameter("call"),
+    internals.remat_opt_p: _parameter("fwd_jaxpr"),
+}
+
+
+# Nothing but their operand, once nothing is differentiated any more.
+_IDENTITIES = frozenset({p.stop_gradient_p, p.name_p})
+
+
+def run(jaxpr: Jaxpr) -> Jaxpr:
+    """Inlines the calls of ``jaxpr`` and of its bodies.
+
+    Constants of called jaxprs become constants of the result; those of calls inside bodies do not
+    leave them, such a call is kept.
+    """
+    body = once(lambda inner: _run(inner, None, body))
+    return _run(jaxpr, _Constants(), body)
+
+
+def splice(jaxpr: Jaxpr, operands: Sequence[Atom], scope: Any, eqns: list[JaxprEqn]) -> list[Atom]:
+    """Appends the equations of ``jaxpr``, a function of ``operands``, to ``eqns``; returns its results.
+
+    Args:
+      scope: name stack of the place.
+    """
+    env: dict[Var, Atom] = dict(zip(jaxpr.invars, operands, strict=True))
+    _inline(jaxpr, env, eqns, scope, None, lambda inner: _run(inner, None, lambda j: j))
+    return [read(env, a) for a in jaxpr.outvars]
+
+
+type _Body = Callable[[Jaxpr], Jaxpr]
+
+
+def _run(jaxpr: Jaxpr, constants: _Constants | None, body: _Body) -> Jaxpr:
+    env: dict[Var, Atom] = {}
+    eqns: list[JaxprEqn] = []
+    _inline(jaxpr, env, eqns, None, constants, body)
+    return rebuild(jaxpr, eqns, env, () if constants is None else constants.items())
+
+
+class _Constants:
+    """Variables for constants that are hoisted out of calls, one for each array."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, tuple[Var, Any]] = {}
+
+    def variable(self, var: Var, value: Any) -> Var:
+        return self._by_id.setdefault(id(value), (Var(var.aval), value))[0]
+
+    def items(self) -> Iterator[tuple[Var, Any]]:
+        return iter(self._by_id.values())
+
+
+def _inline(
+    jaxpr: Jaxpr,
+    env: dict[Var, Atom],
+    eqns: list[JaxprEqn],
+    prefix: Any,
+    constants: _Constants | None,
+    body: _Body,
+) -> None:
+    """Appends the equations of ``jaxpr`` to ``eqns``.
+
+    Args:
+      env: its inputs, and receives its variables. At the top (no ``prefix``) variables stay what they
+        are; a called jaxpr may be called again, so its variables are replaced by new ones.
+      prefix: name stack of the call, None at the top.
+      constants: where constants of called jaxprs go, None to keep calls that have any.
+      body: inlines a body.
+    """
+    for eqn in jaxpr.eqns:
+        called = _called(eqn)
+        if called is not None and (not called.consts or constants is not None):
+            scope = _scope(eqn, prefix)
+            operands = [read(env, a) for a in eqn.invars]
+            if eqn.primitive is internals.remat_p:
+                operands = _barrier(eqn, operands, scope, eqns)
+            inner: dict[Var, Atom] = dict(zip(called.invars, operands, strict=True))
+            for var, value in zip(called.constvars, called.consts, strict=True):
+                assert constants is not None
+                inner[var] = constants.variable(var, value)
+            _inline(called, inner, eqns, scope, constants, body)
+            env.update(zip(eqn.outvars, (read(inner, a) for a in called.outvars), strict=True))
+            continue
+        if eqn.primitive in _IDENTITIES and eqn.invars[0].aval == eqn.outvars[0].aval:
+            env[eqn.outvars[0]] = read(env, eqn.invars[0])
+            continue
+        new = substitute(env, map_bodies(eqn, body))
+        if prefix is not None:
+            outvars = [v if isinstance(v, DropVar) else Var(v.aval) for v in eqn.outvars]
+            env.update(zip(eqn.outvars, outvars, strict=True))
+            source = eqn.source_info
+            new = new.replace(
+                outvars=outvars, source_info=source.replace(name_stack=prefix + source.name_stack)
+            )
+        eqns.append(new)
+
+
+def _called(eqn: JaxprEqn) -> Jaxpr | None:
+    """The jaxpr to put in the equation's place."""
+    if eqn.primitive.name == "jevt_call":
+        called = eqn.params["call_jaxpr"]
+    else:
+        rule = _CALLS.get(eqn.primitive)
+        called = rule(eqn) if rule is not None else None
+    # An effect on a mutable array names the variable it acts on; renaming that is not worth it, as
+    # JAX turns these into values before it lowers.
+    return None if called is None or internals.touches_refs([eqn]) else called
+
+
+def _scope(eqn: JaxprEqn, prefix: Any) -> Any:
+    """Name stack of a call's equations, as JAX's lowering of the call gives it."""
+    stack = eqn.source_info.name_stack
+    if prefix is not None:
+        stack = prefix + stack
+    if eqn.primitive is p.jit_p:
+        return stack.extend(f"jit({eqn.params['name']})")
+    if eqn.primitive is internals.remat_p:
+        return stack.extend("checkpoint")
+    return stack
+
+
+def _barrier(
+    eqn: JaxprEqn, operands: Sequence[Atom], scope: Any, eqns: list[JaxprEqn]
+) -> list[Atom]:
+    """The operands of a ``checkpoint``, behind a barrier if it is a recomputation."""
+    prevent = eqn.params["prevent_cse"]
+    if isinstance(prevent, bool):
+        prevent = (prevent,) * len(operands)
+    guarded = [
+        i for i, a in enumerate(operands) if eqn.params["differentiated"] and prevent[i] and isinstance(a, Var)
+    ]
+    result = list(operands)
+    if guarded:
+        for i in guarded:
+            result[i] = Var(operands[i].aval)
+        eqns.append(
+            new_jaxpr_eqn(
+                [operands[i] for i in guarded],
+                [result[i] for i in guarded],
+                lax.optimization_barrier_p,
+                {},
+                set(),
+                eqn.source_info.replace(name_stack=scope),
+                eqn.ctx,
+            )
+        )
+    return result

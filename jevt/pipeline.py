@@ -1,0 +1,156 @@
+"""The pipeline: the flat, ordered, named list of stages, and one function that runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+
+from jax.extend.core import Jaxpr, check_jaxpr
+
+from jevt._config import Environment, Options
+from jevt._context import Backend, Context
+from jevt.lowering import emit
+from jevt.partition import Plan, device_model, fallbacks, partition
+from jevt.passes import cse, dce, expose_random_bits, fold_constants, inline
+from jevt.report import text
+from jevt.report.trace import Stage, Trace
+from jevt_kernels import launch
+
+type Pass = Callable[[Jaxpr], Jaxpr]
+
+# Every result evaluates anywhere with `jax.core.eval_jaxpr(jaxpr, jaxpr.consts, *args)`.
+GRAPH_PASSES: tuple[tuple[str, Pass], ...] = (
+    # Calls become the equations that they call, up to the barriers of `checkpoint`.
+    ("inline", inline.run),
+    # Random bits become arithmetic on positions.
+    ("random_bits", expose_random_bits.run),
+    # What no output needs goes.
+    ("dce", dce.run),
+    # What is computed twice is computed once.
+    ("cse", cse.run),
+    # What depends on no input becomes a literal.
+    ("fold_constants", fold_constants.run),
+    # What folding has left without a reader goes.
+    ("dce", dce.run),
+)
+
+
+class StrictError(RuntimeError):
+    """Under ``strict=True``: groups run through XLA although the cost model did not decide so."""
+
+
+def make_context(
+    options: Options, platforms: Sequence[str], donated: tuple[bool, ...], partitioned: bool
+) -> Context:
+    """What the stages may know of a program that is lowered for ``platforms``.
+
+    A program for several platforms at once is left to XLA, which has one text for all of them.
+    """
+    platform = platforms[0]
+    backend: Backend = options.backend if len(platforms) == 1 else "xla"
+    return Context(
+        platform=platform,
+        backend=backend,
+        strict=options.strict,
+        donated=donated,
+        device=device_model(platform),
+        partitioned=partitioned,
+        fuel=options.environment.fuel,
+        check=options.environment.check,
+    )
+
+
+# Weak in the jaxpr: a trace lives as long as the function that it was made for.
+_cache: weakref.WeakKeyDictionary[Jaxpr, dict[Context, Trace]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def compile(
+    jaxpr: Jaxpr, context: Context, name: str = "step", environment: Environment | None = None
+) -> Trace:
+    """Runs all stages.
+
+    Args:
+      jaxpr: the program as it was traced.
+      context: for whom it is compiled.
+      name: of the function, for reports.
+      environment: what to print and to write.
+
+    Raises:
+      StrictError: ``context.strict``, and a group fell back.
+    """
+    with _lock:
+        trace = _cache.get(jaxpr, {}).get(context)
+    if trace is None:
+        trace = _run(jaxpr, context, name)
+        with _lock:
+            _cache.setdefault(jaxpr, {})[context] = trace
+        text.publish(trace, environment or Environment())
+    if context.strict and trace.warnings:
+        raise StrictError(
+            f"jevt.jit(strict=True): {len(trace.warnings)} groups of {name} would run through XLA for other"
+            " reasons than the cost model's:\n"
+            + "".join(f"  - {line}\n" for line in trace.warnings)
+            + "Change the equations named above, or drop strict=True to run them through XLA."
+        )
+    return trace
+
+
+def _run(jaxpr: Jaxpr, context: Context, name: str) -> Trace:
+    # A copy, which shares the equations: a trace that held the cache's key would never be freed.
+    stages = [Stage("trace", 0.0, jaxpr.with_consts(jaxpr.consts))]
+    for stage_name, graph_pass in GRAPH_PASSES:
+        start = time.perf_counter()
+        result = graph_pass(stages[-1].jaxpr)
+        stages.append(Stage(stage_name, _since(start), result))
+        if context.check:
+            _check(result, stage_name)
+
+    # Constants of called functions are inputs to the planner, and constants again afterwards.
+    program = stages[-1].jaxpr
+    consts = program.consts
+    program = program.with_consts(())
+    context = dataclasses.replace(context, donated=(False,) * len(consts) + context.donated)
+
+    start = time.perf_counter()
+    plan = partition(program, context)
+    stages.append(Stage("partition", _since(start), program))
+
+    start = time.perf_counter()
+    lowered, plan = emit.lower(plan, context)
+    stages.append(Stage("lower", _since(start), lowered.with_consts(consts)))
+
+    return Trace(
+        name=name,
+        context=context,
+        stages=tuple(stages),
+        plan=plan,
+        sources=_sources(plan),
+        warnings=tuple(dict.fromkeys(f"{g.name}: {g.reason}" for g in fallbacks(plan))),
+    )
+
+
+def _sources(plan: Plan, prefix: str = "") -> dict[str, str]:
+    """Generated source by group; groups of bodies under the position of their equation."""
+    sources = {
+        prefix + group.name: launch.source_for(group.spec, None).text
+        for group in plan.groups
+        if group.target == "triton" and group.spec is not None
+    }
+    for (position, body), nested in plan.nested:
+        sources |= _sources(nested, f"{prefix}{position}.{body}/")
+    return sources
+
+
+def _since(start: float) -> float:
+    return (time.perf_counter() - start) * 1e3
+
+
+def _check(jaxpr: Jaxpr, stage: str) -> None:
+    try:
+        check_jaxpr(jaxpr)
+    except Exception as error:
+        raise AssertionError(f"JEVT_CHECK: pass {stage!r} made an ill-typed jaxpr: {error}") from error

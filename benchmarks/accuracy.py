@@ -67,6 +67,20 @@ def compare(gradients: Gradients, reference: Iterable[np.ndarray]) -> Error:
     return _summarise(squares)
 
 
+def describe(against_float32: Error | None, against_jax: Error | None) -> tuple[float | None, str]:
+    """The error against float32 for the row, None if not finite, and the rest for its note."""
+    parts = []
+    if against_jax is not None:
+        parts.append(f"against jax.jit {against_jax.total:.1e}")
+        if against_jax.worst > 10 * max(against_jax.total, 1e-2):
+            parts.append(f"worst {against_jax.worst:.1e} in {against_jax.where}")
+    if against_float32 is None:
+        return None, "; ".join(parts)
+    if against_float32.total == float("inf"):
+        return None, "; ".join([f"NOT FINITE: gradients in {against_float32.where}", *parts])
+    return against_float32.total, "; ".join(parts)
+
+
 def _summarise(squares: list[_Squares]) -> Error:
     norm = sum(s.norm for s in squares)
     mean_square = norm / max(sum(s.size for s in squares), 1)

@@ -16,7 +16,7 @@ from benchmarks.session import RESULTS, open_session, result_path
 from benchmarks.step_suite import StepSuite, profile_path
 
 # What a smoke run varies: small shapes, few steps, one worker per variant for all workloads.
-_SMOKE_PLAN = {"steps": 2, "blocks": 2, "time_limit_s": 120.0, "measure_warm": False}
+_SMOKE_PLAN = {"steps": 2, "blocks": 2, "measure_warm": False, "profile_steps": 0}
 _SMOKE_VARIANTS = "jax,jevt,floor"
 
 
@@ -54,6 +54,7 @@ def run_steps(arguments: Sequence[str]) -> int:
         with_ceilings=variants.FLOOR in names,
         with_torch=uses_torch,
         torch_python=args.torch_python,
+        torch_path=args.torch_path,
         commit=args.commit,
     ) as session:
         path = result_path(args.json, session.header.device)
@@ -89,7 +90,9 @@ def run_kernels(arguments: Sequence[str]) -> int:
         infos = [c for c in list_cases(options.size, suites) if args.cases in c.name]
     except ValueError as error:
         parser.error(str(error))
-    plan = _plan(args, options, block_s=0.05, blocks=args.blocks or 5, measure_warm=False)
+    # Many calls under the profiler: a call lasts microseconds, and the profile is the measurement.
+    profiled = 0 if args.smoke else 24
+    plan = _plan(args, options, block_s=0.05, measure_warm=False, profile_steps=profiled)
     with open_session(
         options.size, share=True, with_ceilings=True, with_torch=False, commit=args.commit
     ) as session:
@@ -129,6 +132,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--total-limit", type=float, help="seconds; nothing is started after them")
     parser.add_argument("--no-warm", action="store_true", help="do not measure warm starts")
     parser.add_argument("--torch-python", help="interpreter of the PyTorch variants")
+    parser.add_argument("--torch-path", help="PYTHONPATH of the PyTorch variants; may be empty")
     parser.add_argument("--commit", help="commit to record, where there is no git")
 
 

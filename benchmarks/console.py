@@ -30,7 +30,7 @@ STEP_COLUMNS: tuple[Column, ...] = (
     ("step ms", number("step_ms", ".2f")),
     ("quartiles", _quartiles),
     ("kernel ms", number("kernel_ms", ".2f")),
-    ("kernels", number("kernels", "d")),
+    ("kernels", number("kernels", ".0f")),
     ("peak GiB", number("peak_bytes", ".1f", 2**-30)),
     ("cold s", number("cold_start_s", ".1f")),
     ("warm s", number("warm_start_s", ".1f")),

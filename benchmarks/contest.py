@@ -62,17 +62,31 @@ class Contest:
         lanes: dict[str, list[Entry]] = {}
         for entry in entries:
             lanes.setdefault("" if self._plan.serial else entry.variant.lane, []).append(entry)
-        threads = [threading.Thread(target=self._load_lane, args=(x,)) for x in lanes.values()]
+        bugs: list[BaseException] = []
+
+        def load(lane: Sequence[Entry]) -> None:
+            try:
+                self._load_lane(lane)
+            except BaseException as bug:
+                bugs.append(bug)
+                raise
+
+        threads = [threading.Thread(target=load, args=(x,), daemon=True) for x in lanes.values()]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        if bugs:
+            raise RuntimeError("a lane of the benchmark itself failed") from bugs[0]
 
     def _load_lane(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
             self._load_one(entry)
             if entry.variant is FLOAT32 or entry.failed:
                 entry.release(self._pool)
+            if entry.variant is FLOAT32 and entry.failed:
+                for other in entries:
+                    other.remark(f"no float32 reference ({entry.note})")
 
     def _load_one(self, entry: Entry) -> None:
         label = f"{entry.job.name} {entry.variant.name}"

@@ -18,12 +18,25 @@ class Pool:
       share: whether one worker serves all jobs of a variant. Quick, but memory peaks then mix
         and one job's death is the next one's; for smoke runs and for the kernel suites.
       torch_python: the interpreter of the PyTorch variants; None for this one.
+      torch_path: ``PYTHONPATH`` of the PyTorch variants, which pin their own Triton; None for
+        this process's.
+      xla_flags: added to ``XLA_FLAGS``.
     """
 
-    def __init__(self, scratch: Path, *, share: bool, torch_python: str | None = None) -> None:
+    def __init__(
+        self,
+        scratch: Path,
+        *,
+        share: bool,
+        torch_python: str | None = None,
+        torch_path: str | None = None,
+        xla_flags: str = "",
+    ) -> None:
         self.scratch = scratch
         self.share = share
+        self._xla_flags = xla_flags
         self._torch_python = torch_python
+        self._torch_path = torch_path
         self._ready: dict[str, list[WorkerProcess]] = {}
         self._all: list[WorkerProcess] = []
 
@@ -56,17 +69,23 @@ class Pool:
     def _start(self, variant: Variant) -> WorkerProcess:
         folder = self.scratch / f"{len(self._all):03d}-{variant.name}"
         folder.mkdir(parents=True)
-        python = self._torch_python if variant.lane == "torch" else None
-        environment = _environment(variant, folder)
+        environment = _environment(variant, folder, self._xla_flags)
+        python = None
+        if variant.lane == "torch":
+            python = self._torch_python
+            if self._torch_path is not None:
+                environment["PYTHONPATH"] = self._torch_path
         worker = WorkerProcess(variant.runner, environment, folder / "log.txt", python)
         self._all.append(worker)
         return worker
 
 
-def _environment(variant: Variant, folder: Path) -> dict[str, str]:
+def _environment(variant: Variant, folder: Path, xla_flags: str) -> dict[str, str]:
     """This process's environment, with caches of the worker's own and memory taken as needed."""
     cache = str(folder / "cache")
-    merged = {
+    own = variant.environment
+    flags = (os.environ.get("XLA_FLAGS"), xla_flags, own.get("XLA_FLAGS"))
+    return {
         **os.environ,
         "PYTHONUNBUFFERED": "1",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -74,11 +93,9 @@ def _environment(variant: Variant, folder: Path) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": f"{cache}/jax",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "JEVT_CACHE_DIR": f"{cache}/jevt",
+        "XDG_CACHE_HOME": cache,
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
         "TRITON_CACHE_DIR": f"{cache}/triton",
-        **variant.environment,
+        **own,
+        "XLA_FLAGS": " ".join(filter(None, flags)),
     }
-    if "XLA_FLAGS" in variant.environment and "XLA_FLAGS" in os.environ:
-        merged["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} {variant.environment['XLA_FLAGS']}"
-    return merged

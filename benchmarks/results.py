@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ class ResultFile:
         self._header = header
         self._key = key
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._lock = threading.Lock()
         if merge and path.exists():
             old = json.loads(path.read_text())
             if header.comparable(old):
@@ -105,11 +107,12 @@ class ResultFile:
         return list(self._rows.values())
 
     def put(self, *rows: Row | KernelRow | dict[str, Any]) -> None:
-        """Adds or replaces rows and writes the file."""
-        for row in rows:
-            fields = row if isinstance(row, dict) else dataclasses.asdict(row)
-            self._rows[self._key_of(fields)] = {k: _rounded(v) for k, v in fields.items()}
-        self._write()
+        """Adds or replaces rows and writes the file; safe to call from several threads."""
+        with self._lock:
+            for row in rows:
+                fields = row if isinstance(row, dict) else dataclasses.asdict(row)
+                self._rows[self._key_of(fields)] = {k: _rounded(v) for k, v in fields.items()}
+            self._write()
 
     def _key_of(self, row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[k] for k in self._key)

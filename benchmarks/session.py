@@ -23,6 +23,9 @@ from benchmarks.variants import VARIANTS, Variant
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
+# Smoke runs compile on a CPU and their times mean nothing: let LLVM be quick.
+_SMOKE_XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 # Starting a framework and measuring the ceilings; generous, since nothing runs beside it.
 _START_LIMIT_S = 180.0
 
@@ -44,19 +47,24 @@ def open_session(
     with_ceilings: bool,
     with_torch: bool,
     torch_python: str | None = None,
+    torch_path: str | None = None,
     commit: str | None = None,
 ) -> Iterator[Session]:
     """Starts a session and ends all its workers afterwards, whatever happens."""
     scratch = Path(tempfile.mkdtemp(prefix="benchmarks-"))
-    pool = Pool(scratch, share=share, torch_python=torch_python)
+    flags = _SMOKE_XLA_FLAGS if size == "smoke" else ""
+    pool = Pool(
+        scratch, share=share, torch_python=torch_python, torch_path=torch_path, xla_flags=flags
+    )
     signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         torch = [VARIANTS["torch"]] if with_torch else []
         pool.prestart(torch)
         hello, ceilings = _ask_device(pool, size, with_ceilings=with_ceilings)
         versions = dict(hello.versions)
+        apart = torch_python is not None or torch_path is not None
         for variant in torch:
-            versions |= _torch_versions(pool, variant, python_differs=torch_python is not None)
+            versions |= _torch_versions(pool, variant, elsewhere=apart)
         header = Header(hello.device, versions, commit or machine.commit(), machine.now())
         yield Session(pool, header, ceilings)
     finally:
@@ -84,7 +92,7 @@ def _ask_device(pool: Pool, size: Size, *, with_ceilings: bool) -> tuple[Hello, 
     return hello, ceilings
 
 
-def _torch_versions(pool: Pool, variant: Variant, *, python_differs: bool) -> dict[str, str]:
+def _torch_versions(pool: Pool, variant: Variant, *, elsewhere: bool) -> dict[str, str]:
     """Versions seen by the PyTorch workers; none if PyTorch is missing (each row will say so)."""
     worker = pool.take(variant)
     try:
@@ -93,7 +101,7 @@ def _torch_versions(pool: Pool, variant: Variant, *, python_differs: bool) -> di
         return {}
     finally:
         pool.give_back(worker)
-    return {f"torch-env {k}": v for k, v in versions.items()} if python_differs else versions
+    return {f"torch-env {k}": v for k, v in versions.items()} if elsewhere else versions
 
 
 def _exit_on_signal(signum: int, frame: object) -> NoReturn:

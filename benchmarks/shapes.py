@@ -91,11 +91,11 @@ class GcnShape:
 
 BERT: Mapping[Size, BertShape] = {
     "full": BertShape(32, 512, 1024, 24, 16, 4096, 30528),
-    "smoke": BertShape(2, 32, 64, 2, 4, 128, 256),
+    "smoke": BertShape(2, 32, 64, 1, 4, 128, 256),
 }
 VIT: Mapping[Size, VitShape] = {
     "full": VitShape(128, 224, 14, 768, 12, 12, 3072, 1000),
-    "smoke": VitShape(2, 28, 7, 64, 2, 4, 128, 16),
+    "smoke": VitShape(2, 28, 7, 64, 1, 4, 128, 16),
 }
 RESNET: Mapping[Size, ResnetShape] = {
     "full": ResnetShape(128, 224, 4, 64, (3, 4, 6, 3), 1000),

@@ -149,12 +149,14 @@ def _jit(fun: Callable[..., Any], options: _config.Options, jit_options: JitOpti
 
     @functools.wraps(fun, updated=())
     def step(*args: Any, **kwargs: Any) -> Any:
-        if jax.config.jax_disable_jit:
+        if jax.config.jax_disable_jit or _is_nan_hunt(args, kwargs):
             return fun(*args, **kwargs)
         traced = tracing.trace(fun, args, kwargs, tracing_options)
         donated = [v for v, d in zip(traced.jaxpr.invars, traced.donated, strict=True) if d]
         recorder = _call.Recorder(owner, frozenset(donated))
-        outputs = _call.bind(traced.jaxpr, traced.operands, recorder)
+        outputs = _call.jevt_call_p.bind(
+            *traced.operands, call_jaxpr=traced.jaxpr, recorder=recorder
+        )
         return jax.tree.unflatten(traced.out_tree, outputs)
 
     step.__name__ = owner.name
@@ -166,6 +168,13 @@ def _jit(fun: Callable[..., Any], options: _config.Options, jit_options: JitOpti
     jitted.explain = explain
     jitted._jevt_owner = owner
     return jitted
+
+
+def _is_nan_hunt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether ``jax.jit`` runs the function operation by operation, to find where a NaN comes from."""
+    if not (jax.config.jax_debug_nans or jax.config.jax_debug_infs):
+        return False
+    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
 
 
 def _explain(traced: jax.stages.Traced) -> Trace:

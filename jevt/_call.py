@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jax.extend.core import Jaxpr, Primitive, Var, register_call_primitive_rules
 from jax.interpreters import mlir
 
+from jevt import _jax_internals as internals
 from jevt import pipeline
 from jevt._config import Options
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # has its forward and its backward pass compiled by jevt.
 jevt_call_p: Primitive = Primitive("jevt_call")
 register_call_primitive_rules(jevt_call_p)
+internals.check_as_a_call(jevt_call_p)
 
 
 class JevtWarning(UserWarning):
@@ -68,27 +69,13 @@ class Recorder:
         self.trace = self.owner.last = trace
 
 
-def bind(jaxpr: Jaxpr, operands: Sequence[Any], recorder: Recorder) -> list[Any]:
-    """Stages the call of ``jaxpr``, except for outputs that are inputs, which need no call.
-
-    ``jax.jit`` forwards such buffers without a copy, if it can see them.
-    """
-    position = {v: i for i, v in enumerate(jaxpr.invars)}
-    forwarded = [position.get(v) if isinstance(v, Var) else None for v in jaxpr.outvars]
-    if any(f is not None for f in forwarded):
-        kept = [v for v, f in zip(jaxpr.outvars, forwarded, strict=True) if f is None]
-        jaxpr = jaxpr.replace(outvars=kept)
-    computed = iter(jevt_call_p.bind(*operands, call_jaxpr=jaxpr, recorder=recorder))
-    return [next(computed) if f is None else operands[f] for f in forwarded]
-
-
 def _lower(ctx: Any, *args: Any, call_jaxpr: Jaxpr, recorder: Recorder) -> Any:
     trace = _compile(ctx, call_jaxpr, recorder)
     if trace is not None:
         recorder.record(trace)
     jaxpr = call_jaxpr if trace is None else trace.lowered
     consts = [
-        mlir.ir_constants(c, const_lowering=ctx.const_lowering, aval=v.aval)
+        mlir.ir_constant(c, const_lowering=ctx.const_lowering, aval=v.aval)
         for c, v in zip(jaxpr.consts, jaxpr.constvars, strict=True)
     ]
     # In place rather than as a function, so that profiles show the scopes of the user's program.

@@ -9,11 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from jax._src import ad_checkpoint, custom_batching, custom_derivatives, named_sharding, shard_map
+from jax._src import (
+    ad_checkpoint,
+    checkify,
+    custom_batching,
+    custom_derivatives,
+    named_sharding,
+    shard_map,
+)
 from jax._src import effects as _effects
 from jax._src.api import Inline
 from jax._src.random import prng
-from jax.extend.core import Jaxpr, JaxprEqn, Primitive
+from jax.extend.core import Jaxpr, JaxprEqn, Primitive, primitives
 from jax.extend.random import threefry_prng_impl
 
 remat_p: Primitive = ad_checkpoint.remat_p
@@ -26,6 +33,15 @@ iota_2x32_shape_p: Primitive = prng.iota_2x32_shape_p
 
 # What a nested ``jax.jit`` must not say if its equations are to run as part of their caller.
 _KEPT_BY_XLA = (Inline.XLA_EARLY, Inline.XLA_LATE)
+
+
+def check_as_a_call(primitive: Primitive) -> None:
+    """Makes ``checkify`` treat a primitive with a ``call_jaxpr`` as JAX's own call."""
+
+    def rule(*args: Any, call_jaxpr: Jaxpr, **_: Any) -> Any:
+        return checkify.error_checks[primitives.closed_call_p](*args, call_jaxpr=call_jaxpr)
+
+    checkify.error_checks[primitive] = rule
 
 
 def captured(traced: Any) -> list[Any]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
+from jax.core import ShapedArray
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from jevt_kernels import compat
 
 type Atom = Var | Literal
+
+
+def aval(atom: Atom) -> ShapedArray:
+    """The type of an atom that is known to be an array."""
+    return cast(ShapedArray, atom.aval)
 
 
 def subjaxprs(eqn: JaxprEqn) -> Iterator[tuple[str, int, Jaxpr]]:

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jevt_kernels import compat, launch
+from jevt_kernels import compat, launch, partials
 from jevt_kernels.spec import Config, KernelSpec, Source, TensorType
 
 # jax-triton passes buffers of this alignment and tells Triton so; the code depends on it.
@@ -67,7 +67,7 @@ def compile(  # noqa: A001
     compat.check_compute_capability(arch)
     if source is None:
         source = launch.source_for(spec, config)
-    return _compile(source, launch.parameters(spec), arch)
+    return _compile(source, launch.parameters(partials.written(spec, source)), arch)
 
 
 @functools.lru_cache(maxsize=256)

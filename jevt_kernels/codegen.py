@@ -18,7 +18,7 @@ import numpy as np
 from jevt_kernels import visitor
 from jevt_kernels.index_map import IndexMap, TileAxis
 from jevt_kernels.ops import OPS, TRITON_TYPES, Arg, compute_dtype, is_float, triton_type
-from jevt_kernels.spec import Config, KernelSpec, Source, UnsupportedKernel
+from jevt_kernels.spec import Config, KernelSpec, Partial, Source, UnsupportedKernel
 
 _HEADER = """\
 import triton
@@ -61,13 +61,13 @@ def generate(spec: KernelSpec, config: Config | None = None) -> Source:
     config = config or mainloop.configs(spec)[0]
     printer = Printer(spec, config)
     grid = mainloop.emit(printer)
-    return Source(printer.text(), spec.name, grid, config)
+    return Source(printer.text(), spec.name, grid, config, tuple(printer.partials))
 
 
 class Printer:
     """Prints one kernel; a mainloop drives it."""
 
-    def __init__(self, spec: KernelSpec, config: Config):
+    def __init__(self, spec: KernelSpec, config: Config) -> None:
         self.spec = spec
         self.config = config
         self.dependencies = visitor.dependencies(spec.tree, spec.space)
@@ -76,7 +76,7 @@ class Printer:
         self._lines: list[str] = []
         self._indent = 1
         self._scopes: list[dict[object, str]] = [{}]
-        self._counter = 0
+        self.partials: list[Partial] = []
 
     # Text
 
@@ -130,11 +130,12 @@ class Printer:
         return "[" + ", ".join(":" if p == position else "None" for p in range(self.rank)) + "]"
 
     def tile_index(self, name: str, start: str) -> None:
-        """Prints the linear index and the mask of one tile axis, whose blocks start at
-        ``start``."""
+        """Prints the linear index and the mask of a tile axis, whose blocks start at ``start``."""
         position = [t.name for t in self.spec.space.tile].index(name)
         tile_axis = self.spec.space.tile[position]
         arange = f"tl.arange(0, BLOCK_{name.upper()}){self.slot(position)}"
+        if self.wide and "pid" not in start:  # program_id() is wide already
+            arange += ".to(tl.int64)"
         self.line(f"{name} = {start} + {arange}" if start else f"{name} = {arange}")
         if self.masked(tile_axis):
             extent = self.spec.space.extent(tile_axis)
@@ -185,8 +186,7 @@ class Printer:
         return isinstance(self.spec.tree[position], visitor.Constant)
 
     def value(self, position: int) -> str:
-        """The name that holds a node's value; prints it, and what it needs, if it is not yet
-        there."""
+        """The name that holds a node's value; prints it with what it needs if not yet there."""
         key = ("value", position)
         for scope in self._scopes:
             if key in scope:
@@ -210,11 +210,11 @@ class Printer:
             case visitor.Load():
                 return self._load(node, self.dependencies[position])
             case visitor.Constant():
-                return f"tl.full({self._unit_shape()}, {literal(node.value, node.dtype)}, {triton_type(node.dtype)})"
+                return self._full(literal(node.value, node.dtype), node.dtype)
             case visitor.Iota():
                 address = self.address(node.index)
                 if not self.dependencies[position]:
-                    return f"tl.full({self._unit_shape()}, {address}, {triton_type(node.dtype)})"
+                    return self._full(address, node.dtype)
                 return f"({address}).to({triton_type(node.dtype)})"
             case visitor.Compute():
                 return self._compute(node)
@@ -226,6 +226,10 @@ class Printer:
                 raise UnsupportedKernel(f"mainloop {self.spec.mainloop!r} has no accumulator")
             case visitor.Store():
                 raise AssertionError("stores are roots, they have no value")
+
+    def _full(self, text: str, dtype: np.dtype) -> str:
+        """A number as a tile of one element."""
+        return f"tl.full({self._unit_shape()}, {text}, {triton_type(dtype)})"
 
     def _unit_shape(self) -> str:
         return (
@@ -248,7 +252,10 @@ class Printer:
             source = self.spec.tree[operand]
             dtype = self.node_dtype(operand)
             if isinstance(source, visitor.Constant):
-                bare = node.op == "integer_pow" or (op.literals and bool(varying))
+                numbers = op.literals is True or (op.literals == "float" and is_float(dtype))
+                # Triton makes a float of its own accord a float32.
+                numbers = numbers and dtype != np.dtype("float64")
+                bare = node.op == "integer_pow" or (numbers and bool(varying))
                 text = literal(source.value, source.dtype) if bare else self.value(operand)
                 args.append(Arg(text, dtype, source.value))
             else:
@@ -276,8 +283,7 @@ class Printer:
                 return node.dtype
 
     def store_all(self, positions: list[int]) -> None:
-        """Prints stores, after everything that they need: an output may share its buffer with an
-        input."""
+        """Prints stores, after all that they need: an output may share its buffer with an input."""
         for position in positions:
             self.value(visitor.operands(self.spec.tree[position])[0])
         for position in positions:

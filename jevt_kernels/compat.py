@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import core as _core
-from jax.extend.core import Jaxpr, JaxprEqn, Var
+from jax.extend.core import DebugInfo, Jaxpr, JaxprEqn, Var
 
 MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = 80
@@ -51,7 +51,7 @@ class UnsupportedDevice(RuntimeError):
 def make_jaxpr(invars: Sequence[Var], outvars: Sequence[Any], eqns: Sequence[JaxprEqn]) -> Jaxpr:
     """A jaxpr without constants, its effects joined from its equations."""
     effects = _core.join_effects(*(eqn.effects for eqn in eqns))
-    debug = _core.lu._missing_debug_info("jevt")
+    debug = DebugInfo("jevt", "group", ("",) * len(invars), ("",) * len(outvars))
     return Jaxpr([], list(invars), list(outvars), list(eqns), effects, debug_info=debug)
 
 

@@ -12,8 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def int_div(x, y):
-    """Truncating division; x / 0 is -1 (all bits set) and the smallest integer over -1 is
-    itself."""
+    """Truncating division; x / 0 is -1 (all bits set), the smallest integer over -1 is itself."""
     zero = y == 0
     # Dividing by -1 as a negation keeps the one overflowing case defined.
     minus_one = y == -1 if x.dtype.is_int_signed() else zero
@@ -21,7 +20,7 @@ def int_div(x, y):
     quotient = x // safe
     negated = 0 - x
     quotient = tl.where(minus_one & (zero == 0), negated, quotient)
-    return tl.where(zero, ~(quotient * 0), quotient)
+    return tl.where(zero, quotient * 0 - 1, quotient)
 
 
 @triton.jit
@@ -59,15 +58,15 @@ def shift_right(x, amount, bits: tl.constexpr):
 
 @triton.jit
 def shift_right_arithmetic(x, amount, bits: tl.constexpr):
-    """By the width or more gives the sign."""
+    """Arithmetic shift of a signed ``x``; by the width or more gives the sign."""
     inside = (amount >= 0) & (amount < bits)
-    return x >> tl.where(inside, amount, amount * 0 + (bits - 1))
+    return x >> tl.where(inside, amount, amount * 0 + (bits - 1)).to(x.dtype)
 
 
 @triton.jit
 def sign(x):
     """-1, 0 or 1; of a float, NaN and signed zeros pass through."""
-    one = x * 0 + 1
+    one = tl.full(x.shape, 1, x.dtype)
     return tl.where(x > 0, one, tl.where(x < 0, 0 - one, x))
 
 
@@ -75,7 +74,7 @@ def sign(x):
 def integer_pow(x, exponent: tl.constexpr):
     """``x ** exponent`` by repeated squaring."""
     magnitude: tl.constexpr = exponent if exponent >= 0 else -exponent
-    result = x * 0 + 1
+    result = tl.full(x.shape, 1, x.dtype)
     square = x
     for bit in tl.static_range(0, 32):
         if (magnitude >> bit) & 1:
@@ -127,8 +126,7 @@ def _threefry_rounds(
 
 @triton.jit
 def threefry2x32(k0, k1, x0, x1):
-    """Threefry-2x32 with 20 rounds (Salmon et al., 2011), bit for bit ``jax.random``'s
-    generator."""
+    """Threefry-2x32 with 20 rounds (Salmon et al., 2011), bit for bit as ``jax.random``."""
     k2 = k0 ^ k1 ^ 0x1BD11BDA
     x0 = x0 + k0
     x1 = x1 + k1

@@ -34,7 +34,8 @@ class Space:
         covered = sorted(axis for tile_axis in self.tile for axis in tile_axis.axes)
         if covered != list(range(len(self.sizes))):
             raise ValueError(
-                f"expected the tile axes to cover axes 0..{len(self.sizes) - 1} once each, got {self.tile}"
+                f"expected the tile axes to cover axes 0..{len(self.sizes) - 1} once each, "
+                f"got {self.tile}"
             )
 
     def extent(self, tile_axis: TileAxis) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jevt_kernels import compat, launch
+from jevt_kernels import compat, launch, partials
 from jevt_kernels.spec import Config, KernelSpec, Source, TensorType
 
 # Host TMA descriptors need this alignment, and jax-triton's buffers have it.
@@ -150,7 +150,7 @@ def run(
     inputs = dict(enumerate(buffers))
     aliased = {output: inputs[position] for position, output in spec.aliases}
     results = []
-    for position, output in enumerate(spec.outputs):
+    for position, output in enumerate(partials.written(spec, source).outputs):
         if position not in aliased:
             buffers.append(_aligned(output))
         results.append(aliased.get(position, buffers[-1]))
@@ -158,7 +158,7 @@ def run(
     # A GPU's arithmetic does not warn; masked lanes compute with whatever is there.
     with _LOCK, np.errstate(all="ignore"):
         kernel[(source.grid,)](*map(_Argument, buffers))
-    return tuple(results)
+    return partials.combine(spec, source, results)
 
 
 def call(

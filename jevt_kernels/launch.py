@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jevt_kernels import compat
+from jevt_kernels import compat, partials
 from jevt_kernels.compat import UnsupportedDevice
 from jevt_kernels.spec import Config, KernelSpec, Source, TensorType, UnsupportedKernel
 from jevt_kernels.visitor import Compute, Reduce
@@ -166,7 +166,8 @@ def call(
     if source is None:
         source = source_for(spec, config)
     check_grid(spec, source)
-    for operand in parameters(spec):
+    kernel_spec = partials.written(spec, source)
+    for operand in parameters(kernel_spec):
         triton_name(operand.dtype)
     if compute_capability is None:
         compute_capability = compat.local_compute_capability()
@@ -187,7 +188,7 @@ def call(
         results = jax_triton.triton_call(
             *operands,
             kernel=load(source),
-            out_type=tuple(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in spec.outputs),
+            out_type=tuple(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in kernel_spec.outputs),
             grid=(source.grid,),
             name=spec.name if name is None else name,
             num_warps=source.config.num_warps,
@@ -197,7 +198,7 @@ def call(
             input_output_aliases=dict(spec.aliases),
             cost_estimate=cost_estimate(spec),
         )
-    return tuple(results)
+    return partials.combine(spec, source, results)
 
 
 def cost_estimate(spec: KernelSpec) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ TRITON_TYPES: dict[np.dtype, str] = {
 
 
 def is_float(dtype: np.dtype) -> bool:
+    """Whether ``dtype`` is a floating-point type, bfloat16 included."""
     return dtype == BFLOAT16 or dtype.kind == "f"
 
 
@@ -77,15 +78,21 @@ class Op:
       reference: the same function on JAX arrays of compute types; ``dtype`` is passed by keyword
         where ``needs_dtype`` says so.
       literals: whether constant operands may be printed as bare numbers, which Triton then gives
-        the type of the other operand.
+        the type of the other operand; "float" where integers are operands of a Triton function.
       results: number of results.
     """
 
     emit: Emit
     reference: Callable[..., Any]
-    literals: bool = False
+    literals: bool | Literal["float"] = False
     needs_dtype: bool = False
     results: int = 1
+
+
+def _is_finite(args: tuple[Arg, ...], dtype: np.dtype) -> str:
+    """Whether the value is finite as stored: a float16 that overflows is not."""
+    bound = {np.dtype("float16"): "65520.0", BFLOAT16: repr((2 - 2.0**-8) * 2.0**127)}
+    return f"tl.abs({args[0].text}) < {bound.get(args[0].dtype, "float('inf')")}"
 
 
 def _infix(symbol: str) -> Emit:
@@ -106,7 +113,7 @@ def _extremum(function: str) -> Emit:
         if is_float(dtype):
             return f"tl.{function}({x}, {y}, propagate_nan=tl.PropagateNan.ALL)"
         if dtype == np.dtype(bool):
-            return f"{x} {'|' if function == 'maximum' else '&'} {y}"
+            return f"({x} {'|' if function == 'maximum' else '&'} {y})"
         return f"tl.{function}({x}, {y})"
 
     return emit
@@ -173,28 +180,31 @@ def _integer_pow(args: tuple[Arg, ...], dtype: np.dtype) -> str:
     return f"dm.integer_pow({x}, {exponent})"
 
 
-def _shift(function: str) -> Emit:
+def _shift_left(args: tuple[Arg, ...], dtype: np.dtype) -> str:
+    return f"dm.shift_left({args[0].text}, {args[1].text}, {dtype.itemsize * 8})"
+
+
+def _shift_right(function: str, kind: Literal["int", "uint"]) -> Emit:
+    """The bits decide, not the operand's type: they are read as a number of the given kind."""
+
     def emit(args: tuple[Arg, ...], dtype: np.dtype) -> str:
         x, amount = args
         bits = dtype.itemsize * 8
-        return f"dm.{function}({x.text}, {amount.text}, {bits})"
+        own, needed = triton_type(dtype), f"tl.{kind}{bits}"
+        if own == needed:
+            return f"dm.{function}({x.text}, {amount.text}, {bits})"
+        operand = f"{x.text}.to({needed}, bitcast=True)"
+        return f"dm.{function}({operand}, {amount.text}, {bits}).to({own}, bitcast=True)"
 
     return emit
 
 
-def _shift_right_logical(args: tuple[Arg, ...], dtype: np.dtype) -> str:
-    bits = dtype.itemsize * 8
-    unsigned = f"tl.uint{bits}"
-    if dtype.kind == "u":
-        return f"dm.shift_right({args[0].text}, {args[1].text}, {bits})"
-    return (
-        f"dm.shift_right({args[0].text}.to({unsigned}, bitcast=True), {args[1].text}, {bits})"
-        f".to({triton_type(dtype)}, bitcast=True)"
-    )
-
-
 def _not(args: tuple[Arg, ...], dtype: np.dtype) -> str:
-    return f"{args[0].text} == 0" if dtype == np.dtype(bool) else f"~{args[0].text}"
+    if dtype == np.dtype(bool):
+        return f"{args[0].text} == 0"
+    if dtype.kind == "u":  # Triton's interpreter has no complement of unsigned numbers
+        return f"{args[0].text} ^ {np.iinfo(dtype).max}"
+    return f"~{args[0].text}"
 
 
 def _sign(args: tuple[Arg, ...], dtype: np.dtype) -> str:
@@ -259,7 +269,7 @@ OPS: dict[str, Op] = {
     "copy": _row(lambda args, dtype: args[0].text, lambda x: x),
     "cos": _row(_call("tl.cos"), lax.cos),
     "cosh": _row(_float_call("cosh"), lax.cosh),
-    "div": _row(_div, lax.div, literals=True),
+    "div": _row(_div, lax.div, literals="float"),
     "eq": _row(_infix("=="), lax.eq, literals=True),
     "erf": _row(_call("tl.erf"), lax.erf),
     "erf_inv": _row(_float_call("erfinv"), lax.erf_inv),
@@ -271,7 +281,7 @@ OPS: dict[str, Op] = {
     "ge": _row(_infix(">="), lax.ge, literals=True),
     "gt": _row(_infix(">"), lax.gt, literals=True),
     "integer_pow": _row(_integer_pow, lambda x, y: lax.integer_pow(x, int(y.flat[0]))),
-    "is_finite": _row(lambda args, dtype: f"tl.abs({args[0].text}) < float('inf')", lax.is_finite),
+    "is_finite": _row(_is_finite, lax.is_finite),
     "le": _row(_infix("<="), lax.le, literals=True),
     "lgamma": _row(_float_call("lgamma"), lax.lgamma),
     "log": _row(_call("tl.log"), lax.log),
@@ -310,9 +320,11 @@ OPS: dict[str, Op] = {
     ),
     "rsqrt": _row(lambda args, dtype: f"tl.rsqrt({args[0].text})", lax.rsqrt),
     "select_n": _row(_select, lax.select_n),
-    "shift_left": _row(_shift("shift_left"), lax.shift_left),
-    "shift_right_arithmetic": _row(_shift("shift_right_arithmetic"), lax.shift_right_arithmetic),
-    "shift_right_logical": _row(_shift_right_logical, lax.shift_right_logical),
+    "shift_left": _row(_shift_left, lax.shift_left),
+    "shift_right_arithmetic": _row(
+        _shift_right("shift_right_arithmetic", "int"), lax.shift_right_arithmetic
+    ),
+    "shift_right_logical": _row(_shift_right("shift_right", "uint"), lax.shift_right_logical),
     "sign": _row(_sign, lax.sign),
     "sin": _row(_call("tl.sin"), lax.sin),
     "sinh": _row(_float_call("sinh"), lax.sinh),
@@ -327,7 +339,11 @@ OPS: dict[str, Op] = {
 
 #: Operations whose Triton form exists for floating-point operands only.
 _FLOAT_ONLY = frozenset(
-    ["acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "cos", "cosh", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "is_finite", "lgamma", "log", "log1p", "log2", "logistic", "nextafter", "pow", "round_away", "round_even", "round_to_bfloat16", "rsqrt", "sin", "sinh", "sqrt", "tan", "tanh"]
+    """
+    acos acosh asin asinh atan atan2 atanh cbrt ceil cos cosh erf erf_inv erfc exp exp2 expm1
+    floor is_finite lgamma log log1p log2 logistic nextafter pow round_away round_even
+    round_to_bfloat16 rsqrt sin sinh sqrt tan tanh
+    """.split()  # noqa: SIM905
 )
 
 
@@ -340,6 +356,8 @@ def check(op: str, operands: tuple[np.dtype, ...], result: np.dtype, index: int 
         raise ValueError(f"{op} has {row.results} results, asked for result {index}")
     if op in _FLOAT_ONLY and not is_float(operands[0]):
         raise ValueError(f"{op} of {operands[0]} has no Triton form")
+    if op == "nextafter" and operands[0].itemsize < 4:
+        raise ValueError(f"{op} of {operands[0]} has no Triton form: it is computed in float32")
     unknown = [d for d in (*operands, result) if d not in TRITON_TYPES]
     if unknown:
         raise ValueError(f"{op} of {unknown[0]} has no Triton form")

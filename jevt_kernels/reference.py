@@ -1,8 +1,8 @@
-"""The reference of every kernel: the visitor tree evaluated with ``jax.numpy`` over the whole
-space."""
+"""The reference of every kernel: the tree evaluated with ``jax.numpy`` over the whole space."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jevt_kernels.index_map import IndexMap, Space
 from jevt_kernels.ops import OPS, compute_dtype
 from jevt_kernels.spec import KernelSpec
 
-_REDUCTIONS = {
+_REDUCTIONS: dict[str, Callable[..., jax.Array]] = {
     "sum": jnp.sum,
     "prod": jnp.prod,
     "max": jnp.max,
@@ -33,8 +33,8 @@ def reference(spec: KernelSpec, *arrays: Any) -> tuple[jax.Array, ...]:
       arrays: one array for each of ``spec.inputs``, of its shape and dtype.
 
     Returns:
-      One array for each of ``spec.outputs``. Sums of float16 and bfloat16 are float32, as in the
-      kernel.
+      One array for each of ``spec.outputs``. Sums of float16 and bfloat16 are
+      float32, as in the kernel.
     """
     types = [(tuple(a.shape), np.dtype(a.dtype)) for a in arrays]
     expected = [(t.shape, t.dtype) for t in spec.inputs]
@@ -105,7 +105,10 @@ def _broadcast_shape(target: tuple[int, ...], source: tuple[int, ...]) -> tuple[
 
 def _own_dtype(spec: KernelSpec, position: int) -> np.dtype:
     node = spec.tree[position]
-    return spec.inputs[node.input].dtype if isinstance(node, visitor.Load) else node.dtype  # type: ignore[union-attr]
+    if isinstance(node, visitor.Load):
+        return spec.inputs[node.input].dtype
+    assert not isinstance(node, visitor.Store)
+    return node.dtype
 
 
 def _compute(node: visitor.Compute, spec: KernelSpec, values: list[Any]) -> Any:
@@ -114,6 +117,8 @@ def _compute(node: visitor.Compute, spec: KernelSpec, values: list[Any]) -> Any:
     if node.op == "bitcast":
         stored = args[0].astype(_own_dtype(spec, node.operands[0]))
         return lax.bitcast_convert_type(stored, node.dtype).astype(compute_dtype(node.dtype))
+    if node.op == "is_finite":
+        return lax.is_finite(args[0].astype(_own_dtype(spec, node.operands[0])))
     if node.op == "integer_pow":
         exponent = spec.tree[node.operands[1]]
         assert isinstance(exponent, visitor.Constant)

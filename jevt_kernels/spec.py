@@ -77,6 +77,23 @@ class KernelSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class Partial:
+    """An output that a kernel leaves as one partial result a program; a second stage combines them.
+
+    Attributes:
+      output: position in ``KernelSpec.outputs``.
+      programs: number of partial results, the leading axis of the buffer.
+      op: "sum", "max", "min", "prod", "and" or "or".
+      dtype: of the partial results.
+    """
+
+    output: int
+    programs: int
+    op: str
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """A generated kernel.
 
@@ -86,12 +103,14 @@ class Source:
         then the outputs that alias no input (an aliased output is written through its input).
       grid: number of program instances.
       config: the configuration that the text was printed for.
+      partials: outputs that need a second stage (``jevt_kernels.partials``).
     """
 
     text: str
     entry: str
     grid: int
     config: Config
+    partials: tuple[Partial, ...] = ()
 
 
 class UnsupportedKernel(ValueError):

@@ -4,7 +4,7 @@ Grammar (static single assignment: an operand is the position of an earlier node
 
     tree := node*
     node := Accumulator(dtype)                    the mainloop's tile
-          | Load(input, index)                    full tile, row, column or scalar: the map says which
+          | Load(input, index)                    full, row, column or scalar: the map says which
           | Constant(value, dtype)
           | Iota(index, dtype)                    the value of an index map, as a number
           | Compute(op, operands, dtype, result)  an operation of ``jevt_kernels.ops``

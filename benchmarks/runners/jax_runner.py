@@ -54,6 +54,17 @@ class JaxRunner:
 
     def block(self, steps: int) -> float:
         start = time.perf_counter()
+        aux = self._run(steps)
+        seconds = time.perf_counter() - start
+        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(aux)):
+            raise FloatingPointError(f"{self.job.name}: the loss is not finite after timed steps")
+        return seconds
+
+    def profile(self, steps: int) -> Profile:
+        return profile_steps(lambda: self._run(steps), steps)
+
+    def _run(self, steps: int) -> Tree:
+        """Dispatches the steps, waits for the last, returns its loss or output."""
         for _ in range(steps):
             batch = self.batches[self.turn % len(self.batches)]
             self.turn += 1
@@ -61,12 +72,7 @@ class JaxRunner:
             if self.workload.carries_state:
                 self.state = after
         jax.block_until_ready((after, aux))
-        seconds = time.perf_counter() - start
-        self._require_finite(aux)
-        return seconds
-
-    def profile(self, steps: int) -> Profile:
-        return profile_steps(lambda: self.block(steps) and None, steps)
+        return aux
 
     def _lift(self, tree: Tree) -> Tree:
         """Float32 copies for the reference run: the same values as the other runs'."""
@@ -77,7 +83,7 @@ class JaxRunner:
         before = self._lift(w.init(SEED))
         if self.job.kind == "case":
             reference = (np.asarray(x) for x in jax.tree.leaves(_case_reference(self.job)))
-            return describe(accuracy.compare(w.gradients(before, after), reference), None)
+            return accuracy.describe(accuracy.compare(w.gradients(before, after), reference), None)
         if self.job.references is None:
             return None, ""
         folder = Path(self.job.references)
@@ -88,7 +94,7 @@ class JaxRunner:
             reference = accuracy.references(folder / name)
             if reference is not None and self.job.variant not in ("float32", name):
                 errors[i] = accuracy.compare(w.gradients(before, after), reference)
-        return describe(*errors)
+        return accuracy.describe(*errors)
 
     def _warm_start(self) -> float:
         """Compiles again from the caches on disk, after JAX has forgotten everything."""
@@ -111,10 +117,6 @@ class JaxRunner:
         held = {id(x): x.nbytes for b in self.batches for x in jax.tree.leaves(b)}
         used = {id(x): x.nbytes for x in jax.tree.leaves(self.batches[0])}
         return stats["peak_bytes_in_use"] - sum(held.values()) + sum(used.values())
-
-    def _require_finite(self, aux: Tree) -> None:
-        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(aux)):
-            raise FloatingPointError(f"{self.job.name}: the loss is not finite after timed steps")
 
 
 def _workload(job: Job) -> Workload:
@@ -166,19 +168,3 @@ def _case_reference(job: Job) -> Tree:
     case = find_case(job.name, job.options.size)
     with jax.default_matmul_precision("highest"):
         return jax.jit(case.fun)(*cast_floats(case.args(SEED), jnp.float32))
-
-
-def describe(
-    against_float32: accuracy.Error | None, against_jax: accuracy.Error | None
-) -> tuple[float | None, str]:
-    """The error for the row, and the rest for its note."""
-    parts = []
-    if against_jax is not None:
-        parts.append(f"against jax.jit {against_jax.total:.1e}")
-        if against_jax.worst > 10 * max(against_jax.total, 1e-2):
-            parts.append(f"worst {against_jax.worst:.1e} in {against_jax.where}")
-    if against_float32 is None:
-        return None, "; ".join(parts)
-    if against_float32.total == float("inf"):
-        return None, "; ".join([f"NOT FINITE: gradients in {against_float32.where}", *parts])
-    return against_float32.total, "; ".join(parts)

@@ -7,6 +7,7 @@ from collections.abc import Set
 from jax.extend.core import Jaxpr, Var
 
 from jevt_kernels import visitor
+from jevt_kernels.index_map import IndexMap, Space
 from jevt_kernels.spec import KernelSpec
 
 
@@ -15,8 +16,9 @@ def donated_aliases(spec: KernelSpec, jaxpr: Jaxpr, free: Set[Var]) -> tuple[tup
 
     An input qualifies when it is in ``free`` (donated, and nothing reads it later) and the kernel
     reads it only where the very same program instance and point writes the output: equal index
-    maps. Without the alias XLA would have to give the output a buffer of its own and copy it over
-    the donated one.
+    maps, along every tile axis. (A value of a row alone is read by several warps, one of which
+    could read after another has written.) Without the alias XLA would have to give the output a
+    buffer of its own and copy it over the donated one.
     """
     free_inputs = [i for i, var in enumerate(jaxpr.invars) if var in free]
     pairs: list[tuple[int, int]] = []
@@ -25,6 +27,8 @@ def donated_aliases(spec: KernelSpec, jaxpr: Jaxpr, free: Set[Var]) -> tuple[tup
         written = {
             n.index for n in spec.tree if isinstance(n, visitor.Store) and n.output == output
         }
+        if not all(_covers(index, spec.space) for index in written):
+            continue
         for candidate in free_inputs:
             read = {
                 n.index for n in spec.tree if isinstance(n, visitor.Load) and n.input == candidate
@@ -34,3 +38,7 @@ def donated_aliases(spec: KernelSpec, jaxpr: Jaxpr, free: Set[Var]) -> tuple[tup
                 taken.add(candidate)
                 break
     return tuple(pairs)
+
+
+def _covers(index: IndexMap, space: Space) -> bool:
+    return all(space.extent(t) == 1 or index.depends_on(t) for t in space.tile)

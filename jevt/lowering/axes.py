@@ -1,8 +1,7 @@
 """One iteration space for a group: logical axes of all its values, refined and identified.
 
 Every logical axis of every value is an ordered list of *factors* (outermost first). Equations
-relate
-factors: pointwise operands share them, a transpose permutes axes, a reshape regroups them, a
+relate factors: pointwise operands share them, a transpose permutes axes, a reshape regroups them, a
 broadcast adds some. Relating two lists of factors whose sizes do not match splits the larger one
 (1024 against 64 becomes 16 and 64 everywhere), so that in the end the group has a set of *atoms*,
 the axes of its space.
@@ -22,12 +21,11 @@ from jevt_kernels.index_map import row_major
 
 
 class Factor:
-    """A part of a logical axis: of size ``size``, either identified with another factor or split in
-    two."""
+    """A part of a logical axis, possibly identified with another factor or split in two."""
 
     __slots__ = ("inner", "outer", "same", "size")
 
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
         self.size = size
         self.same: Factor | None = None
         self.outer: Factor | None = None
@@ -94,6 +92,7 @@ def unify(left: Sequence[Factor], right: Sequence[Factor], what: str) -> None:
 
 
 def flat(axes: Axes) -> list[Factor]:
+    """The factors of all axes in row-major order."""
     return [factor for axis in axes for factor in axis]
 
 
@@ -103,8 +102,8 @@ class View:
 
     Attributes:
       input: position among the group's inputs.
-      axes: for each logical axis its (size, stride) parts, outermost first; size-1 parts are left
-      out.
+      axes: for each logical axis its (size, stride) parts, outermost first; parts of size 1 are
+        left out.
       offset: address of the first element.
     """
 
@@ -229,8 +228,13 @@ class Address:
             step = stride
             for atom in reversed(factor.atoms()):
                 if atom in result:
-                    raise NotFusible( "two axes of one array would share an axis of the iteration
-                        space (a diagonal)" ) result[atom] = step step *= atom.size return result
+                    raise NotFusible(
+                        "two axes of one array would share an axis of the iteration space "
+                        "(a diagonal)"
+                    )
+                result[atom] = step
+                step *= atom.size
+        return result
 
 
 def leaf(view: View) -> tuple[Axes, Address]:

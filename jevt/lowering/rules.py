@@ -21,6 +21,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn, Primitive
 from jax.extend.core import primitives as p
 
+from jevt._jaxpr import aval
 from jevt.lowering.errors import NotFusible
 from jevt_kernels import ops
 
@@ -72,31 +73,24 @@ def _reduce_precision(eqn: JaxprEqn) -> Operation:
 
 
 def _bitcast(eqn: JaxprEqn) -> Operation:
-    source, target = _dtype(eqn.invars[0].aval), _dtype(eqn.outvars[0].aval)
+    source, target = _dtype(aval(eqn.invars[0])), _dtype(aval(eqn.outvars[0]))
     if source.itemsize != target.itemsize or np.dtype(bool) in (source, target):
         raise NotFusible(f"bitcast from {source} to {target} changes the shape")
     return Operation("bitcast")
 
 
-def _not_for_half(op: str) -> PointwiseRule:
-    def rule(eqn: JaxprEqn) -> Operation:
-        dtype = _dtype(eqn.invars[0].aval)
-        if dtype.itemsize < 4:
-            raise NotFusible(
-                f"{op} of {dtype} depends on the storage type, kernels compute it in float32"
-            )
-        return Operation(op)
-
-    return rule
-
-
 def _pow(eqn: JaxprEqn) -> Operation:
-    if not ops.is_float(_dtype(eqn.invars[0].aval)):
+    if not ops.is_float(_dtype(aval(eqn.invars[0]))):
         raise NotFusible("pow of integers has no kernel form")
     return Operation("pow")
 
 
-_SAME_NAME = ["abs", "acos", "acosh", "add", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp", "copy", "cos", "cosh", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "is_finite", "le", "lgamma", "log", "log1p", "log2", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "one_minus_square", "or", "rem", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh", "threefry2x32", "xor"]
+_SAME_NAME = """
+    abs acos acosh add and asin asinh atan atan2 atanh cbrt ceil clamp copy cos cosh div eq erf
+    erf_inv erfc exp exp2 expm1 floor ge gt is_finite le lgamma log log1p log2 logistic lt max
+    min mul ne neg not one_minus_square or rem rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh sqrt square sub tan tanh threefry2x32 xor
+""".split()  # noqa: SIM905
 
 
 def _primitive(name: str) -> Primitive | None:
@@ -119,7 +113,7 @@ POINTWISE: dict[Primitive, PointwiseRule] = _table(
         "bitcast_convert_type": _bitcast,
         "convert_element_type": _same("convert"),
         "integer_pow": _integer_pow,
-        "nextafter": _not_for_half("nextafter"),
+        "nextafter": _same("nextafter"),
         "pow": _pow,
         "reduce_precision": _reduce_precision,
         "round": _round,
@@ -198,7 +192,7 @@ def classify(eqn: JaxprEqn) -> Role:
     if not any(primitive in table for table in (POINTWISE, VIEWS, REDUCTIONS, SOURCES)):
         raise NotFusible(f"unknown primitive {primitive.name!r}")
     for atom in (*eqn.invars, *eqn.outvars):
-        check_aval(atom.aval)
+        check_aval(aval(atom))
     if primitive in VIEWS:
         return Role("view")
     if primitive in SOURCES:
@@ -207,16 +201,17 @@ def classify(eqn: JaxprEqn) -> Role:
     if primitive in REDUCTIONS:
         return _classify_reduction(eqn)
     operation = POINTWISE[primitive](eqn)
-    operands = tuple(_dtype(atom.aval) for atom in eqn.invars)
+    operands = tuple(_dtype(aval(atom)) for atom in eqn.invars)
     try:
         for index, atom in enumerate(eqn.outvars):
-            ops.check(operation.op, operands, _dtype(atom.aval), index)
+            ops.check(operation.op, operands, _dtype(aval(atom)), index)
     except ValueError as error:
         raise NotFusible(str(error)) from None
     return Role("pointwise")
 
 
 def check_aval(aval: Any) -> None:
+    """Raises :class:`NotFusible` unless kernels take operands of this type."""
     dtype = _dtype(aval)
     if dtype not in ops.TRITON_TYPES:
         raise NotFusible(f"{dtype.name} stays with XLA")
@@ -230,23 +225,23 @@ def check_aval(aval: Any) -> None:
 def _check_source(eqn: JaxprEqn) -> None:
     if eqn.invars:
         raise NotFusible(f"{eqn.primitive.name} with a dynamic shape")
-    if SOURCES[eqn.primitive] == "iota_2x32_shape" and eqn.outvars[0].aval.size >= 2**32:
+    if SOURCES[eqn.primitive] == "iota_2x32_shape" and aval(eqn.outvars[0]).size >= 2**32:
         raise NotFusible("random bits for 2**32 and more elements")
 
 
 def _classify_reduction(eqn: JaxprEqn) -> Role:
-    aval = eqn.invars[0].aval
+    operand = aval(eqn.invars[0])
     axes = tuple(int(a) for a in eqn.params["axes"])
-    op, dtype = REDUCTIONS[eqn.primitive], _dtype(aval)
+    op, dtype = REDUCTIONS[eqn.primitive], _dtype(operand)
     if op in ("and", "or") and dtype != np.dtype(bool):
         raise NotFusible(f"bitwise {eqn.primitive.name} of {dtype} has no kernel form")
-    inner = next((axis for axis in reversed(range(aval.ndim)) if aval.shape[axis] > 1), None)
-    if inner is not None and inner not in axes and any(aval.shape[a] > 1 for a in axes):
+    inner = next((axis for axis in reversed(range(operand.ndim)) if operand.shape[axis] > 1), None)
+    if inner is not None and inner not in axes and any(operand.shape[a] > 1 for a in axes):
         raise NotFusible("no mainloop: column reduction (the contiguous axis is kept)")
-    kept = aval.size // max(1, _product(aval.shape[a] for a in axes))
-    if kept and kept < 64 and aval.size > 1 << 17:
+    kept = operand.size // max(1, _product(operand.shape[a] for a in axes))
+    if kept and kept < 64 and operand.size > 1 << 17:
         raise NotFusible(
-            f"no mainloop: reduction of {aval.size} elements to only {kept} (needs split rows)"
+            f"no mainloop: reduction of {operand.size} elements to only {kept} (needs split rows)"
         )
     return Role("reduction", axes)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
+from jevt._jaxpr import aval
 from jevt.lowering import rules
 from jevt.lowering.axes import Address, Axes, Factor, View, dense, flat, fresh, leaf, unify
 from jevt.lowering.errors import NotFusible
@@ -36,12 +37,12 @@ class _Value:
 class _Builder:
     """Nodes and relations of one group, in the order of its equations."""
 
-    def __init__(self, jaxpr: Jaxpr, *, shared: bool):
+    def __init__(self, jaxpr: Jaxpr, *, shared: bool) -> None:
         self.jaxpr = jaxpr
         self.shared = shared
-        self.loads: dict[View | int, _Value] = {}
+        self.loads: dict[View | tuple[int, int], _Value] = {}
         self.env: dict[Var, _Value | View] = {
-            var: View.of(i, tuple(var.aval.shape)) for i, var in enumerate(jaxpr.invars)
+            var: View.of(i, tuple(aval(var).shape)) for i, var in enumerate(jaxpr.invars)
         }
         # Nodes whose index maps are still addresses (loads, iotas, stores) keep them beside.
         self.nodes: list[visitor.Node] = []
@@ -64,8 +65,11 @@ class _Builder:
         return self._load(value) if isinstance(value, View) else value
 
     def _load(self, view: View) -> _Value:
-        """A load. With ``shared``, uses of one view run along the same axes, and so do dense views
-        of one input."""
+        """A load, one for each use of a view.
+
+        With ``shared``, uses of one view run along the same axes, and so do dense views of one
+        input.
+        """
         if self.shared and view in self.loads:
             return self.loads[view]
         axes, address = leaf(view)
@@ -73,7 +77,7 @@ class _Builder:
         if self.shared:
             self.loads[view] = value
             if view.dense:
-                first = self.loads.setdefault(view.input, value)
+                first = self.loads.setdefault((view.input, math.prod(view.shape)), value)
                 unify(flat(first.axes), flat(axes), "views of one operand")
         return value
 
@@ -81,7 +85,7 @@ class _Builder:
         value = np.asarray(atom.val)
         if value.ndim:
             raise NotFusible("a literal array is not a scalar")
-        return _Value(self.add(visitor.Constant(value.item(), np.dtype(atom.aval.dtype))), ())
+        return _Value(self.add(visitor.Constant(value.item(), np.dtype(aval(atom).dtype))), ())
 
     def equation(self, eqn: JaxprEqn) -> None:
         role = rules.classify(eqn)
@@ -99,7 +103,7 @@ class _Builder:
         if operation.op == "copy":
             self.env[eqn.outvars[0]] = self.operand(eqn.invars[0])
             return
-        shape = tuple(eqn.outvars[0].aval.shape)
+        shape = tuple(aval(eqn.outvars[0]).shape)
         axes = fresh(shape)
         operands = [self.operand(atom) for atom in eqn.invars]
         for operand in operands:
@@ -108,7 +112,7 @@ class _Builder:
         inputs = [operand.node for operand in operands]
         inputs += [self.add(visitor.Constant(c, np.dtype("int32"))) for c in operation.constants]
         for result, var in enumerate(eqn.outvars):
-            node = visitor.Compute(operation.op, tuple(inputs), np.dtype(var.aval.dtype), result)
+            node = visitor.Compute(operation.op, tuple(inputs), np.dtype(aval(var).dtype), result)
             self.env[var] = _Value(self.add(node), axes)
 
     @staticmethod
@@ -120,7 +124,7 @@ class _Builder:
     def _reduction(self, eqn: JaxprEqn, reduced: Sequence[int]) -> None:
         operand = self.operand(eqn.invars[0])
         kept = tuple(axis for i, axis in enumerate(operand.axes) if i not in reduced)
-        dtype = np.dtype(eqn.outvars[0].aval.dtype)
+        dtype = np.dtype(aval(eqn.outvars[0]).dtype)
         factors = [factor for i in reduced for factor in operand.axes[i]]
         if not factors:  # only axes of size 1: the value itself
             node = self.add(visitor.Compute("convert", (operand.node,), dtype))
@@ -132,13 +136,13 @@ class _Builder:
         self.env[eqn.outvars[0]] = _Value(node, kept)
 
     def _source(self, eqn: JaxprEqn) -> None:
-        shape = tuple(eqn.outvars[0].aval.shape)
+        shape = tuple(aval(eqn.outvars[0]).shape)
         axes = fresh(shape)
         if rules.SOURCES[eqn.primitive] == "iota":
             dimension = eqn.params["dimension"]
             address = dense((axes[dimension],), (shape[dimension],))
             node = self.add(
-                visitor.Iota(IndexMap(()), np.dtype(eqn.outvars[0].aval.dtype)), address
+                visitor.Iota(IndexMap(()), np.dtype(aval(eqn.outvars[0]).dtype)), address
             )
             self.env[eqn.outvars[0]] = _Value(node, axes)
         else:
@@ -169,18 +173,18 @@ def _slice_bounds(eqn: JaxprEqn) -> tuple[Sequence[int], Sequence[int], Sequence
 
 _VIEW_OF_INPUT: dict[str, Callable[[View, JaxprEqn], View]] = {
     "broadcast_in_dim": lambda v, e: v.broadcast(
-        e.outvars[0].aval.shape, e.params["broadcast_dimensions"]
+        aval(e.outvars[0]).shape, e.params["broadcast_dimensions"]
     ),
-    "reshape": lambda v, e: v.reshape(e.outvars[0].aval.shape),
+    "reshape": lambda v, e: v.reshape(aval(e.outvars[0]).shape),
     "rev": lambda v, e: v.reverse(e.params["dimensions"]),
     "slice": lambda v, e: v.slice(*_slice_bounds(e)),
-    "squeeze": lambda v, e: v.reshape(e.outvars[0].aval.shape),
+    "squeeze": lambda v, e: v.reshape(aval(e.outvars[0]).shape),
     "transpose": lambda v, e: v.transpose(e.params["permutation"]),
 }
 
 
 def _broadcast_value(axes: Axes, eqn: JaxprEqn) -> Axes:
-    shape = eqn.outvars[0].aval.shape
+    shape = aval(eqn.outvars[0]).shape
     result = list(fresh(shape))
     for source, target in enumerate(eqn.params["broadcast_dimensions"]):
         if axes[source]:
@@ -189,7 +193,7 @@ def _broadcast_value(axes: Axes, eqn: JaxprEqn) -> Axes:
 
 
 def _reshape_value(axes: Axes, eqn: JaxprEqn) -> Axes:
-    result = fresh(eqn.outvars[0].aval.shape)
+    result = fresh(aval(eqn.outvars[0]).shape)
     unify(flat(axes), flat(result), eqn.primitive.name)
     return result
 
@@ -238,7 +242,7 @@ def _build(jaxpr: Jaxpr, name: str, *, shared: bool) -> KernelSpec:
         builder.equation(eqn)
     for position, var in enumerate(jaxpr.outvars):
         value = builder.operand(var)
-        address = dense(value.axes, var.aval.shape)
+        address = dense(value.axes, aval(var).shape)
         builder.add(visitor.Store(position, value.node, IndexMap(())), address)
     return _resolve(builder, name)
 
@@ -249,12 +253,12 @@ def _check_operands(jaxpr: Jaxpr) -> None:
     if len(jaxpr.invars) + len(jaxpr.outvars) > MAX_OPERANDS:
         raise NotFusible(f"more than {MAX_OPERANDS} operands")
     for var in (*jaxpr.invars, *jaxpr.outvars):
-        rules.check_aval(var.aval)
-        if isinstance(var, Var) and var.aval.size == 0:
+        rules.check_aval(aval(var))
+        if isinstance(var, Var) and aval(var).size == 0:
             raise NotFusible("an operand without elements")
     for eqn in jaxpr.eqns:
         for var in eqn.outvars:
-            if math.prod(getattr(var.aval, "shape", ())) == 0:
+            if math.prod(getattr(aval(var), "shape", ())) == 0:
                 raise NotFusible("an operand without elements")
 
 
@@ -274,18 +278,19 @@ def _resolve(builder: _Builder, name: str) -> KernelSpec:
     _check_diagonals(builder)
     strides = {position: address.strides() for position, address in builder.addresses.items()}
     stores = [p for p, node in enumerate(builder.nodes) if isinstance(node, visitor.Store)]
-    reduced = _reduced_atoms(builder)
     # Atoms that only a broadcast which nothing stores runs along do not belong to the space.
-    live = {atom for p in stores for atom in strides[p]} | reduced
-    for factors, axes, _ in builder.reductions:
-        del factors
-        live.update(atom for axis in axes for factor in axis for atom in factor.atoms())
+    # A dict: the order of a set of objects would differ from process to process.
+    live = {atom: None for p in stores for atom in strides[p]}
+    for _, axes, _ in builder.reductions:
+        live |= {atom: None for factor in flat(axes) for atom in factor.atoms()}
     order = _memory_order(builder, strides, stores, live)
-    kept = [atom for atom in order if atom not in reduced]
-    if reduced:
-        _check_reductions(builder, kept)
-    _check_stores(strides, stores, kept, reduced)
-    tiles = _tiles(builder, strides, stores, kept, [a for a in order if a in reduced])
+    directions = _directions(builder, order)
+    _check_reductions(builder, order)
+    _check_stores(builder, strides, stores, directions)
+    if directions.over:
+        tiles = [("row", directions.row), ("col", directions.col)]
+    else:
+        tiles = _tiles(builder, strides, stores, order)
     atoms = [atom for _, members in tiles for atom in members]
     position_of = {atom: i for i, atom in enumerate(atoms)}
     tile_axes: list[TileAxis] = [
@@ -299,61 +304,109 @@ def _resolve(builder: _Builder, name: str) -> KernelSpec:
             index = IndexMap(
                 tuple(found.get(a, 0) for a in atoms), builder.addresses[position].offset
             )
-            node = dataclasses.replace(node, index=index)  # type: ignore[call-arg]
+            node = _at(node, index)
+        if isinstance(node, visitor.Reduce):
+            node = dataclasses.replace(node, over=directions.over[position])
         nodes.append(node)
     return KernelSpec(
         name=name,
-        mainloop="rowwise" if reduced else "pointwise",
+        mainloop=directions.mainloop,
         space=space,
         tree=_compact(nodes),
         inputs=tuple(_tensor(var) for var in builder.jaxpr.invars),
         outputs=tuple(_tensor(var) for var in builder.jaxpr.outvars),
-        comment=str(builder.jaxpr),
     )
 
 
+def _at(node: visitor.Node, index: IndexMap) -> visitor.Node:
+    assert isinstance(node, visitor.Load | visitor.Iota | visitor.Store)
+    return dataclasses.replace(node, index=index)
+
+
 def _tensor(var: Var | Literal) -> TensorType:
-    return TensorType(tuple(var.aval.shape), np.dtype(var.aval.dtype))
+    return TensorType(tuple(aval(var).shape), np.dtype(aval(var).dtype))
 
 
-def _reduced_atoms(builder: _Builder) -> set[Factor]:
-    sets = [
-        {atom for factor in factors for atom in factor.atoms()}
-        for factors, _, _ in builder.reductions
-    ]
-    if any(s != sets[0] for s in sets):
+@dataclasses.dataclass(frozen=True)
+class _Directions:
+    """How reductions lie in the space.
+
+    Attributes:
+      row, col: atoms of the two tile axes; all in ``row`` where nothing is reduced.
+      over: for each reduction node, the tile axis along which it runs.
+    """
+
+    row: list[Factor]
+    col: list[Factor]
+    over: dict[int, str]
+
+    @property
+    def mainloop(self) -> str:
+        if not self.over:
+            return "pointwise"
+        return "columnwise" if "row" in self.over.values() else "rowwise"
+
+
+def _directions(builder: _Builder, order: list[Factor]) -> _Directions:
+    """Reductions that include the contiguous atom run along "col", the others along "row"."""
+    atoms = {
+        node: frozenset(atom for factor in factors for atom in factor.atoms())
+        for factors, _, node in builder.reductions
+    }
+    if not atoms:
+        return _Directions(order, [], {})
+    over = {node: "col" if order[-1] in reduced else "row" for node, reduced in atoms.items()}
+    along = {
+        name: {atoms[node] for node, direction in over.items() if direction == name}
+        for name in ("row", "col")
+    }
+    if len(along["row"]) > 1 or len(along["col"]) > 1:
         raise NotFusible("reductions along different axes")
-    return sets[0] if sets else set()
+    everything = frozenset(order)
+    col = next(iter(along["col"]), None)
+    row = next(iter(along["row"]), everything - (col or frozenset()))
+    if col is None:
+        col = everything - row
+    if row | col != everything or row & col:
+        raise NotFusible("reductions along axes that are neither the same nor complementary")
+    return _Directions([a for a in order if a in row], [a for a in order if a in col], over)
 
 
-def _check_reductions(builder: _Builder, kept: list[Factor]) -> None:
+def _check_reductions(builder: _Builder, order: list[Factor]) -> None:
     for _, axes, _ in builder.reductions:
-        own = {atom for axis in axes for factor in axis for atom in factor.atoms()}
-        if any(atom not in own for atom in kept):
+        own = {atom for factor in flat(axes) for atom in factor.atoms()}
+        if any(atom not in own for atom in order):
             raise NotFusible(
                 "a reduction would be repeated along an axis that its operand does not have"
             )
 
 
 def _check_stores(
+    builder: _Builder,
     strides: dict[int, dict[Factor, int]],
     stores: list[int],
-    kept: list[Factor],
-    reduced: set[Factor],
+    directions: _Directions,
 ) -> None:
+    row, col = set(directions.row), set(directions.col)
     for position in stores:
         own = set(strides[position])
-        if not set(kept) <= own:
+        (operand,) = visitor.operands(builder.nodes[position])
+        if directions.over.get(operand) == "row":
+            if own != col:
+                raise NotFusible("a sum along rows does not run along exactly the other axes")
+        elif not row <= own:
             raise NotFusible("an output does not run along every axis of the iteration space")
-        if own & reduced and not reduced <= own:
+        elif not col <= own and (own & col or directions.mainloop == "columnwise"):
             raise NotFusible("an output runs along a part of the reduced axes")
 
 
 def _memory_order(
-    builder: _Builder, strides: dict[int, dict[Factor, int]], stores: list[int], live: set[Factor]
+    builder: _Builder,
+    strides: dict[int, dict[Factor, int]],
+    stores: list[int],
+    live: dict[Factor, None],
 ) -> list[Factor]:
-    """Atoms, outermost first, in the order of the largest stored array, then of the largest loaded
-    ones."""
+    """Atoms, outermost first, in the order of the largest stores, then of the largest loads."""
     loads = [p for p, node in enumerate(builder.nodes) if isinstance(node, visitor.Load)]
 
     def extent(position: int) -> int:
@@ -383,10 +436,8 @@ def _tiles(
     strides: dict[int, dict[Factor, int]],
     stores: list[int],
     kept: list[Factor],
-    reduced: list[Factor],
 ) -> list[tuple[str, list[Factor]]]:
-    if reduced:
-        return [("row", kept), ("col", reduced)]
+    """Tile axes of a pointwise kernel."""
     size = math.prod(atom.size for atom in kept)
     full = [
         position

@@ -8,7 +8,7 @@ from jax.extend.core import Jaxpr, Var
 
 from jevt import _jaxpr
 from jevt.lowering.errors import NotFusible
-from jevt.partition import canonical
+from jevt.partition.canonical import Keys
 from jevt.partition.graph import Graph
 from jevt_kernels.spec import KernelSpec
 
@@ -16,10 +16,11 @@ type Build = Callable[[Jaxpr, str], KernelSpec]
 
 
 class Builder:
-    """Memory of what ``build`` said; equal sets of equations get the same answer and, later, the same spec."""
+    """Memory of what ``build`` said: equal sets of equations get the same answer."""
 
     def __init__(self, build: Build) -> None:
         self._build = build
+        self.keys = Keys()
         self._refusals: dict[Hashable, str] = {}
         self._specs: dict[Hashable, KernelSpec] = {}
 
@@ -29,7 +30,7 @@ class Builder:
 
     def refusal(self, jaxpr: Jaxpr) -> str:
         """Why a group cannot be one kernel, "" if it can."""
-        key = canonical.key(jaxpr)
+        key = self.keys.key(jaxpr)
         if key not in self._refusals:
             try:
                 self._build(jaxpr, "candidate")
@@ -45,7 +46,7 @@ class Builder:
         Raises:
           NotFusible: it cannot be one.
         """
-        key = canonical.key(jaxpr)
+        key = self.keys.key(jaxpr)
         if key not in self._specs:
             if self._refusals.get(key):
                 raise NotFusible(self._refusals[key])
@@ -54,7 +55,10 @@ class Builder:
 
 
 def part(graph: Graph, positions: Iterable[int]) -> Jaxpr:
-    """Equations with those results as outputs that none of them reads: can they be *part* of a kernel?"""
+    """Equations with those results as outputs that none of them reads.
+
+    Whether ``build`` takes them says whether they can be *part* of a kernel.
+    """
     eqns = [graph.jaxpr.eqns[p] for p in sorted(positions)]
     defined = {v for e in eqns for v in e.outvars}
     read = {v: None for e in eqns for v in e.invars if isinstance(v, Var)}

@@ -1,22 +1,28 @@
-"""Splits the graph into components that no good group crosses, each a :class:`~.problem.Problem`.
+"""Splits the graph into components that no useful group crosses.
 
-EVT's first step: "V is divided into disjoint components {C1 … Cm}" (ASPLOS 2024, section 5). Here the split
-loses nothing. Two nodes can share a group only if a kernel could hold both and no path between them
-leaves the component: what lies on such a path would have to run before the group ends and after it begins.
-So edges that a path through an opaque node shadows are struck out, the rest falls apart into components,
-paths through *other* components strike out more, and so on until nothing changes. In a transformer every
-residual connection is struck out by the matrix multiplications beside it, so the components are what lies
-between two of them, however many layers there are.
+EVT's first step: "V is divided into disjoint components {C1 … Cm}" (ASPLOS 2024, section 5). Here
+the split loses nothing. Two nodes can share a group only if a kernel could hold both and no path
+between them leaves the component: what lies on such a path would have to run before the group ends
+and after it begins. So edges that a path through an opaque node shadows are struck out, the rest
+falls apart into components, paths through *other* components strike out more, and so on until
+nothing changes. In a transformer every residual connection is struck out by the matrix
+multiplications beside it, so the components are what lies between two of them, however many layers
+there are.
 
-EVT's second step: the border is rebuilt. For two nodes of a component with a path outside it, the problem
-gets the pair in ``ordered``, because any partition must respect that path. Two components' groups can
-still form a cycle together (each alone is fine); the driver looks for that and solves those two as one.
+A group may hold any nodes of its component: two that touch only through a third in another group
+save a launch together. Across components nothing is gained but launches, and nothing is tried.
+
+EVT's second step: the border is rebuilt. For two nodes of a component with a path outside it, the
+problem gets the pair in ``ordered``, because any partition must respect that path. Two components'
+groups can still form a cycle together (each alone is fine); the driver looks for that and solves
+those two as one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 
 from jevt.partition import problem as problems
 from jevt.partition.graph import Graph, Node, shrinks
@@ -61,21 +67,34 @@ class Links:
     edges: frozenset[tuple[int, int]]
     siblings: frozenset[tuple[int, int]]
 
+    def where(self, possible: Callable[[int, int], bool]) -> Links:
+        """The links for which ``possible`` holds."""
+        return Links(
+            frozenset(e for e in self.edges if possible(*e)),
+            frozenset(e for e in self.siblings if possible(*e)),
+        )
+
     def adjacency(self, count: int) -> list[list[int]]:
+        """For each node, those that a link joins it with."""
         result: list[list[int]] = [[] for _ in range(count)]
         for a, b in (*self.edges, *self.siblings):
             result[a].append(b)
             result[b].append(a)
         return result
 
+    @functools.cached_property
+    def by_first(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """The second nodes of edges and of siblings, by the first."""
+        result: tuple[dict[int, list[int]], dict[int, list[int]]] = ({}, {})
+        for pairs, found in zip((self.edges, self.siblings), result, strict=True):
+            for a, b in pairs:
+                found.setdefault(a, []).append(b)
+        return result
 
-def split(graph: Graph, reach: Reach, alone: Iterable[int] = ()) -> tuple[list[list[int]], Links]:
-    """The components (of one node and more, opaque nodes left out) and the links inside them.
 
-    Args:
-      alone: nodes that are to stay by themselves whatever it costs.
-    """
-    single = {n for n, node in enumerate(graph.nodes) if node.opaque} | set(alone) | _relabelled_inputs(graph)
+def split(graph: Graph, reach: Reach) -> tuple[list[list[int]], Links]:
+    """The components (of one node and more, opaque nodes left out) and the links inside them."""
+    single = {n for n, node in enumerate(graph.nodes) if node.opaque} | _relabelled_inputs(graph)
     links = _candidates(graph, single)
     fusible = [n for n, node in enumerate(graph.nodes) if not node.opaque]
     parts = [fusible]
@@ -84,12 +103,7 @@ def split(graph: Graph, reach: Reach, alone: Iterable[int] = ()) -> tuple[list[l
         outside = [~sum(1 << n for n in part if n not in single) for part in parts]
         place = _all_places(graph, parts, links)
 
-        def possible(pair: tuple[int, int]) -> bool:
-            return _open(reach, home, outside, *pair) and bool(place[pair[0]] & place[pair[1]])
-
-        kept = Links(
-            frozenset(filter(possible, links.edges)), frozenset(filter(possible, links.siblings))
-        )
+        kept = links.where(_Possible(reach, home, outside, place))
         again = problems.components(fusible, kept.adjacency(len(graph.nodes)))
         if len(again) == len(parts) and kept == links:
             return again, kept
@@ -99,8 +113,10 @@ def split(graph: Graph, reach: Reach, alone: Iterable[int] = ()) -> tuple[list[l
 def pose(graph: Graph, reach: Reach, part: Sequence[int], links: Links, launch: int) -> Problem:
     """The problem of one component; local node ``i`` is ``part[i]``."""
     local = {node: index for index, node in enumerate(part)}
-    edges = sorted((local[a], local[b]) for a, b in links.edges if a in local and b in local)
-    siblings = sorted((local[a], local[b]) for a, b in links.siblings if a in local and b in local)
+    edges, siblings = (
+        sorted((local[a], local[b]) for a in part for b in found.get(a, ()) if b in local)
+        for found in links.by_first
+    )
     used = sorted({t for n in part for t in (*graph.reads[n], *graph.writes[n])})
     tensors = tuple(_traffic(graph, t, local) for t in used)
     labels = _labels([graph.nodes[n] for n in part])
@@ -116,15 +132,14 @@ def pose(graph: Graph, reach: Reach, part: Sequence[int], links: Links, launch: 
         tuple(places[n][1] for n in part),
         tuple(graph.nodes[n].free for n in part),
         launch,
-        all(graph.tensors[t].size == 1 or len(graph.tensors[t].consumers) <= _ALL_PAIRS for t in used),
     )
 
 
 def _relabelled_inputs(graph: Graph) -> set[int]:
     """Free nodes on tensors that no kernel of ours writes, read by several: best left alone.
 
-    Alone they cost nothing and their readers read the same bytes; inside a group that does not hold all
-    of their readers they would be written a second time.
+    Alone they cost nothing and their readers read the same bytes; inside a group that does not hold
+    all of their readers they would be written a second time.
     """
     result: set[int] = set()
     for index, node in enumerate(graph.nodes):
@@ -169,18 +184,32 @@ def _may_join(a: Node, b: Node) -> bool:
     return not b.cols or a.size <= b.size
 
 
-def _open(reach: Reach, home: dict[int, int], outside: list[int], a: int, b: int) -> bool:
-    """Whether the pair is in one part and no path between the two leaves it."""
-    if home.get(a) != home.get(b):
-        return False
-    return not ((reach.between(a, b) | reach.between(b, a)) & outside[home[a]])
+@dataclasses.dataclass(frozen=True)
+class _Possible:
+    """Whether a pair may share a group: one part, one space, no path that leaves the part."""
+
+    reach: Reach
+    home: dict[int, int]
+    outside: list[int]
+    places: dict[int, int]
+
+    def __call__(self, a: int, b: int) -> bool:
+        part = self.home.get(a)
+        if part is None or part != self.home.get(b) or not self.places[a] & self.places[b]:
+            return False
+        between = self.reach.between(a, b) | self.reach.between(b, a)
+        return not between & self.outside[part]
 
 
 def _traffic(graph: Graph, index: int, local: dict[int, int]) -> Traffic:
-    """A component's view of a tensor. Reading a scalar costs nothing, and who shares it is not tracked."""
+    """A component's view of a tensor; reading a scalar costs nothing."""
     tensor = graph.tensors[index]
     weight = tensor.size > 1
-    inner = [(local[c], amount) for c, amount in zip(tensor.consumers, tensor.read_bytes, strict=True) if c in local]
+    inner = [
+        (local[c], amount)
+        for c, amount in zip(tensor.consumers, tensor.read_bytes, strict=True)
+        if c in local
+    ]
     inner.sort()
     return Traffic(
         tensor.nbytes,
@@ -199,9 +228,11 @@ def _labels(nodes: Sequence[Node]) -> tuple[Label, ...]:
 def _places(
     graph: Graph, part: Sequence[int], labels: Sequence[Label], links: Links
 ) -> dict[int, tuple[int, int]]:
-    """For each node, the labels that hold it as a full tile or as rows, and those that hold it as less.
+    """For each node, the labels that hold it as a full tile or as rows, and those that hold it as
+    less.
 
-    The latter need all its consumers in the group, so each of them must have a place under the label too.
+    The latter need all its consumers in the group, so each of them must have a place under the
+    label too.
     """
     places: dict[int, tuple[int, int]] = {}
     for node in reversed(part):
@@ -240,9 +271,7 @@ def _ordered(
     """Pairs that never share a group, without those that follow from others."""
     local = {node: index for index, node in enumerate(part)}
     inside = sum(1 << n for n in part)
-    direct = {
-        (local[a], local[b]) for a in part for b in graph.successors[a] if b in local
-    }
+    direct = {(local[a], local[b]) for a in part for b in graph.successors[a] if b in local}
     result = direct - edges
     following: list[list[int]] = [[] for _ in part]
     for a, b in sorted(direct):

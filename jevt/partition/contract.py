@@ -1,27 +1,28 @@
-"""Joins nodes that no good partition separates, so that long pointwise chains cost the solver nothing.
+"""Joins nodes that no good partition separates, so that long pointwise chains cost the solver
+nothing.
 
-Two rules. For each, take an optimal partition that separates the two nodes; moving one of them over gives
-a partition that is valid and no dearer, so an optimal partition exists that keeps them together.
+Two rules. For each, take an optimal partition that separates the two nodes; moving one of them over
+gives a partition that is valid and no dearer, so an optimal partition exists that keeps them
+together.
 
-*Into the producer.* ``v`` reads one variable ``t`` and nothing else, is the only reader of ``t``, visits
-as many elements as ``t`` has and writes no more bytes (a cast to a narrower type, ``exp``, a
+*Into the producer.* ``v`` reads one variable ``t`` and nothing else, is the only reader of ``t``,
+visits as many elements as ``t`` has and writes no more bytes (a cast to a narrower type, ``exp``, a
 transpose). Move ``v`` to the group of ``t``'s producer ``u``.
-Acyclic: ``v`` depends on nothing but ``u``, so ``u``'s group gains no dependency; what read ``v`` already
-came after ``u``. Cost: ``t`` is neither written nor read any more, ``v``'s result, not larger, is written
-in its stead, and read by whoever read it. ``v``'s readers in its old group stay connected as readers of
-one tensor. Template: ``v``'s element count is that of ``t``, so it is a full tile or a row wherever
-``t`` is.
+Acyclic: ``v`` depends on nothing but ``u``, so ``u``'s group gains no dependency; what read ``v``
+already came after ``u``. Cost: ``t`` is neither written nor read any more, ``v``'s result, not
+larger, is written in its stead and read by whoever read it. Template: ``v``'s element count is that
+of ``t``, so it is a full tile or a row wherever ``t`` is; ``t`` left its group, so it is no less.
 
 *Into the consumer.* All results of ``s`` are read by the single node ``w``, ``s`` reads at most one
 variable that is not a scalar, and its operands together have no more bytes than its results (a cast
 to a wider type, a broadcast, ``iota``). Move ``s`` to ``w``'s group.
-Acyclic: what ``s`` depends on, ``w``'s group depended on already. Cost: the results of ``s`` are neither
-written nor read any more; its operands, not larger in sum, are written and read in their stead at worst.
-``s``'s old group stays connected, because ``s`` had one neighbour in it. Template: ``s`` is computed
-in the space in which ``w`` consumed it.
+Acyclic: what ``s`` depends on, ``w``'s group depended on already. Cost: the results of ``s`` are
+neither written nor read any more; its operands, not larger in sum, are written and read in their
+stead at worst. Template: ``s`` is computed in the space in which ``w`` consumed it. Of the group
+that ``s`` left, nodes smaller than its space whose only consumer was ``s`` go along.
 
-What the proofs cannot see is a pair of views that does not compose into one index map. Therefore a joined
-node is kept only if ``build`` accepts it; otherwise its equations stay apart.
+What the proofs cannot see is a pair of views that does not compose into one index map. Therefore a
+joined node is kept only if ``build`` accepts it; otherwise its equations stay apart.
 """
 
 from __future__ import annotations
@@ -87,7 +88,11 @@ class _Joined:
 def _into_producer(joined: _Joined, v: int) -> None:
     graph = joined.graph
     node = graph.nodes[v]
-    if node.kind not in ("pointwise", "view") or len(graph.reads[v]) != 1 or len(graph.writes[v]) != 1:
+    if (
+        node.kind not in ("pointwise", "view")
+        or len(graph.reads[v]) != 1
+        or len(graph.writes[v]) != 1
+    ):
         return
     operand, result = graph.tensors[graph.reads[v][0]], graph.tensors[graph.writes[v][0]]
     u = operand.producer
@@ -120,7 +125,9 @@ def _into_consumer(joined: _Joined, s: int) -> None:
     if any(_sees_a_part(graph, c, t.var) for t in leaving for c in t.consumers):
         return
     operands = {
-        t for n in joined.members[root] for t in graph.reads[n]
+        t
+        for n in joined.members[root]
+        for t in graph.reads[n]
         if (p := graph.tensors[t].producer) is None or joined.find(p) != root
     }
     if sum(graph.tensors[t].size > 1 for t in operands) > 1:
@@ -155,6 +162,8 @@ def _ordered(graph: Graph, nodes: list[Node]) -> Graph:
     draft = graphs.assemble(graph.jaxpr, nodes)
     order = executable([n.eqns[0] for n in nodes], draft.successors)
     assert order is not None, "contraction keeps the graph acyclic"
-    return draft if order == list(range(len(nodes))) else graphs.assemble(
-        graph.jaxpr, [nodes[n] for n in order]
+    return (
+        draft
+        if order == list(range(len(nodes)))
+        else graphs.assemble(graph.jaxpr, [nodes[n] for n in order])
     )

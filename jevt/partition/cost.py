@@ -1,10 +1,12 @@
-"""Predicted microseconds: a roofline per device, for a kernel of ours and for XLA's way with the same equations.
+"""Predicted microseconds: a roofline per device, for a kernel of ours and for XLA's way with the
+same equations.
 
-The numbers of :data:`DEVICES` are data-sheet peaks times a derating, and serve until measured ones replace
-them: memory bandwidth × 0.88 (what a large copy reaches; 0.85 where HBM is faster than a copy can follow),
-dense bfloat16 rate × 0.7 (what a large matrix product sustains under a power limit).
-Launch costs are of a small kernel inside a captured graph, measured on an H100 (2 µs for an XLA fusion, 3 µs
-for a Triton call) and taken over for the others.
+The numbers of :data:`DEVICES` are data-sheet peaks times a derating, and serve until measured ones
+replace
+them: memory bandwidth × 0.88 (what a large copy reaches; 0.85 where HBM is faster than a copy can
+follow), dense bfloat16 rate × 0.7 (what a large matrix product sustains under a power limit).
+Launch costs are of a small kernel inside a captured graph, measured on an H100 (2 µs for an XLA
+fusion, 3 µs for a Triton call) and taken over for the others.
 """
 
 from __future__ import annotations
@@ -19,8 +21,17 @@ from jevt._context import Device
 from jevt.partition import graph as graphs
 
 
-def _gpu(name: str, capability: int, gigabytes: float, teraflops: float, l2_mib: int, derate: float = 0.88) -> Device:
-    return Device(name, capability, gigabytes * 1e3 * derate, teraflops * 1e6 * 0.7, 2.0, 3.0, l2_mib << 20)
+def _gpu(
+    name: str,
+    capability: int,
+    gigabytes: float,
+    teraflops: float,
+    l2_mib: int,
+    derate: float = 0.88,
+) -> Device:
+    return Device(
+        name, capability, gigabytes * 1e3 * derate, teraflops * 1e6 * 0.7, 2.0, 3.0, l2_mib << 20
+    )
 
 
 #: By the words that a device's own name contains, most specific first.
@@ -39,25 +50,28 @@ DEVICES: dict[str, Device] = {
     "L4": _gpu("L4", 89, 300, 121, 48),
 }
 
-#: Two channels of DDR5 and a few cores; only its proportions matter, since no kernel of ours runs there.
+#: Two channels of DDR5 and a few cores; only its proportions matter, since no kernel of ours runs
+#: there.
 CPU = Device("cpu", 0, 2.0e4, 5.0e5, 1.0, 1.0, 32 << 20)
 
-#: Scalar operations that a primitive counts for where it is not 1, from the length of its expansion.
+#: Scalar operations that a primitive counts for where it is not 1, from the length of its
+#: expansion.
 _OPERATIONS = {
     "threefry2x32": 100, "erf_inv": 20, "erf": 16, "erfc": 16, "lgamma": 40, "pow": 16, "atan2": 16,
-    "tanh": 8, "logistic": 8, "log1p": 8, "expm1": 8, "exp": 4, "log": 4, "sin": 8, "cos": 8, "div": 4,
-    "sqrt": 4, "rsqrt": 4, "rem": 8,
+    "tanh": 8, "logistic": 8, "log1p": 8, "expm1": 8, "exp": 4, "log": 4, "sin": 8, "cos": 8,
+    "div": 4, "sqrt": 4, "rsqrt": 4, "rem": 8,
 }  # fmt: skip
 
-#: Scalar float32 operations run at about this part of the matrix units' rate (H100: 67 of 989 TFLOPS).
+#: Scalar float32 operations run at about this part of the matrix units' rate (H100: 67 of 989
+#: TFLOPS).
 _SCALAR_RATE = 1 / 16
 
 
 def device_model(platform: str) -> Device:
     """The roofline of the first present device of a platform.
 
-    A GPU that is not there (lowering on another machine) or that the table lacks is taken for the table's
-    device of the nearest lower compute capability, H100 if that is unknown too.
+    A GPU that is not there (lowering on another machine) or that the table lacks is taken for the
+    table's device of the nearest lower compute capability, H100 if that is unknown too.
     """
     if platform not in ("cuda", "gpu", "rocm"):
         return CPU
@@ -78,20 +92,21 @@ def device_model(platform: str) -> Device:
 def predict_us(jaxpr: Jaxpr, device: Device) -> float:
     """One kernel of ours that runs a group: every operand read once, every result written once."""
     traffic = sum(_fetched(jaxpr, v) for v in jaxpr.invars)
-    traffic += sum(graphs.nbytes(v.aval) for v in dict.fromkeys(jaxpr.outvars) if isinstance(v, Var))
+    traffic += sum(
+        graphs.nbytes(v.aval) for v in dict.fromkeys(jaxpr.outvars) if isinstance(v, Var)
+    )
     return _time(traffic, jaxpr.eqns, device) + device.triton_launch_us
 
 
 def xla_us(jaxpr: Jaxpr, device: Device, reductions: Collection[int]) -> float:
     """XLA's own fusion of the same equations.
 
-    XLA fuses pointwise producers into their consumers, repeating them where there are several, and into
-    reductions as their input; a reduction ends a fusion, and what consumes its result reads its other
-    operands again. Roots of one depth that share an operand become one fusion with several results. So a
-    pointwise group costs the same bytes there, and softmax, two passes more.
+    XLA fuses pointwise producers into their consumers, repeating them where there are several, and
+    into reductions as their input; a reduction ends a fusion, and what consumes its result reads
+    its other operands again. Roots of one depth that share an operand become one fusion with
+    several results. So a pointwise group costs the same bytes there, and softmax, two passes more.
 
-    Args:
-      reductions: positions of the equations that reduce.
+    ``reductions`` are the positions of the equations that reduce.
     """
     kernels = _merged(_fusions(jaxpr, reductions))
     total = 0.0
@@ -164,9 +179,11 @@ def _merged(fusions: list[_Fusion]) -> list[_Fusion]:
 
 def _time(traffic: int, eqns: Collection[JaxprEqn], device: Device) -> float:
     operations = sum(
-        _OPERATIONS.get(e.primitive.name, 1) * max((_elements(v) for v in (*e.invars, *e.outvars)), default=0)
+        _OPERATIONS.get(e.primitive.name, 1)
+        * max((_elements(v) for v in (*e.invars, *e.outvars)), default=0)
         for e in eqns
-        if e.primitive.name not in ("broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "rev")
+        if e.primitive.name
+        not in ("broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "rev")
     )
     return max(traffic / device.bytes_per_us, operations / (device.flops_per_us * _SCALAR_RATE))
 

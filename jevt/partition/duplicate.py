@@ -1,15 +1,15 @@
 """Gives each reader its own copy of what is cheaper to make again than to keep.
 
-EVT's partitions are disjoint sets of nodes; a broadcast that forward and backward pass share would then be
-written to memory for one of them. An equation is copied if it reads at most one array, makes at least
-as many bytes as it reads, and computes nothing worth mentioning: a broadcast, a row-major reshape, ``iota``, a cast
-to a wider type.
+EVT's partitions are disjoint sets of nodes; a broadcast that forward and backward pass share would
+then be written to memory for one of them. An equation is copied if it reads at most one array,
+makes at least as many bytes as it reads, and computes nothing worth mentioning: a broadcast, a
+row-major reshape, ``iota``, a cast to a wider type.
 
-No good partition is lost. Take a partition of the program without copies; put each copy into its reader's
-group. A group that read the result from memory now reads the operand, which has no more bytes; a group that
-held the equation to write its result writes the operand, if that was not written anyway. Nothing becomes
-cyclic, because a reader ran after the operand's producer before. Readers that are opaque, and the program's
-output, keep sharing the original.
+No good partition is lost. Take a partition of the program without copies; put each copy into its
+reader's group. A group that read the result from memory now reads the operand, which has no more
+bytes; a group that held the equation to write its result writes the operand, if that was not
+written anyway. Nothing becomes cyclic, because a reader ran after the operand's producer before.
+Readers that are opaque, and the program's output, keep sharing the original.
 
     before  b:f32[4,8] = broadcast_in_dim a; c = mul x b; d = mul y b; e = dot_general b z
     after   b = broadcast_in_dim a; b' = broadcast_in_dim a; b'' = broadcast_in_dim a;

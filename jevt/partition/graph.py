@@ -1,16 +1,18 @@
 """The graph that is partitioned: equations as nodes, variables as tensors between them.
 
-EVT (ASPLOS 2024, section 5) partitions "the joint forward and backward graph" into groups. Here that
-graph is read off a jaxpr: a node is an equation (or several, once :mod:`.contract` has joined those that
-no good partition separates), a tensor is a variable with its size, its producer and its consumers.
-What a node can do inside a kernel is asked from ``lowering.rules.classify``; a node that it refuses, an
-equation with effects and a barrier are *opaque*: groups of their own that others order themselves around.
+EVT (ASPLOS 2024, section 5) partitions "the joint forward and backward graph" into groups. Here
+that graph is read off a jaxpr: a node is an equation (or several, once :mod:`.contract` has joined
+those that no good partition separates), a tensor is a variable with its size, its producer and its
+consumers. What a node can do inside a kernel is asked from ``lowering.rules.classify``; a node that
+it refuses, an equation with effects and a barrier are *opaque*: groups of their own that others
+order themselves around.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -35,11 +37,13 @@ class Role(Protocol):
 
 type Classify = Callable[[JaxprEqn], Role]
 
-#: Primitives that carry no computation and must stay where they are: nothing may be joined across them.
+#: Primitives that carry no computation and must stay where they are: nothing may be joined across
+#: them.
 BARRIERS = frozenset({"optimization_barrier"})
 
-#: For each primitive whose body is a program of its own: the parameters that are partitioned separately.
-#: Every other jaxpr among parameters (a comparator, a scatter's combiner) belongs to its equation.
+#: For each primitive whose body is a program of its own: the parameters that are partitioned
+#: separately. Every other jaxpr among parameters (a comparator, a scatter's combiner) belongs to
+#: its equation.
 BODIES: Mapping[str, frozenset[str]] = {
     "scan": frozenset({"jaxpr"}),
     "while": frozenset({"cond_jaxpr", "body_jaxpr"}),
@@ -65,7 +69,8 @@ class Node:
       kind: the part it plays; "reduction" if any of its equations is one.
       size: number of points that a kernel has to visit for it.
       cols: length of the reduced rows, 0 without a reduction.
-      free: only relabels its operand's bytes (a row-major reshape), so that XLA runs it for nothing.
+      free: only relabels its operand's bytes (a row-major reshape), so that XLA runs it for
+        nothing.
       reason: for opaque nodes, why.
       fallback: for opaque nodes, whether the reason is a lack of jevt (see ``Group.fallback``).
     """
@@ -116,8 +121,8 @@ class Graph:
       jaxpr: what the positions in ``Node.eqns`` refer to.
       tensors: only those that cross between nodes or the jaxpr's border.
       reads, writes: for each node, positions in ``tensors``.
-      successors, predecessors: for each node, nodes that depend on it and that it depends on, through
-        tensors and through the order of effects.
+      successors, predecessors: for each node, nodes that depend on it and that it depends on,
+        through tensors and through the order of effects.
     """
 
     jaxpr: Jaxpr
@@ -129,7 +134,7 @@ class Graph:
     predecessors: tuple[tuple[int, ...], ...]
 
     def extract(self, positions: Iterable[int]) -> Jaxpr:
-        """``_jaxpr.extract`` of equations that are whole nodes, without a look at all the others."""
+        """``_jaxpr.extract``, without a look at all the other equations."""
         chosen = sorted(positions)
         members = set(chosen)
         defined: set[Var] = set()
@@ -213,7 +218,7 @@ def assemble(jaxpr: Jaxpr, nodes: Sequence[Node]) -> Graph:
         if tensor.producer is not None:
             edges[tensor.producer].update(dict.fromkeys(tensor.consumers))
     with_effects = [owner[p] for p, eqn in enumerate(jaxpr.eqns) if eqn.effects]
-    for before, after in zip(with_effects, with_effects[1:], strict=False):
+    for before, after in itertools.pairwise(with_effects):
         edges[before][after] = None
     predecessors: list[list[int]] = [[] for _ in nodes]
     for node, after_node in enumerate(edges):
@@ -237,8 +242,10 @@ def nbytes(aval: Any) -> int:
 
 
 def shrinks(eqn: JaxprEqn, var: Var) -> bool:
-    """Whether the equation sees only a part of ``var`` (a slice): then it cannot join its producer."""
-    return eqn.primitive.name in ("slice", "dynamic_slice") and _size(eqn.outvars[0].aval) < _size(var.aval)
+    """Whether the equation sees only a part of ``var``: then it cannot join its producer."""
+    return eqn.primitive.name in ("slice", "dynamic_slice") and _size(eqn.outvars[0].aval) < _size(
+        var.aval
+    )
 
 
 def _node(position: int, eqn: JaxprEqn, classify: Classify) -> Node:
@@ -248,7 +255,9 @@ def _node(position: int, eqn: JaxprEqn, classify: Classify) -> Node:
     if name in BARRIERS:
         return Node((position,), "opaque", reason=f"barrier: {name}")
     if name in BODIES:
-        return Node((position,), "opaque", reason=f"no mainloop: {name} (its body has a plan of its own)")
+        return Node(
+            (position,), "opaque", reason=f"no mainloop: {name} (its body has a plan of its own)"
+        )
     try:
         role = classify(eqn)
     except NotFusible as refusal:
@@ -257,7 +266,8 @@ def _node(position: int, eqn: JaxprEqn, classify: Classify) -> Node:
     size = max(_size(v.aval) for v in eqn.outvars)
     cols = 0
     if role.kind == "reduction":
-        shape = eqn.invars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
+        operand: Any = eqn.invars[0].aval
+        shape = operand.shape
         size, cols = math.prod(shape), math.prod(shape[a] for a in role.axes)
     elif role.kind == "pointwise":
         size = max(size, *(_size(a.aval) for a in eqn.invars))
@@ -284,10 +294,7 @@ def _unexpected(reason: str) -> bool:
 
 
 def _bytes_read(eqn: JaxprEqn, var: Var) -> int:
-    whole = nbytes(var.aval)
-    if shrinks(eqn, var):
-        return min(whole, _size(eqn.outvars[0].aval) * int(getattr(var.aval, "dtype").itemsize))
-    return whole
+    return nbytes(eqn.outvars[0].aval if shrinks(eqn, var) else var.aval)
 
 
 def _size(aval: Any) -> int:

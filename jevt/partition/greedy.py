@@ -1,9 +1,9 @@
 """A valid grouping in near-linear time: the integer program's starting point, and its substitute.
 
-Merges along candidate edges, the largest saving first. A merge is taken if a space is left that has a place
-for every node and if the groups stay acyclic. The groups' topological order is maintained, and the search
-for a path only walks what lies between the two in it, so that the cost follows the distance of
-neighbours and not the size of the graph.
+Merges along candidate edges, the largest saving first. A merge is taken if a space is left that has
+a place for every node and if the groups stay acyclic. The groups' topological order is maintained,
+and the search for a path only walks what lies between the two in it, so that the cost follows the
+distance of neighbours and not the size of the graph.
 """
 
 from __future__ import annotations
@@ -15,26 +15,18 @@ from jevt.partition.problem import Grouping, Problem
 
 type Accepts = Callable[[Sequence[int]], bool]
 
-_NONE: frozenset[int] = frozenset()
 
-
-def merge(problem: Problem, nodes: Sequence[int] | None = None, accepts: Accepts | None = None) -> Grouping:
-    """Groups by merging along the largest savings.
-
-    Args:
-      nodes: merge only these; all others stay alone.
-      accepts: asked before each merge, in addition to the problem's own rules.
-    """
+def merge(problem: Problem) -> Grouping:
+    """Groups by merging along the largest savings."""
     state = _State(problem, [[node] for node in range(problem.size)])
-    allowed = set(range(problem.size) if nodes is None else nodes)
-    order = [pair for pair in _by_saving(problem) if allowed.issuperset(pair)]
-    while any([state.try_merge(a, b, accepts) for a, b in order]):
+    pairs = _by_saving(problem)
+    while state.merge_all(pairs):
         pass  # a small producer joins only once all its readers are together
     return state.groups()
 
 
 def repair(problem: Problem, groups: Grouping, accepts: Accepts) -> Grouping:
-    """The groups that ``accepts`` takes, and in place of each other one the best pieces that it takes."""
+    """The groups, those that ``accepts`` refuses replaced by pieces that it takes."""
     kept, refused = [], set[int]()
     for group in groups:
         if len(group) == 1 or accepts(group):
@@ -43,17 +35,19 @@ def repair(problem: Problem, groups: Grouping, accepts: Accepts) -> Grouping:
             refused.update(group)
     state = _State(problem, kept + [[node] for node in sorted(refused)])
     owner = {node: index for index, group in enumerate(groups) for node in group}
-    for a, b in _by_saving(problem):
-        if owner[a] == owner[b] and a in refused:
-            state.try_merge(a, b, accepts)
+    state.merge_all(
+        [(a, b) for a, b in _by_saving(problem) if owner[a] == owner[b] and a in refused], accepts
+    )
     return state.groups()
 
 
 def _by_saving(problem: Problem) -> list[tuple[int, int]]:
     """Candidate pairs, the one that saves the most bytes first, ties in program order."""
-    saving: dict[tuple[int, int], int] = {pair: 0 for pair in (*problem.edges, *problem.siblings)}
+    saving: dict[tuple[int, int], int] = dict.fromkeys((*problem.edges, *problem.siblings), 0)
     for tensor in problem.tensors:
-        for index, (node, amount) in enumerate(zip(tensor.consumers, tensor.read_bytes, strict=True)):
+        for index, (node, amount) in enumerate(
+            zip(tensor.consumers, tensor.read_bytes, strict=True)
+        ):
             if tensor.producer is not None and (tensor.producer, node) in saving:
                 only = len(tensor.consumers) == 1 and not tensor.leaves
                 saving[tensor.producer, node] += amount + (tensor.nbytes if only else 0)
@@ -64,77 +58,114 @@ def _by_saving(problem: Problem) -> list[tuple[int, int]]:
 
 
 class _State:
-    """Groups under construction, with a topological order of their quotient that merges keep up to date.
+    """Groups under construction, with a topological order of their quotient kept up to date.
 
-    The order is the one of Pearce and Kelly's dynamic algorithm (2007): a merge of two groups only looks at,
-    and only moves, what lies between them in the order.
+    The order is the one of Pearce and Kelly's dynamic algorithm (2007): a merge of two groups only
+    looks at, and only moves, what lies between them in it. What is known of groups is merged the
+    smaller into the larger.
     """
 
     def __init__(self, problem: Problem, start: Grouping) -> None:
         self.problem = problem
-        self.successors = problem.successors()
+        successors = problem.successors()
         self.consumers = problem.consumers()
-        self.apart: dict[int, set[int]] = {}
+        self.apart: list[set[int]] = [set() for _ in range(problem.size)]
         for a, b in problem.ordered:
-            self.apart.setdefault(a, set()).add(b)
-            self.apart.setdefault(b, set()).add(a)
+            self.apart[a].add(b)
+            self.apart[b].add(a)
         self.members = {group[0]: list(group) for group in start}
         self.owner = [0] * problem.size
         for name, group in self.members.items():
             for node in group:
                 self.owner[node] = name
+        self.following = {
+            name: {s for node in group for s in successors[node]}
+            for name, group in self.members.items()
+        }
+        everywhere = (1 << len(problem.labels)) - 1
+        self.firm = dict.fromkeys(
+            self.members, everywhere
+        )  # labels of the nodes that are never small
+        self.small: dict[int, list[int]] = {name: [] for name in self.members}
+        for node in range(problem.size):
+            if problem.inner[node]:
+                self.small[self.owner[node]].append(node)
+            else:
+                self.firm[self.owner[node]] &= problem.firm[node]
         names = list(self.members)
-        ranks = executable(names, quotient(start, self.successors))
+        ranks = executable(names, quotient(start, successors))
         assert ranks is not None, "splitting groups of an acyclic grouping keeps it acyclic"
         self.ranked: list[int | None] = [names[index] for index in ranks]
         self.rank = {name: rank for rank, name in enumerate(self.ranked) if name is not None}
 
     def groups(self) -> Grouping:
-        return sorted(sorted(m) for m in self.members.values())
+        return sorted(sorted(members) for members in self.members.values())
 
-    def try_merge(self, a: int, b: int, accepts: Accepts | None) -> bool:
-        first, second = self.owner[a], self.owner[b]
-        if first == second:
-            return False
+    def merge_all(self, pairs: Sequence[tuple[int, int]], accepts: Accepts | None = None) -> bool:
+        """Tries each pair once, in order; whether anything was merged."""
+        before = len(self.members)
+        for a, b in pairs:
+            first, second = self.owner[a], self.owner[b]
+            if first != second:
+                self._try_merge(first, second, accepts)
+        return len(self.members) < before
+
+    def _try_merge(self, first: int, second: int, accepts: Accepts | None) -> None:
         if self.rank[first] > self.rank[second]:
             first, second = second, first
-        union = self.members[first] + self.members[second]
-        if any(not self.apart.get(n, _NONE).isdisjoint(self.members[second]) for n in self.members[first]):
-            return False
-        if not self.problem.fitting(set(union), self.consumers):
-            return False
+        if not self._fit(first, second) or self._apart(first, second):
+            return
         after = self._between(first, second)
-        if after is None or (accepts is not None and not accepts(sorted(union))):
-            return False
-        self._join(first, second, after)
-        return True
+        if after is None:
+            return
+        if accepts is None or accepts(sorted(self.members[first] + self.members[second])):
+            self._join(first, second, after)
+
+    def _fit(self, first: int, second: int) -> int:
+        """The labels that hold the union, see ``Problem.fitting``."""
+        mask = self.firm[first] & self.firm[second]
+        for node in (*self.small[first], *self.small[second]):
+            here = self.problem.firm[node]
+            if all(self.owner[c] in (first, second) for c in self.consumers[node]):
+                here |= self.problem.inner[node]
+            mask &= here
+        return mask
+
+    def _apart(self, first: int, second: int) -> bool:
+        """Whether two nodes of the union must not share a group."""
+        fewer, more = sorted((first, second), key=lambda name: len(self.members[name]))
+        return any(self.owner[n] == more for node in self.members[fewer] for n in self.apart[node])
 
     def _between(self, first: int, second: int) -> set[int] | None:
-        """Groups before ``second`` that depend on ``first``; None if ``second`` depends on one of them."""
+        """Groups that depend on ``first`` and precede ``second``; None if it depends on one."""
         limit = self.rank[second]
         seen: set[int] = set()
         stack = [first]
         while stack:
             group = stack.pop()
-            for node in self.members[group]:
-                for following in self.successors[node]:
-                    target = self.owner[following]
-                    if target == second and group != first:
-                        return None
-                    if target != first and target not in seen and self.rank[target] < limit:
-                        seen.add(target)
-                        stack.append(target)
+            self.following[group] = {n for n in self.following[group] if self.owner[n] != group}
+            for target in {self.owner[n] for n in self.following[group]}:
+                if target == second and group != first:
+                    return None
+                if target != first and target not in seen and self.rank[target] < limit:
+                    seen.add(target)
+                    stack.append(target)
         return seen
 
     def _join(self, first: int, second: int, after: set[int]) -> None:
         low, high = self.rank[first], self.rank[second]
         between = [g for g in self.ranked[low + 1 : high] if g is not None]
-        order = [g for g in between if g not in after] + [first] + [g for g in between if g in after]
-        for node in self.members[second]:
-            self.owner[node] = first
-        self.members[first] += self.members.pop(second)
+        gone, keep = sorted((first, second), key=lambda name: len(self.members[name]))
+        order = [g for g in between if g not in after] + [keep]
+        order += [g for g in between if g in after]
+        for node in self.members[gone]:
+            self.owner[node] = keep
+        self.members[keep] += self.members.pop(gone)
+        self.following[keep] |= self.following.pop(gone)
+        self.firm[keep] &= self.firm.pop(gone)
+        self.small[keep] += self.small.pop(gone)
+        del self.rank[gone]
         for position, group in enumerate(order, low):
             self.ranked[position] = group
             self.rank[group] = position
-        for position in range(low + len(order), high + 1):
-            self.ranked[position] = None
+        self.ranked[low + len(order) : high + 1] = [None] * (high + 1 - low - len(order))

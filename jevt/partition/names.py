@@ -24,7 +24,11 @@ def innermost_scope(jaxpr: Jaxpr) -> str:
     count: Counter[str] = Counter()
     for eqn in jaxpr.eqns:
         components = [c for c in re.split(r"[/()]", str(eqn.source_info.name_stack)) if c]
-        components = [c for c in components if c not in ("jvp", "transpose", "vmap", "jit", "remat", "checkpoint")]
+        components = [
+            c
+            for c in components
+            if c not in ("jvp", "transpose", "vmap", "jit", "remat", "checkpoint")
+        ]
         if components:
             count[components[-1]] += 1
     if not count:

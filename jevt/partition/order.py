@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def executable(keys: Sequence[int], successors: Sequence[Sequence[int]]) -> list[int] | None:
-    """Topological order of a graph, smallest key first among what is ready; None if there is a cycle."""
+    """Topological order, smallest key first among what is ready; None if there is a cycle."""
     waiting = [0] * len(keys)
     for targets in successors:
         for target in targets:
@@ -25,7 +25,9 @@ def executable(keys: Sequence[int], successors: Sequence[Sequence[int]]) -> list
     return result if len(result) == len(keys) else None
 
 
-def quotient(groups: Sequence[Sequence[int]], successors: Sequence[Sequence[int]]) -> list[list[int]]:
+def quotient(
+    groups: Sequence[Sequence[int]], successors: Sequence[Sequence[int]]
+) -> list[list[int]]:
     """For each group, the groups that depend on it."""
     owner = {node: index for index, group in enumerate(groups) for node in group}
     return [

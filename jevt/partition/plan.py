@@ -18,9 +18,10 @@ class Group:
 
     Attributes:
       name: stable within the plan: position, kind and the innermost named scope.
-      target: "triton" when it becomes one generated kernel, "xla" when its equations stay as they are.
-      kind: the mainloop's name for Triton groups and for candidates that the cost model left to XLA,
-        "opaque" for an equation that no mainloop takes.
+      target: "triton" when it becomes one generated kernel, "xla" when its equations stay as they
+        are.
+      kind: the mainloop's name for Triton groups and for candidates that the cost model left to
+        XLA, "opaque" for an equation that no mainloop takes.
       eqns: positions in ``Plan.jaxpr.eqns``, ascending.
       jaxpr: the group as a function of its inputs (invars) to its outputs (outvars).
       spec: the kernel; None for opaque groups.
@@ -49,7 +50,8 @@ class Solution:
     """What the solver said.
 
     Attributes:
-      status: "optimal", "feasible", "greedy" (no solution in time) or "trivial" (nothing to decide).
+      status: "optimal", "feasible", "greedy" (no solution in time) or "trivial" (nothing to
+        decide).
       objective_us: predicted time of the chosen partition's memory traffic and launches.
       bound_us: proven lower bound of the same; equals the objective when optimal.
       seconds: wall time.

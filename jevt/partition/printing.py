@@ -16,16 +16,17 @@ _COLUMNS = ("group", "target", "eqns", "bytes", "µs", "XLA µs", "reason")
 
 
 def format_plan(plan: Plan) -> str:
-    """A table of the groups, totals, and the plans of control-flow bodies indented below their equation.
+    """A table of the groups, totals, and the plans of control-flow bodies indented below their
+    equation.
 
-    ``bytes`` is what a group reads and writes, ``µs`` its predicted time for its target; the kind is part of
-    the name.
+    ``bytes`` is what a group reads and writes, ``µs`` its predicted time for its target; the kind
+    is part of the name.
     """
     return "\n".join(_lines(plan))
 
 
 def to_json(plan: Plan) -> str:
-    """The plan as indented JSON with one line a field, so that two plans can be compared by a text diff."""
+    """The plan as JSON with one line a field, so that a text diff compares two plans."""
     return json.dumps(_data(plan), indent=1, ensure_ascii=False)
 
 
@@ -33,10 +34,11 @@ def summary(plan: Plan) -> dict[str, Any]:
     """Counts over the plan and its nested plans.
 
     Returns:
-      ``equations``, ``groups``, ``triton`` (groups that become kernels), ``fused_equations`` (equations in
-      them), ``kinds`` (groups by kind, of those that become kernels), ``xla`` (groups by reason),
-      ``fallbacks`` (groups left to XLA for a reason that is not a decision), ``predicted_us`` (of the
-      groups whose time is predicted), ``status`` and ``seconds`` of the solver.
+      ``equations``, ``groups``, ``triton`` (groups that become kernels), ``fused_equations``
+      (equations in them), ``kinds`` (groups by kind, of those that become kernels), ``xla`` (groups
+      by reason), ``fallbacks`` (groups left to XLA for a reason that is not a decision),
+      ``predicted_us`` (of the groups whose time is predicted), ``status`` and ``seconds`` of the
+      solver.
     """
     groups = list(all_groups(plan))
     kernels = [g for g in groups if g.target == "triton"]
@@ -46,7 +48,9 @@ def summary(plan: Plan) -> dict[str, Any]:
         "triton": len(kernels),
         "fused_equations": sum(len(g.eqns) for g in kernels),
         "kinds": dict(sorted(Counter(g.kind for g in kernels).items())),
-        "xla": dict(Counter(_category(g.reason) for g in groups if g.target == "xla").most_common()),
+        "xla": dict(
+            Counter(_category(g.reason) for g in groups if g.target == "xla").most_common()
+        ),
         "fallbacks": len(fallbacks(plan)),
         "predicted_us": sum(g.predicted_us or 0.0 for g in groups),
         "status": plan.solution.status,
@@ -55,7 +59,7 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 
 def fallbacks(plan: Plan) -> list[Group]:
-    """Groups left to XLA for a reason that is neither the cost model's decision nor the backend's."""
+    """Groups left to XLA for a reason that is no decision of the cost model or the user."""
     return [group for group in all_groups(plan) if group.fallback]
 
 
@@ -116,8 +120,9 @@ def _totals(plan: Plan) -> str:
     solution = plan.solution
     gap = "" if solution.status in ("optimal", "trivial") else f", gap {solution.gap:.1%}"
     return (
-        f"{len(plan.jaxpr.eqns)} equations in {len(plan.groups)} groups; {len(kernels)} kernels with "
-        f"{sum(len(g.eqns) for g in kernels)} equations; {sum(known):.1f} µs predicted for what is not opaque; "
+        f"{len(plan.jaxpr.eqns)} equations in {len(plan.groups)} groups; "
+        f"{len(kernels)} kernels with {sum(len(g.eqns) for g in kernels)} equations; "
+        f"{sum(known):.1f} µs predicted for what is not opaque; "
         f"{solution.status}{gap}"
     )
 

@@ -1,16 +1,17 @@
 """One partitioning problem: a component of the graph, with costs and with what makes a group legal.
 
-The greedy partitioner, the integer program and the brute-force oracle of the tests all read this one
-description, so that they agree on what is optimised:
+The greedy partitioner, the integer program and the brute-force oracle of the tests all read this
+one description, so that they agree on what is optimised:
 
     cost = launch · (number of groups)
          + bytes of tensors written (once each, if anything outside the producer's group needs them)
          + bytes of tensors read (once by each group that reads them from memory)
 
-in bytes, a launch counted as the bytes that the device moves in its time. EVT's objective is the second
-and third line ("minimize the data movement between partitions", ASPLOS 2024, section 5); training graphs
-also hold many small tensors for which the launch is what matters. A free node (a row-major reshape) that is
-a group by itself costs nothing: XLA gives its result the operand's buffer.
+in bytes, a launch counted as the bytes that the device moves in its time. EVT's objective is the
+second and third line ("minimize the data movement between partitions", ASPLOS 2024, section 5);
+training graphs also hold many small tensors for which the launch is what matters. A free node (a
+row-major reshape) that is a group by itself costs nothing: XLA gives its result the operand's
+buffer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ type Grouping = list[list[int]]  # local node indices, each ascending
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """The iteration space of a group: points, and the length of its rows (0: nothing is reduced)."""
+    """The iteration space of a group: points, and length of its rows (0: nothing is reduced)."""
 
     size: int
     cols: int
@@ -57,17 +58,15 @@ class Problem:
       size: number of nodes.
       edges: producer–consumer pairs that may share a group.
       siblings: pairs of readers of one tensor that may share a group, smaller index first.
-      ordered: pairs (u, v) that never share a group; v runs after u, through a path outside the component
-        or because no kernel holds both.
+      ordered: pairs (u, v) that never share a group; v runs after u, through a path outside the
+        component or because no kernel holds both.
       tensors: what moves.
       labels: the spaces that occur.
       firm: for each node, the labels (as a bit mask) whose space it spans, or whose rows it spans.
-      inner: for each node, the labels under which it is smaller than both, so that its results must not
-        be needed outside the group.
+      inner: for each node, the labels under which it is smaller than both, so that its results must
+        not be needed outside the group.
       free: nodes that cost nothing alone.
       launch: bytes that a launch is worth.
-      exact: every two readers of a tensor that may share a group are in ``edges`` or ``siblings``, so that
-        the integer program counts reads exactly; otherwise it may count too many.
     """
 
     size: int
@@ -80,10 +79,9 @@ class Problem:
     inner: tuple[int, ...]
     free: tuple[bool, ...]
     launch: int
-    exact: bool = True
 
     def successors(self) -> list[list[int]]:
-        """For each node, the nodes that run after it, inside the component or because of ``ordered``."""
+        """For each node, the nodes that run after it, those of ``ordered`` included."""
         result: list[set[int]] = [set() for _ in range(self.size)]
         for tensor in self.tensors:
             if tensor.producer is not None:
@@ -128,8 +126,9 @@ class Problem:
     def floor(self) -> int | None:
         """A cost below which no grouping is: one group for all; None where that is not a bound.
 
-        Any grouping launches at least once, reads every outer tensor and writes every leaving one. Only a
-        free node can beat that, where a tensor and its relabelled twin both leave: one write serves both.
+        Any grouping launches at least once, reads every outer tensor and writes every leaving one.
+        Only a free node can beat that, where a tensor and its relabelled twin both leave: one write
+        serves both.
         """
         if all(self.free):
             return None
@@ -144,7 +143,9 @@ class Problem:
             if node in written:
                 buffer[written[node]] = buffer[read[node]]
         leaving = [buffer[i] for i, tensor in enumerate(self.tensors) if tensor.leaves]
-        if len(set(leaving)) < len(leaving) or any(self.tensors[b].producer is None for b in leaving):
+        if len(set(leaving)) < len(leaving) or any(
+            self.tensors[b].producer is None for b in leaving
+        ):
             return None
         return self.cost([list(range(self.size))])
 
@@ -162,30 +163,36 @@ class Problem:
         return mask
 
     def valid(self, groups: Sequence[Sequence[int]]) -> bool:
-        """Every node once; groups connected, of one space each, and acyclic together.
+        """Every node once; groups of one space each, and acyclic together.
 
-        Acyclicity of the quotient implies convexity of each group: EVT's "no path leaves a partition and
-        comes back", but not the other way round.
+        Acyclicity of the quotient implies convexity of each group: EVT's "no path leaves a
+        partition and comes back", but not the other way round.
         """
         if sorted(node for group in groups for node in group) != list(range(self.size)):
             return False
-        consumers, links = self.consumers(), self.links()
+        consumers = self.consumers()
         owner = {node: index for index, group in enumerate(groups) for node in group}
         if any(owner[a] == owner[b] for a, b in self.ordered):
             return False
-        for group in groups:
-            members = set(group)
-            if len(components(members, links)) != 1:
-                return False
-            if len(group) > 1 and not self.fitting(members, consumers):
-                return False
-        return order.executable([min(g) for g in groups], order.quotient(groups, self.successors())) is not None
+        if any(len(g) > 1 and not self.fitting(g, consumers) for g in groups):
+            return False
+        return (
+            order.executable([min(g) for g in groups], order.quotient(groups, self.successors()))
+            is not None
+        )
 
     def key(self) -> Hashable:
         """Equal for problems that differ in nothing but where they sit."""
         return (
-            self.edges, self.siblings, self.ordered, self.tensors, self.labels, self.firm, self.inner,
-            self.free, self.launch, self.exact,
+            self.edges,
+            self.siblings,
+            self.ordered,
+            self.tensors,
+            self.labels,
+            self.firm,
+            self.inner,
+            self.free,
+            self.launch,
         )
 
 

@@ -10,8 +10,10 @@ from jax.extend.core import Jaxpr
 
 from jevt import _jaxpr
 from jevt._context import Context
-from jevt.partition import canonical, graph as graphs, order, targets
-from jevt.partition.build import Build, Builder, part as part_of
+from jevt.partition import graph as graphs
+from jevt.partition import order, targets
+from jevt.partition.build import Build, Builder
+from jevt.partition.build import part as part_of
 from jevt.partition.components import Links, Reach, pose, split
 from jevt.partition.contract import contract
 from jevt.partition.duplicate import duplicate
@@ -28,7 +30,7 @@ def partition(
     classify: Classify | None = None,
     build: Build | None = None,
 ) -> Plan:
-    """Partitions a program into groups that each run as one kernel, or are left to XLA with a reason.
+    """Partitions a program into groups: each one kernel, or left to XLA with a reason.
 
     Args:
       jaxpr: the program after the passes.
@@ -37,13 +39,18 @@ def partition(
       build: makes a group a kernel, or refuses; ``lowering.spec.build`` by default.
 
     Returns:
-      A plan whose groups hold every equation once, in an executable order. The same jaxpr and context give
-      the same plan, unless the time limit is what stopped the solver.
+      A plan whose groups hold every equation once, in an executable order. The same jaxpr and
+      context give the same plan, unless the time limit is what stopped the solver.
     """
+    # Imported here so that the partitioner can be tested without the lowering.
     if classify is None:
-        from jevt.lowering.rules import classify
+        from jevt.lowering import rules
+
+        classify = rules.classify
     if build is None:
-        from jevt.lowering.spec import build
+        from jevt.lowering import spec
+
+        build = spec.build
     run = _Run(classify, Builder(build), time.monotonic() + context.partition_seconds)
     plan = run.plan(jaxpr, context)
     return plan if context.fuel is None else targets.limit_fuel(plan, context.fuel)
@@ -74,7 +81,9 @@ class _Run:
             merged = sorted(n for index in cyclic for n in parts[index])
             keep = [i for i in range(len(parts)) if i not in cyclic]
             parts = [parts[i] for i in keep] + [merged]
-            outcomes = [outcomes[i] for i in keep] + [self._solve(graph, reach, merged, links, launch)]
+            outcomes = [outcomes[i] for i in keep] + [
+                self._solve(graph, reach, merged, links, launch)
+            ]
         # 4. groups in an executable order, each with its target
         groups = _ordered(graph, _all_groups(graph, parts, outcomes))
         chosen = tuple(
@@ -93,7 +102,7 @@ class _Run:
         return Plan(jaxpr, chosen, solution, self._nested(jaxpr, context))
 
     def _checked(self, graph: Graph) -> Graph:
-        """The graph with equations opaque that ``classify`` lets pass and ``build`` refuses even alone."""
+        """The graph, with what ``build`` refuses even alone made opaque."""
         nodes = list(graph.nodes)
         for index, node in enumerate(nodes):
             if node.kind in ("pointwise", "reduction") and node.size > 1:
@@ -102,7 +111,9 @@ class _Run:
                     nodes[index] = graphs.Node(node.eqns, "opaque", reason=reason, fallback=True)
         return dataclasses.replace(graph, nodes=tuple(nodes))
 
-    def _solve(self, graph: Graph, reach: Reach, part: Sequence[int], links: Links, launch: int) -> Outcome:
+    def _solve(
+        self, graph: Graph, reach: Reach, part: Sequence[int], links: Links, launch: int
+    ) -> Outcome:
         problem = pose(graph, reach, part, links, launch)
         key = self._key(graph, part, problem)
         if key not in self.solved:
@@ -122,9 +133,11 @@ class _Run:
         positions = sorted(p for n in part for p in graph.nodes[n].eqns)
         local = {p: i for i, p in enumerate(positions)}
         nodes = tuple(tuple(local[p] for p in graph.nodes[n].eqns) for n in part)
-        return nodes, problem.key(), canonical.key(graph.extract(positions))
+        return nodes, problem.key(), self.builder.keys.key(graph.extract(positions))
 
-    def _cycle(self, graph: Graph, parts: Sequence[Sequence[int]], outcomes: Sequence[Outcome]) -> set[int] | None:
+    def _cycle(
+        self, graph: Graph, parts: Sequence[Sequence[int]], outcomes: Sequence[Outcome]
+    ) -> set[int] | None:
         """Components whose groups are on a cycle of the quotient graph."""
         groups = _all_groups(graph, parts, outcomes)
         found = order.cycle(order.quotient(groups, graph.successors))
@@ -144,7 +157,9 @@ class _Run:
         return tuple(result)
 
 
-def _all_groups(graph: Graph, parts: Sequence[Sequence[int]], outcomes: Sequence[Outcome]) -> list[list[int]]:
+def _all_groups(
+    graph: Graph, parts: Sequence[Sequence[int]], outcomes: Sequence[Outcome]
+) -> list[list[int]]:
     """The groups of all components, and each opaque node as one."""
     groups = [
         [part[n] for n in group]

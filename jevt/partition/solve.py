@@ -1,4 +1,4 @@
-"""Solves one component: bound, greedy, integer program, and what ``build`` says about the result."""
+"""Solves one component: bound, greedy, integer program, and what ``build`` says to it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from jevt.partition import greedy, ilp
-from jevt.partition.problem import Grouping, Problem, components
+from jevt.partition.problem import Grouping, Problem
 
 type Status = Literal["trivial", "optimal", "feasible", "greedy"]
 
 #: Solves of one component, each with the cuts that the refusals before it gave.
 _ROUNDS = 16
 #: Deterministic seconds for one component, all rounds together.
-_DETERMINISTIC = 4.0
-#: Above this number of nodes the program would not be built in time.
-_LARGEST = 400
+_DETERMINISTIC = 2.0
+#: Above this number of membership variables the program is not built: greedy has to do.
+_LARGEST = 8000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Oracle:
 
     Attributes:
       accepts: whether these nodes can be one group.
-      holds: whether these nodes can be part of one group, whatever else is in it: the same question with
-        only those results as outputs that nothing in the set reads.
+      holds: whether these nodes can be part of one group, whatever else is in it: the same question
+        with only those results as outputs that nothing in the set reads.
     """
 
     accepts: Callable[[Sequence[int]], bool]
@@ -36,7 +36,7 @@ class Oracle:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A valid grouping whose groups ``accepts`` takes (single nodes apart), its cost and a lower bound."""
+    """A valid grouping whose groups ``build`` takes, its cost and a lower bound on any's."""
 
     groups: Grouping
     cost: int
@@ -49,7 +49,7 @@ def solve(problem: Problem, oracle: Oracle, deadline: float) -> Outcome:
     """The best grouping that was found by ``deadline`` (``time.monotonic``)."""
     whole = [list(range(problem.size))]
     singles = [[node] for node in range(problem.size)]
-    if problem.size == 1 or not problem.edges and not problem.siblings:
+    if problem.size == 1 or not (problem.edges or problem.siblings):
         cost = problem.cost(singles)
         return Outcome(singles, cost, cost, "trivial")
     floor = problem.floor()
@@ -57,54 +57,53 @@ def solve(problem: Problem, oracle: Oracle, deadline: float) -> Outcome:
         return Outcome(whole, floor, floor, "optimal")
     start = greedy.repair(problem, greedy.merge(problem), oracle.accepts)
     best = min(start, singles, key=problem.cost)
-    if problem.size > _LARGEST:
+    if problem.size > _LARGEST or ilp.variables(problem) > _LARGEST:
         return Outcome(best, problem.cost(best), floor or 0, "greedy")
     return _improve(problem, oracle, best, floor or 0, deadline)
 
 
-def _improve(problem: Problem, oracle: Oracle, best: Grouping, floor: int, deadline: float) -> Outcome:
+def _improve(
+    problem: Problem, oracle: Oracle, best: Grouping, floor: int, deadline: float
+) -> Outcome:
     """Integer program and refusals in turn, until a solution is taken or the time is over.
 
-    The bound stays valid through the rounds because a cut only removes what ``build`` refuses. It assumes
-    that a group that holds a refused set (see ``Oracle.holds``) is refused too.
+    The bound stays valid through the rounds because a cut only removes what ``build`` refuses. It
+    assumes that a group that holds a refused set (see ``Oracle.holds``) is refused too.
     """
-    cuts: list[ilp.Cut] = []
+    program = ilp.Program(problem)
     bound, left, rounds = floor, _DETERMINISTIC, 0
     found = False
     while rounds < _ROUNDS and left > 0 and (wall := deadline - time.monotonic()) > 0:
         rounds += 1
-        answer = ilp.solve(problem, cuts, best, ilp.Limits(left, wall))
+        answer = program.solve(best, ilp.Limits(left, wall))
         left -= answer.spent
         if answer.groups is None:
             break
         found = True
-        if problem.exact:
-            bound = max(bound, answer.bound)
+        bound = max(bound, answer.bound)
         refused = [g for g in answer.groups if len(g) > 1 and not oracle.accepts(g)]
         mended = greedy.repair(problem, answer.groups, oracle.accepts) if refused else answer.groups
         best = min(best, mended, key=problem.cost)
-        if not refused:
-            optimal = answer.optimal and problem.exact
-            cost = problem.cost(best)
-            return Outcome(best, cost, cost if optimal else bound, "optimal" if optimal else "feasible", rounds)
-        cuts.extend(_cut(problem, oracle, group) for group in refused)
+        if not refused or bound >= problem.cost(best):
+            break
+        for group in refused:
+            program.refused(_cut(oracle, group))
     cost = problem.cost(best)
     status: Status = "optimal" if bound >= cost else "feasible" if found else "greedy"
     return Outcome(best, cost, min(bound, cost), status, rounds)
 
 
-def _cut(problem: Problem, oracle: Oracle, group: Sequence[int]) -> ilp.Cut:
+def _cut(oracle: Oracle, group: Sequence[int]) -> ilp.Cut:
     """Few nodes of a refused group that are refused already, by deleting ever smaller pieces."""
     if oracle.holds(group):  # only the outputs are at fault: other neighbours may mend that
         return ilp.Cut(tuple(group), hard=False)
-    links = problem.links()
     core = list(group)
     piece = len(core) // 2
     while piece:
         index = 0
         while index < len(core):
             rest = core[:index] + core[index + piece :]
-            if len(rest) > 1 and len(components(rest, links)) == 1 and not oracle.holds(rest):
+            if len(rest) > 1 and not oracle.holds(rest):
                 core = rest
             else:
                 index += piece

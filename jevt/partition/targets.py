@@ -13,13 +13,17 @@ from jevt.partition.graph import Graph, Node
 from jevt.partition.plan import Group, Plan
 
 
-def choose(graph: Graph, single: Graph, nodes: Sequence[int], index: int, context: Context, builder: Builder) -> Group:
-    """The group of these nodes.
+def choose(
+    graph: Graph,
+    single: Graph,
+    nodes: Sequence[int],
+    index: int,
+    context: Context,
+    builder: Builder,
+) -> Group:
+    """The group of these nodes of ``graph``, the ``index``-th of the plan.
 
-    Args:
-      graph: the contracted graph that ``nodes`` are positions of.
-      single: the graph with one node for each equation, which knows each equation's kind.
-      index: of the group in the plan.
+    ``single`` is the graph with one node for each equation, which knows each equation's kind.
     """
     members = [graph.nodes[n] for n in nodes]
     positions = tuple(sorted(p for node in members for p in node.eqns))
@@ -27,12 +31,19 @@ def choose(graph: Graph, single: Graph, nodes: Sequence[int], index: int, contex
     if len(members) == 1 and members[0].opaque:
         node = members[0]
         name = names.group_name(index, "opaque", jaxpr)
-        return Group(name, "xla", "opaque", positions, jaxpr, reason=node.reason, fallback=node.fallback)
+        return Group(
+            name, "xla", "opaque", positions, jaxpr, reason=node.reason, fallback=node.fallback
+        )
     parts = [single.nodes[p] for p in positions]
     reductions = {i for i, part in enumerate(parts) if part.kind == "reduction"}
     kind = "rowwise" if reductions else "pointwise"
-    predicted, xla = cost.predict_us(jaxpr, context.device), cost.xla_us(jaxpr, context.device, reductions)
-    group = Group(names.group_name(index, kind, jaxpr), "xla", kind, positions, jaxpr, None, xla, xla)
+    predicted, xla = (
+        cost.predict_us(jaxpr, context.device),
+        cost.xla_us(jaxpr, context.device, reductions),
+    )
+    group = Group(
+        names.group_name(index, kind, jaxpr), "xla", kind, positions, jaxpr, None, xla, xla
+    )
     trivial = _trivial(parts)
     if trivial:
         return dataclasses.replace(group, reason=trivial)
@@ -49,7 +60,7 @@ def choose(graph: Graph, single: Graph, nodes: Sequence[int], index: int, contex
 
 
 def limit_fuel(plan: Plan, fuel: int) -> Plan:
-    """The plan with only its first ``fuel`` Triton groups, bodies counted where their equation stands."""
+    """The plan with only its first ``fuel`` kernels; bodies count where their equation stands."""
     return _burn(plan, fuel)[0]
 
 
@@ -62,11 +73,16 @@ def _burn(plan: Plan, fuel: int) -> tuple[Plan, int]:
         if group.target == "triton":
             if fuel <= 0:
                 group = dataclasses.replace(
-                    group, target="xla", predicted_us=group.xla_us, reason="fuel: JEVT_FUEL is used up"
+                    group,
+                    target="xla",
+                    predicted_us=group.xla_us,
+                    reason="fuel: JEVT_FUEL is used up",
                 )
             fuel -= 1
         groups.append(group)
-    return dataclasses.replace(plan, groups=tuple(groups), nested=tuple(nested.items())), max(fuel, 0)
+    return dataclasses.replace(plan, groups=tuple(groups), nested=tuple(nested.items())), max(
+        fuel, 0
+    )
 
 
 def _trivial(parts: Sequence[Node]) -> str:
@@ -90,7 +106,7 @@ def _elsewhere(context: Context, predicted: float, xla: float) -> tuple[str, boo
 
 
 def body_context(context: Context, primitive: str, params: dict[str, object]) -> Context:
-    """The context of a body: inside a fully manual ``shard_map`` nothing is partitioned automatically."""
+    """The context of a body: in a fully manual ``shard_map`` nothing is partitioned further."""
     if primitive != "shard_map":
         return context
     mesh = getattr(params.get("mesh"), "axis_names", ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from jevt_kernels.codegen import Printer
-from jevt_kernels.mainloops import pointwise, rowwise
+from jevt_kernels.mainloops import columnwise, pointwise, rowwise
 from jevt_kernels.spec import Config, KernelSpec
 
 
@@ -21,4 +21,8 @@ class Mainloop(Protocol):
         ...
 
 
-MAINLOOPS: dict[str, Mainloop] = {"pointwise": pointwise, "rowwise": rowwise}
+MAINLOOPS: dict[str, Mainloop] = {
+    "pointwise": pointwise,
+    "rowwise": rowwise,
+    "columnwise": columnwise,
+}

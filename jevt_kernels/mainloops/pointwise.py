@@ -16,6 +16,7 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
     """Configurations worth trying, the preferred one first."""
     names = [t.name for t in spec.space.tile]
     extents = [spec.space.extent(t) for t in spec.space.tile]
+    candidates: list[tuple[tuple[int, ...], int]]
     if len(names) == 1:
         candidates = [((1024,), 4), ((2048,), 8), ((512,), 4), ((4096,), 8)]
     else:
@@ -39,6 +40,7 @@ def power_of_two(extent: int) -> int:
 
 
 def blocks_along(space: Space, config: Config, name: str) -> int:
+    """Number of tiles along a tile axis."""
     return -(-space.extent(space.tile_axis(name)) // config.block(name))
 
 

@@ -1,11 +1,16 @@
-"""Sorts kernels into what they do, from their names, for the stacked bars.
+"""Kernels by name: sums over a profile's events, and what a kernel does, told from its name.
 
-A heuristic for reading a profile, never an input to a measurement.
+The categories are a heuristic for the stacked bars, never an input to a measurement. Imports no
+framework.
 """
 
 from __future__ import annotations
 
+import collections
 import re
+from collections.abc import Iterable
+
+from benchmarks.messages import Kernel, Profile
 
 CATEGORIES = ("matmul", "convolution", "attention", "sparse", "reduction", "pointwise", "copy")
 
@@ -35,3 +40,18 @@ def category(kernel: str) -> str:
 def short_name(kernel: str) -> str:
     """A kernel's name without the numbers that tell its instances apart, at most 70 characters."""
     return re.sub(r"[._]\d+", "", kernel)[:70]
+
+
+def aggregate(events: Iterable[tuple[str, float]], steps: int) -> Profile:
+    """Sums (kernel, nanoseconds) over ``steps`` steps into a profile of one step."""
+    nanoseconds: collections.Counter[str] = collections.Counter()
+    launches: collections.Counter[str] = collections.Counter()
+    for name, duration in events:
+        nanoseconds[short_name(name)] += duration
+        launches[short_name(name)] += 1
+    return Profile(
+        tuple(
+            Kernel(name, category(name), ns / steps / 1e6, launches[name] / steps)
+            for name, ns in nanoseconds.most_common()
+        )
+    )

@@ -1,0 +1,1 @@
+"""Renders the result files: tables into the README, charts as PNG."""

@@ -1,0 +1,109 @@
+"""Columnwise kernels: reductions along ``row``, beside whatever a rowwise or pointwise kernel does.
+
+The gradients of biases and of normalisation parameters, and BatchNorm's statistics, are sums along all
+rows of values that are made from a few large tensors. A program walks many blocks of rows, stores full
+tiles on the way, and keeps one accumulator tile for each reduction; what it leaves is a partial result,
+and ``jevt_kernels.partials`` combines those of all programs in a fixed order.
+
+With reductions along ``col`` too (a layer norm's input gradient beside its parameters' gradients), the
+tile holds whole rows; otherwise wide rows are cut into blocks of columns.
+"""
+
+from __future__ import annotations
+
+from jevt_kernels import visitor
+from jevt_kernels.codegen import Printer
+from jevt_kernels.mainloops.pointwise import blocks_along, power_of_two
+from jevt_kernels.mainloops.reduction import hoist, reductions
+from jevt_kernels.ops import TRITON_TYPES
+from jevt_kernels.spec import Config, KernelSpec, Partial, UnsupportedKernel
+
+#: Widest row, padded to a power of two, of a tile that holds whole rows and accumulators.
+MAX_WHOLE = 8192
+
+#: Programs that walk the rows: a few for each multiprocessor of any present GPU. The number decides
+#: the order of summation, so it does not depend on the device.
+ROW_PROGRAMS = 528
+
+_PER_WARP = 512
+
+
+def configs(spec: KernelSpec) -> tuple[Config, ...]:
+    """Configurations worth trying, the preferred one first."""
+    rows, columns = (spec.space.extent(spec.space.tile_axis(name)) for name in ("row", "col"))
+    whole = any(isinstance(n, visitor.Reduce) and n.over == "col" for n in spec.tree)
+    result: dict[Config, None] = {}
+    for elements, widest in ((4096, 256), (2048, 128), (8192, 512), (4096, 1024)):
+        width = power_of_two(columns)
+        if not whole:
+            width = min(width, widest)
+        height = min(max(1, elements // width), power_of_two(rows))
+        warps = min(16, max(1, power_of_two(height * width // _PER_WARP)))
+        result.setdefault(Config((("row", height), ("col", width)), warps))
+    return tuple(result)
+
+
+def emit(printer: Printer) -> int:
+    """Prints the body; a program instance for each part of the rows and each block of columns."""
+    space, config = printer.spec.space, printer.config
+    along_columns = reductions(printer, "col")
+    column_blocks = blocks_along(space, config, "col")
+    row_blocks = blocks_along(space, config, "row")
+    if along_columns and (column_blocks > 1 or config.block("col") > MAX_WHOLE):
+        raise UnsupportedKernel(
+            f"rows of {space.extent(space.tile_axis('col'))} elements do not fit on chip beside sums along rows"
+        )
+    programs = min(row_blocks, max(1, ROW_PROGRAMS // column_blocks))
+    printer.constants()
+    printer.line(f"pid = {printer.program_id()}")
+    part = "pid" if column_blocks == 1 else f"pid // {column_blocks}"
+    printer.line(f"part = {part}")
+    printer.tile_index("col", f"pid % {column_blocks} * BLOCK_COL" if column_blocks > 1 else "")
+    along_rows = reductions(printer, "row")
+    for reduction in along_rows:
+        _reject_readers(printer, reduction.position)
+        reduction.start()
+    partial_stores = {s for r in along_rows for s in _stores_of(printer, r.position)}
+    stores = [s for s in printer.stores() if s not in partial_stores]
+    roots = [r.node.operand for r in (*along_rows, *along_columns)]
+    roots += [o for s in stores for o in visitor.operands(printer.spec.tree[s])]
+    hoist(printer, [r for r in roots if printer.levels[r] == 0], "row")
+
+    printer.open(f"for block in range(part, {row_blocks}, {programs}):")
+    printer.tile_index("row", "block * BLOCK_ROW")
+    for reduction in along_columns:
+        reduction.finish(reduction.masked())
+    for reduction in along_rows:
+        reduction.accumulate()
+    printer.store_all(stores)
+    printer.close()
+
+    for reduction in along_rows:
+        for store in _stores_of(printer, reduction.position):
+            node = printer.spec.tree[store]
+            assert isinstance(node, visitor.Store)
+            output = printer.spec.outputs[node.output]
+            value = f"{reduction.along(reduction.accumulator)}.to({TRITON_TYPES[reduction.dtype]})"
+            address = f"part * {output.size} + {printer.address(node.index)}"
+            mask = printer.mask(frozenset({"col"}))
+            printer.line(
+                f"tl.store(y{node.output} + {address}, {value}{f', mask={mask}' if mask else ''})"
+            )
+            printer.partials.append(
+                Partial(node.output, programs, reduction.node.op, reduction.dtype)
+            )
+    return programs * column_blocks
+
+
+def _reject_readers(printer: Printer, position: int) -> None:
+    """A sum along all rows is only known after the second stage."""
+    for node in printer.spec.tree:
+        if position in visitor.operands(node) and not isinstance(node, visitor.Store):
+            raise UnsupportedKernel(
+                "the result of a reduction along rows is used in the same kernel"
+            )
+
+
+def _stores_of(printer: Printer, position: int) -> list[int]:
+    tree = printer.spec.tree
+    return [s for s in printer.stores() if visitor.operands(tree[s]) == (position,)]

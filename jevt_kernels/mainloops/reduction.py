@@ -1,0 +1,154 @@
+"""Reductions along a tile axis, printed the same way by every mainloop that holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from jevt_kernels import visitor
+from jevt_kernels.codegen import Printer
+from jevt_kernels.ops import compute_dtype, is_float, triton_type
+from jevt_kernels.spec import UnsupportedKernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """One :class:`~jevt_kernels.visitor.Reduce` node of a two-dimensional tile.
+
+    Attributes:
+      printer: of the kernel.
+      position: of the node in the tree.
+    """
+
+    printer: Printer
+    position: int
+
+    @property
+    def node(self) -> visitor.Reduce:
+        node = self.printer.spec.tree[self.position]
+        assert isinstance(node, visitor.Reduce)
+        return node
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of partial results: booleans are reduced as numbers."""
+        return partial_dtype(self.node)
+
+    @property
+    def accumulator(self) -> str:
+        return f"acc{self.position}"
+
+    @property
+    def identity(self) -> str:
+        """The operation's neutral element as Triton text."""
+        op = self.node.op
+        if op in ("sum", "or"):
+            return "0"
+        if op in ("prod", "and"):
+            return "1"
+        if op not in ("max", "min"):
+            raise UnsupportedKernel(
+                f"expected a reduction sum, prod, max, min, and, or; got {op!r}"
+            )
+        if is_float(self.dtype):
+            return "float('-inf')" if op == "max" else "float('inf')"
+        if self.node.dtype == np.dtype(bool):
+            return "0" if op == "max" else "1"
+        info = np.iinfo(self.dtype)
+        return str(info.min if op == "max" else info.max)
+
+    def masked(self) -> str:
+        """The operand over the full tile, with the identity beyond the reduced axis's end."""
+        printer, node = self.printer, self.node
+        value = printer.value(node.operand)
+        if self.dtype != compute_dtype(printer.node_dtype(node.operand)):
+            value = f"{value}.to({triton_type(self.dtype)})"
+        if printer.dependencies[node.operand] != {"row", "col"}:
+            value = f"tl.broadcast_to({value}, (BLOCK_ROW, BLOCK_COL))"
+        if mask := printer.mask(frozenset({node.over})):
+            value = f"tl.where({mask}, {value}, {self.identity})"
+        return value
+
+    def start(self) -> None:
+        """Prints the accumulator, a tile of identities."""
+        self.printer.line(
+            f"{self.accumulator} = "
+            f"tl.full((BLOCK_ROW, BLOCK_COL), {self.identity}, {triton_type(self.dtype)})"
+        )
+
+    def accumulate(self) -> None:
+        """Prints the accumulator's update by the present tile."""
+        acc, value = self.accumulator, self.masked()
+        match self.node.op:
+            case "sum":
+                text = f"{acc} + {value}"
+            case "prod":
+                text = f"{acc} * {value}"
+            case op:
+                function = "maximum" if op in ("max", "or") else "minimum"
+                nan = ", propagate_nan=tl.PropagateNan.ALL" if is_float(self.dtype) else ""
+                text = f"tl.{function}({acc}, {value}{nan})"
+        self.printer.line(f"{acc} = {text}")
+
+    def finish(self, tile: str) -> None:
+        """Prints the node's value from a tile."""
+        text = self.along(tile)
+        if self.node.dtype == np.dtype(bool):
+            text = f"{text} != 0"
+        elif not is_float(self.dtype):
+            text = f"{text}.to({triton_type(self.node.dtype)})"
+        self.printer.line(f"v{self.position} = {text}")
+        self.printer.set_value(self.position, f"v{self.position}")
+
+    def along(self, tile: str) -> str:
+        """The reduction of a tile of the partial type, as an expression of that type."""
+        axis = 1 if self.node.over == "col" else 0
+        floating = is_float(self.dtype)
+        match self.node.op:
+            case "sum":
+                text = f"tl.sum({tile}, axis={axis}, keep_dims=True)"
+                # Triton widens small integers when it sums them.
+                return text if floating else f"{text}.to({triton_type(self.dtype)})"
+            case "prod":
+                return f"tl.reduce({tile}, {axis}, dm.product, keep_dims=True)"
+            case op:
+                name = "max" if op in ("max", "or") else "min"
+                if floating:
+                    return f"tl.reduce({tile}, {axis}, dm.nan_{name}, keep_dims=True)"
+                return f"tl.{name}({tile}, axis={axis}, keep_dims=True)"
+
+
+def partial_dtype(node: visitor.Reduce) -> np.dtype:
+    """The type in which a reduction accumulates."""
+    return np.dtype("int32") if node.dtype == np.dtype(bool) else compute_dtype(node.dtype)
+
+
+def reductions(printer: Printer, over: str) -> list[Reduction]:
+    """The tree's reductions along one tile axis, in order."""
+    return [
+        Reduction(printer, position)
+        for position, node in enumerate(printer.spec.tree)
+        if isinstance(node, visitor.Reduce) and node.over == over
+    ]
+
+
+def hoist(printer: Printer, roots: list[int], axis: str) -> None:
+    """Prints, before a loop along ``axis``, what its values need that does not vary along it.
+
+    Results of reductions count as known: whoever calls this has printed those it needs, or prints
+    them inside the loop together with what depends on them.
+    """
+    needed: set[int] = set()
+    stack = list(roots)
+    while stack:
+        position = stack.pop()
+        if position not in needed:
+            needed.add(position)
+            if not isinstance(printer.spec.tree[position], visitor.Reduce):
+                stack.extend(visitor.operands(printer.spec.tree[position]))
+    for position in sorted(needed):
+        node = printer.spec.tree[position]
+        fixed = axis not in printer.dependencies[position]
+        if fixed and not isinstance(node, (visitor.Constant, visitor.Reduce)):
+            printer.value(position)

@@ -1,0 +1,101 @@
+"""The cost model: traffic of our kernels and of XLA's fusions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from partitions import trace
+
+from jevt.lowering.rules import classify
+from jevt.partition import cost
+from jevt.partition import graph as graphs
+
+H100 = cost.DEVICES["H100"]
+SHAPE = (4096, 4096)
+BYTES = 4 * 4096 * 4096
+
+
+def bytes_of(function, *shapes):
+    """What the model says each side moves, from the times without launches."""
+    operands = [jax.ShapeDtypeStruct(s, np.float32) for s in shapes or (SHAPE,)]
+    jaxpr, _ = trace(function, *operands)
+    nodes = graphs.from_jaxpr(jaxpr, classify).nodes
+    reductions = {i for i, n in enumerate(nodes) if n.kind == "reduction"}
+    device = jax.tree_util.Partial(_free_launches, H100)()
+    ours, xla = cost.predict_us(jaxpr, device), cost.xla_us(jaxpr, device, reductions)
+    return ours * device.bytes_per_us / BYTES, xla * device.bytes_per_us / BYTES
+
+
+def _free_launches(device):
+    import dataclasses
+
+    return dataclasses.replace(device, xla_launch_us=0.0, triton_launch_us=0.0)
+
+
+def test_pointwise_costs_the_same_under_xla():
+    ours, xla = bytes_of(lambda x, y: (jnp.sin(x) * y + 1, x - y), SHAPE, SHAPE)
+    assert ours == pytest.approx(4)
+    assert xla == pytest.approx(4)
+
+
+def test_softmax_reads_its_input_three_times_under_xla():
+    ours, xla = bytes_of(jax.nn.softmax)
+    assert ours == pytest.approx(2, rel=0.01)
+    assert xla == pytest.approx(4, rel=0.01)
+
+
+def test_only_the_slice_is_read():
+    ours, _ = bytes_of(lambda x: jnp.sin(x[:1024]))
+    assert ours == pytest.approx(0.5)
+
+
+def test_a_reshape_is_free_under_xla():
+    _, xla = bytes_of(lambda x: x.reshape(-1))
+    assert xla == 0
+
+
+def test_arithmetic_can_be_what_counts():
+    def threefry(x):
+        for _ in range(40):
+            x = jnp.tanh(x)
+        return x
+
+    ours, xla = bytes_of(threefry)
+    assert ours > 4
+    assert xla == pytest.approx(ours)
+
+
+def test_devices():
+    assert cost.device_model("cpu").compute_capability == 0
+    for device in cost.DEVICES.values():
+        assert 80 <= device.compute_capability <= 120
+        assert 2e5 < device.bytes_per_us < 1e7
+        assert device.flops_per_us > device.bytes_per_us
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "9.0", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "8.0", "A100"),
+        ("NVIDIA L4", "8.9", "L4"),
+        ("NVIDIA GeForce RTX 4090", "8.9", "RTX 4090"),
+        ("NVIDIA L40S", "8.9", "NVIDIA L40S"),
+        ("NVIDIA X900", "13.0", "NVIDIA X900"),
+    ],
+)
+def test_devices_are_told_by_their_names(monkeypatch, kind, capability, expected):
+    class Present:
+        device_kind = kind
+        compute_capability = capability
+
+    monkeypatch.setattr(jax, "devices", lambda platform: [Present()])
+    assert cost.device_model("cuda").name == expected
+
+
+def test_an_absent_gpu_is_taken_for_an_h100(monkeypatch):
+    def absent(platform):
+        raise RuntimeError("no such platform")
+
+    monkeypatch.setattr(jax, "devices", absent)
+    assert cost.device_model("cuda").name == "H100"

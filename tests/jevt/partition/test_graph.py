@@ -1,0 +1,168 @@
+"""The stages before the solver: graph, copies, contraction, components."""
+
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import Var
+from partitions import trace
+from programs import PROGRAMS
+
+from jevt import _jaxpr
+from jevt.lowering.rules import classify
+from jevt.partition import graph as graphs
+from jevt.partition import order
+from jevt.partition.components import Reach, split
+from jevt.partition.contract import contract
+from jevt.partition.duplicate import duplicate
+
+X = np.linspace(-1, 1, 512, dtype=np.float32).reshape(8, 64)
+BIAS = np.linspace(0, 1, 64, dtype=np.float32)
+
+
+def graph_of(function, *arguments):
+    return graphs.from_jaxpr(trace(function, *arguments)[0], classify)
+
+
+@pytest.mark.parametrize("name", ["mlp_step", "layer_norm_grad", "scan", "remat", "identity"])
+def test_extract_agrees_with_the_shared_tool(name):
+    function, arguments = PROGRAMS[name]
+    graph = graph_of(function, *arguments)
+    count = len(graph.jaxpr.eqns)
+    rng = random.Random(0)
+    for _ in range(20):
+        positions = sorted(rng.sample(range(count), rng.randint(min(1, count), count)))
+        ours, theirs = graph.extract(positions), _jaxpr.extract(graph.jaxpr, positions)
+        assert (ours.invars, ours.outvars) == (theirs.invars, theirs.outvars)
+        assert ours.eqns == theirs.eqns
+
+
+def test_sizes_of_nodes():
+    def function(x, b):
+        y = jnp.exp(x + b) * 2
+        return y.sum(-1), y.reshape(64, 8), y @ y.T, x.sum((0, 1), keepdims=True)
+
+    graph = graph_of(function, X, BIAS)
+    by_name = {graph.jaxpr.eqns[n.eqns[0]].primitive.name: n for n in graph.nodes}
+    assert (by_name["exp"].kind, by_name["exp"].size) == ("pointwise", 512)
+    assert by_name["dot_general"].opaque
+    reductions = [n for n in graph.nodes if n.kind == "reduction"]
+    assert sorted((n.size, n.cols, n.rows) for n in reductions) == [(512, 64, 8), (512, 512, 1)]
+    assert any(n.free for n in graph.nodes if n.kind == "view")
+    assert all(r.consumers == tuple(sorted(set(r.consumers))) for r in graph.tensors)
+
+
+def test_a_slice_reads_only_its_part():
+    graph = graph_of(lambda x: jnp.sin(jax.lax.slice(x, (0, 0), (2, 64))), X)
+    assert graph.tensors[0].nbytes == 4 * 512
+    assert graph.tensors[0].read_bytes == (4 * 128,)
+
+
+def test_broadcasts_are_copied_to_their_readers():
+    def function(x, y, b):
+        wide = jnp.broadcast_to(b, x.shape)
+        return x * wide, jnp.tanh(y - wide), x @ wide.T
+
+    graph = graph_of(function, X, X, BIAS)
+    jaxpr = duplicate(graph)
+    wide = [e for e in jaxpr.eqns if e.primitive.name == "broadcast_in_dim"]
+    readers = [sum(e.outvars[0] in r.invars for r in jaxpr.eqns) for e in wide]
+    assert len(jaxpr.eqns) == len(graph.jaxpr.eqns) + 2
+    assert set(readers) == {1}
+    got = jax.core.eval_jaxpr(jaxpr, (), X, 2 * X, BIAS)
+    for a, b in zip(got, jax.core.eval_jaxpr(graph.jaxpr, (), X, 2 * X, BIAS), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_chains_are_copied_whole_and_dear_equations_are_not():
+    def function(x, b):
+        wide = jnp.broadcast_to(b.astype(jnp.float32)[None, :], x.shape)
+        dear = jnp.tanh(wide)
+        return x * wide + dear, x - wide, dear
+
+    jaxpr = duplicate(graph_of(function, X, BIAS.astype(jnp.bfloat16)))
+    count = [e.primitive.name for e in jaxpr.eqns].count
+    assert count("convert_element_type") == 3
+    assert count("tanh") == 1
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_copies_keep_values(name):
+    function, arguments = PROGRAMS[name]
+    jaxpr, consts = trace(function, *arguments)
+    flat = consts + jax.tree.leaves(arguments)
+    copied = duplicate(graphs.from_jaxpr(jaxpr, classify))
+    expected = jax.core.eval_jaxpr(jaxpr, (), *flat)
+    for a, b in zip(jax.core.eval_jaxpr(copied, (), *flat), expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_a_chain_becomes_one_node():
+    def function(x):
+        for _ in range(20):
+            x = jnp.sin(x)
+        return x.astype(jnp.bfloat16).T
+
+    graph = contract(graph_of(function, X), lambda positions: True)
+    assert [len(n.eqns) for n in graph.nodes] == [22]
+    assert graph.nodes[0].kind == "pointwise"
+
+
+def test_what_build_refuses_stays_apart():
+    graph = graph_of(lambda x: jnp.sin(jnp.sin(x)), X)
+    assert len(contract(graph, lambda positions: False).nodes) == 2
+
+
+def test_a_cast_joins_the_side_on_which_fewer_bytes_cross():
+    def function(x, w):
+        narrow = (jnp.sin(x) * x).astype(jnp.bfloat16)
+        return (narrow @ w).astype(jnp.float32) * x
+
+    graph = contract(graph_of(function, X, np.ones((64, 64), jnp.bfloat16)), lambda p: True)
+    names = [[graph.jaxpr.eqns[p].primitive.name for p in n.eqns] for n in graph.nodes]
+    assert names == [
+        ["sin", "mul", "convert_element_type"],
+        ["dot_general"],
+        ["convert_element_type", "mul"],
+    ]
+
+
+def test_a_residual_connection_is_no_link():
+    def function(x, w):
+        y = jnp.sin(x) * 2
+        return jnp.exp(y @ w + y)
+
+    graph = contract(graph_of(function, X, np.ones((64, 64), np.float32)), lambda p: True)
+    parts, links = split(graph, Reach.of(graph))
+    assert not links.edges
+    assert [len(p) for p in parts] == [1] * len(parts)
+
+
+def test_layers_are_components_of_their_own():
+    def function(x, w):
+        for _ in range(5):
+            x = x + jax.nn.softmax(x @ w)
+        return x
+
+    graph = contract(graph_of(function, X, np.ones((64, 64), np.float32)), lambda p: True)
+    parts, _ = split(graph, Reach.of(graph))
+    largest = max(map(len, parts))
+    assert sum(len(p) == largest for p in parts) == 5
+
+
+def test_order_and_cycle():
+    assert order.executable([5, 1, 3], [[], [0], [0]]) == [1, 2, 0]
+    assert order.executable([0, 1], [[1], [0]]) is None
+    assert order.cycle([[1], [2], []]) is None
+    assert sorted(order.cycle([[1], [2, 3], [1], []]) or ()) == [1, 2]
+    assert order.quotient([[0, 2], [1]], [[1], [2], []]) == [[1], [0]]
+
+
+def test_uses_name_the_output():
+    jaxpr, _ = trace(lambda x: (jnp.sin(x), jnp.sin(x) + 1), X)
+    found = graphs.uses(jaxpr)
+    (sin,) = (e for e in jaxpr.eqns if e.primitive.name == "sin")
+    assert found[sin.outvars[0]] == {None, 1}
+    assert all(isinstance(v, Var) for v in found)

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from programs import F32, PROGRAMS, close
+
+import jevt
+from jevt import _config, pipeline
+from jevt.partition import Plan
+
+
+def context(jaxpr, *, backend="auto", platforms=("cpu",), strict=False, environment=None):
+    options = _config.Options(backend, strict, environment or _config.Environment())
+    return pipeline.make_context(options, platforms, (False,) * len(jaxpr.invars), False)
+
+
+def traced(name):
+    fun, args = PROGRAMS[name]
+    return jax.make_jaxpr(fun)(*args), jax.tree.leaves(args)
+
+
+@pytest.mark.parametrize("backend", ["auto", "xla", "triton"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_stage_computes_the_program(name, backend):
+    jaxpr, args = traced(name)
+    trace = pipeline.compile(jaxpr, context(jaxpr, backend=backend))
+    want = jax.core.eval_jaxpr(jaxpr, jaxpr.consts, *args)
+    for stage in trace.stages:
+        if stage.name != "partition":  # its constants are inputs
+            close(jax.core.eval_jaxpr(stage.jaxpr, stage.jaxpr.consts, *args), want)
+
+
+def test_stages():
+    jaxpr, _ = traced("mlp_step")
+    trace = pipeline.compile(jaxpr, context(jaxpr), name="mlp")
+    names = [stage.name for stage in trace.stages]
+    assert names == ["trace", *(n for n, _ in pipeline.GRAPH_PASSES), "partition", "lower"]
+    assert trace.stages[0].milliseconds == 0
+    assert all(stage.milliseconds > 0 for stage in trace.stages[1:])
+    assert trace.milliseconds == sum(s.milliseconds for s in trace.stages)
+    assert isinstance(trace.plan, Plan) and trace.plan.groups
+    assert trace.lowered is trace.stage("lower").jaxpr
+    assert trace.stage("dce") is trace.stages[6]
+    with pytest.raises(KeyError, match="the stages are trace, inline"):
+        trace.stage("fuse")
+
+
+def test_every_equation_is_in_one_group():
+    for name in PROGRAMS:
+        jaxpr, _ = traced(name)
+        plan = pipeline.compile(jaxpr, context(jaxpr)).plan
+        positions = sorted(i for g in plan.groups for i in g.eqns)
+        assert positions == list(range(len(plan.jaxpr.eqns)))
+
+
+def test_cached_by_jaxpr_and_context():
+    jaxpr, _ = traced("layer_norm")
+    first = pipeline.compile(jaxpr, context(jaxpr))
+    assert pipeline.compile(jaxpr, context(jaxpr)) is first
+    assert pipeline.compile(jaxpr, context(jaxpr, backend="xla")) is not first
+    equal = jaxpr.replace(eqns=list(jaxpr.eqns))
+    assert pipeline.compile(equal, context(jaxpr)) is not first
+
+
+def test_cache_is_weak():
+    jaxpr = jax.make_jaxpr(lambda x: jnp.sin(x) * 2)(1.0)
+    trace = weakref.ref(pipeline.compile(jaxpr, context(jaxpr)).stages[-1].jaxpr)
+    assert trace() is not None
+    del jaxpr
+    jax.clear_caches()
+    gc.collect()
+    assert trace() is None
+
+
+def test_constants_are_inputs_of_the_plan_and_constants_of_the_program():
+    table = np.arange(12, dtype=np.float32).reshape(3, 4)
+    inner = jax.jit(lambda v: v * jnp.asarray(table))
+    jaxpr = jax.make_jaxpr(lambda x: inner(x) + 1.0)(F32)
+    trace = pipeline.compile(jaxpr, context(jaxpr))
+    assert len(trace.plan.jaxpr.invars) == 2 and not trace.plan.jaxpr.consts
+    assert len(trace.lowered.invars) == 1 and len(trace.lowered.consts) == 1
+    close(jax.core.eval_jaxpr(trace.lowered, trace.lowered.consts, F32), [F32 * table + 1])
+
+
+def test_context():
+    jaxpr, _ = traced("layer_norm")
+    environment = _config.Environment(fuel=3, check=True)
+    made = context(jaxpr, backend="triton", strict=True, environment=environment)
+    assert (made.platform, made.backend, made.strict) == ("cpu", "triton", True)
+    assert (made.fuel, made.check, made.partitioned) == (3, True, False)
+    assert hash(made) == hash(context(jaxpr, backend="triton", strict=True, environment=environment))
+    several = context(jaxpr, backend="triton", platforms=("cpu", "cuda"))
+    assert several.backend == "xla", "one text for several platforms holds no kernels"
+
+
+def test_check_finds_an_ill_typed_result(monkeypatch):
+    def wrong(jaxpr):
+        eqn = jaxpr.eqns[0]
+        return jaxpr.replace(eqns=[eqn.replace(outvars=[type(v)(eqn.invars[0].aval.update(shape=(9,))) for v in eqn.outvars])], outvars=[])  # fmt: skip
+
+    jaxpr = jax.make_jaxpr(lambda x: jnp.sin(x))(1.0)
+    monkeypatch.setattr(pipeline, "GRAPH_PASSES", (("wrong", wrong),))
+    with pytest.raises(AssertionError, match="JEVT_CHECK: pass 'wrong'"):
+        pipeline.compile(jaxpr, context(jaxpr, environment=_config.Environment(check=True)))
+
+
+def test_check_passes_on_every_program(monkeypatch):
+    monkeypatch.setenv("JEVT_CHECK", "1")
+    for fun, args in PROGRAMS.values():
+        close(jevt.jit(fun, backend="xla")(*args), jax.jit(fun)(*args))
+
+
+def test_control_flow_has_plans_of_its_own():
+    jaxpr, _ = traced("scan")
+    assert pipeline.compile(jaxpr, context(jaxpr)).plan.nested

@@ -1,0 +1,358 @@
+"""Every operation on every type that it accepts, at the edges, against ``jax.jit`` of lax."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import kernel_contract as contract
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.extend.core import primitives
+
+from jevt_kernels import interpreter, ops
+from jevt_kernels.ops import OPS, TRITON_TYPES
+from jevt_kernels.reference import reference
+from jevt_kernels.spec import KernelSpec
+
+BFLOAT16 = contract.BFLOAT16
+BOOL = np.dtype(bool)
+FLOATS = [d for d in TRITON_TYPES if ops.is_float(d)]
+INTEGERS = [d for d in TRITON_TYPES if d.kind in "iu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How an operation is tested.
+
+    Attributes:
+      function: what ``jax.jit`` compiles for comparison.
+      arity: number of operands, all of one type.
+      domain: replaces the edge values of floats.
+      ulps: allowed error of float32 and float64 in units in the last place.
+      signed_zero: whether the sign of a zero result must be right.
+    """
+
+    function: Callable[..., Any]
+    arity: int = 1
+    domain: tuple[float, ...] = ()
+    ulps: float = 16
+    signed_zero: bool = False
+
+
+def exact(function: Callable[..., Any], arity: int = 1) -> Case:
+    return Case(function, arity, ulps=0, signed_zero=True)
+
+
+_WITHIN_ONE = (-1.0, -0.99, -0.5, -1e-3, -0.0, 0.0, 1e-3, 0.25, 0.9, 1.0, 1.5, -2.0, np.nan)
+_MODERATE = (-30.0, -8.0, -2.0, -0.7, -1e-3, -0.0, 0.0, 1e-3, 0.3, 1.0, 2.5, 9.0, 50.0, np.nan)
+
+CASES: dict[str, Case] = {
+    "abs": exact(lax.abs),
+    "acos": Case(lax.acos, domain=_WITHIN_ONE),
+    "acosh": Case(lax.acosh, domain=(1.0, 1.001, 2.0, 1e4, np.inf, 0.5, np.nan), ulps=64),
+    "add": exact(lax.add, 2),
+    "and": exact(lax.bitwise_and, 2),
+    "asin": Case(lax.asin, domain=_WITHIN_ONE),
+    "asinh": Case(lax.asinh),
+    "atan": Case(lax.atan),
+    "atan2": Case(lax.atan2, 2),
+    "atanh": Case(lax.atanh, domain=_WITHIN_ONE),
+    "cbrt": Case(lax.cbrt),
+    "ceil": exact(lax.ceil),
+    "clamp": exact(lax.clamp, 3),
+    "copy": exact(lambda x: x),
+    "cos": Case(lax.cos, domain=(*_MODERATE, np.inf), ulps=64),
+    "cosh": Case(lax.cosh, domain=(*_MODERATE, np.inf, -np.inf)),
+    "div": Case(lax.div, 2, ulps=2, signed_zero=True),
+    "eq": exact(lax.eq, 2),
+    "erf": Case(lax.erf),
+    "erf_inv": Case(lax.erf_inv, domain=_WITHIN_ONE, ulps=64),
+    "erfc": Case(lax.erfc, domain=(*_MODERATE[2:-2], 5.0, np.inf, -np.inf), ulps=128),
+    "exp": Case(lax.exp, ulps=128),
+    "exp2": Case(lax.exp2, ulps=128),
+    "expm1": Case(lax.expm1),
+    "floor": exact(lax.floor),
+    "ge": exact(lax.ge, 2),
+    "gt": exact(lax.gt, 2),
+    "is_finite": exact(lax.is_finite),
+    "le": exact(lax.le, 2),
+    "lgamma": Case(
+        lax.lgamma, domain=(0.1, 0.5, 3.0, 30.0, 1e4, -0.5, -1.7, np.inf, np.nan), ulps=256
+    ),
+    "log": Case(lax.log),
+    "log1p": Case(lax.log1p),
+    "log2": Case(lambda x: jnp.log2(x) if ops.is_float(np.dtype(x.dtype)) else lax.log(x)),
+    "logistic": Case(lax.logistic, ulps=128),
+    "lt": exact(lax.lt, 2),
+    "max": Case(lax.max, 2, ulps=0),
+    "min": Case(lax.min, 2, ulps=0),
+    "mul": exact(lax.mul, 2),
+    "ne": exact(lax.ne, 2),
+    "neg": exact(lax.neg),
+    "nextafter": exact(lax.nextafter, 2),
+    "not": exact(lax.bitwise_not),
+    "one_minus_square": Case(lambda x: (1 - x) * (1 + x), ulps=4),
+    "or": exact(lax.bitwise_or, 2),
+    "pow": Case(lax.pow, 2, ulps=128),
+    "rem": exact(lax.rem, 2),
+    "round_away": exact(lambda x: lax.round(x, lax.RoundingMethod.AWAY_FROM_ZERO)),
+    "round_even": exact(lambda x: lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)),
+    "round_to_bfloat16": exact(lambda x: lax.reduce_precision(x, 8, 7)),
+    "rsqrt": Case(lax.rsqrt, ulps=4),
+    "shift_left": exact(lax.shift_left, 2),
+    "shift_right_arithmetic": exact(lax.shift_right_arithmetic, 2),
+    "shift_right_logical": exact(lax.shift_right_logical, 2),
+    "sign": exact(lax.sign),
+    "sin": Case(lax.sin, domain=(*_MODERATE, np.inf), ulps=64),
+    "sinh": Case(lax.sinh, domain=(*_MODERATE, np.inf, -np.inf)),
+    "sqrt": Case(lax.sqrt, ulps=1),
+    "square": exact(lambda x: x * x),
+    "sub": exact(lax.sub, 2),
+    "tan": Case(lax.tan, domain=_MODERATE, ulps=256),
+    "tanh": Case(lax.tanh, ulps=32),
+    "xor": exact(lax.bitwise_xor, 2),
+}
+
+#: Tested by functions of their own below: their operands or results have several types.
+OTHERS = {"bitcast", "convert", "integer_pow", "select_n", "threefry2x32"}
+
+
+def test_every_operation_is_tested() -> None:
+    assert set(CASES) | OTHERS == set(OPS)
+
+
+def edges(dtype: np.dtype) -> np.ndarray:
+    """Values at which definitions differ."""
+    if dtype == BOOL:
+        return np.array([False, True])
+    if ops.is_float(dtype):
+        numbers = [0.0, -0.0, 1, -1, 0.5, -0.5, 1.5, 2.5, -2.5, 3, 7, -7, 0.1, 100, -100, 1e-3]
+        numbers += [np.inf, -np.inf, np.nan, *np.random.default_rng(0).normal(size=8)]
+        if dtype.itemsize > 2:
+            numbers += [1e30, -1e30, 1e-30, 16777217.0]
+        return np.array(numbers).astype(dtype)
+    info, bits = np.iinfo(dtype), dtype.itemsize * 8
+    numbers = [0, 1, 2, 3, 7, 100, bits - 1, bits, info.max - 1, info.max, info.min, info.min + 1]
+    if dtype.kind == "i":
+        numbers += [-1, -2, -3, -7, -100]
+    return np.array(numbers, dtype)
+
+
+#: Where JAX computes and a kernel does not.
+REFUSED = {("nextafter", "float16"), ("nextafter", "bfloat16")}
+
+#: Equal sizes let the reference reuse what JAX has compiled.
+SIZE = 1024
+
+
+def wanted(function: Callable[..., Any], *arrays: np.ndarray) -> Any:
+    """What ``jax.jit`` computes; float16 and bfloat16 in float32, rounded once, as XLA fuses them."""
+    with jax.enable_x64(True):
+        if not any(a.dtype != ops.compute_dtype(a.dtype) for a in arrays):
+            return jax.jit(function)(*arrays)
+        results = jax.jit(function)(*(a.astype(ops.compute_dtype(a.dtype)) for a in arrays))
+        half = ops.is_float(np.dtype(results.dtype))
+        return lax.convert_element_type(results, arrays[-1].dtype) if half else results
+
+
+def operands(case: Case, dtype: np.dtype) -> list[np.ndarray]:
+    """All combinations of edge values, one array an operand."""
+    values = edges(dtype)
+    if case.domain and ops.is_float(dtype):
+        values = np.array(case.domain).astype(dtype)
+    if case.arity == 3:
+        values = values[:: max(1, len(values) // 8)]
+    columns = zip(*itertools.product(values, repeat=case.arity), strict=True)
+    return [np.resize(np.array(column, dtype), SIZE) for column in columns]
+
+
+def result_type(function: Callable[..., Any], arrays: list[np.ndarray]) -> np.dtype | None:
+    """The dtype that JAX gives, None where it refuses."""
+    try:
+        with jax.enable_x64(True):
+            return np.dtype(jax.eval_shape(function, *arrays).dtype)
+    except TypeError:
+        return None
+
+
+def combinations() -> list[Any]:
+    found = []
+    for op, case in CASES.items():
+        for dtype in TRITON_TYPES:
+            arrays = operands(case, dtype)
+            if result_type(case.function, arrays) is not None:
+                found.append(pytest.param(op, dtype, id=f"{op}-{dtype.name}"))
+    return found
+
+
+def assert_same(got: Any, expected: Any, ulps: float, signed_zero: bool = False) -> None:
+    a, b = np.asarray(got), np.asarray(expected)
+    assert (a.dtype, a.shape) == (b.dtype, b.shape)
+    if not ops.is_float(a.dtype):
+        np.testing.assert_array_equal(a, b)
+        return
+    # float16 and bfloat16 are computed in float32 and rounded once, here and in XLA.
+    units = ulps if a.dtype.itemsize > 2 else min(ulps, 1)
+    epsilon = float(jnp.finfo(a.dtype).eps) * units
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    np.testing.assert_allclose(x, y, rtol=epsilon, atol=epsilon * 1e-3)
+    if signed_zero:
+        zero = (x == 0) & (y == 0)
+        np.testing.assert_array_equal(np.signbit(x[zero]), np.signbit(y[zero]))
+
+
+def run_both(spec: KernelSpec, arrays: list[np.ndarray]) -> Iterator[tuple[Any, ...]]:
+    yield interpreter.run(spec, *arrays)
+    with jax.enable_x64(True):
+        yield reference(spec, *arrays)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("op", "dtype"), combinations())
+def test_operation(op: str, dtype: np.dtype) -> None:
+    case = CASES[op]
+    arrays = operands(case, dtype)
+    result = result_type(case.function, arrays)
+    assert result is not None
+    types = (dtype,) * case.arity
+    if (op, dtype.name) in REFUSED:
+        with pytest.raises(ValueError, match="has no Triton form"):
+            ops.check(op, types, result)
+        return
+    ops.check(op, types, result)
+    spec = contract.pointwise(op, [(d, None) for d in types], result, arrays[0].size)
+    expected = wanted(case.function, *arrays)
+    for (got,) in run_both(spec, arrays):
+        assert_same(got, expected, case.ulps, case.signed_zero)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("target", TRITON_TYPES, ids=lambda d: d.name)
+@pytest.mark.parametrize("source", TRITON_TYPES, ids=lambda d: d.name)
+def test_convert(source: np.dtype, target: np.dtype) -> None:
+    x = edges(source)
+    if ops.is_float(source):
+        limits = [float(b) for d in INTEGERS for b in (np.iinfo(d).min, np.iinfo(d).max)]
+        near = [v + s for v in limits for s in (-1.0, -0.5, 0.0, 0.5, 1.0)]
+        with np.errstate(over="ignore"):
+            x = np.concatenate([x, np.array(near).astype(source)])
+    spec = contract.pointwise("convert", [(source, None)], target, x.size)
+    with jax.enable_x64(True):
+        expected = jax.jit(lambda v: lax.convert_element_type(v, target))(x)
+    for (got,) in run_both(spec, [x]):
+        assert_same(got, expected, 0, signed_zero=True)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        pytest.param(s, t, id=f"{s.name}-{t.name}")
+        for s in TRITON_TYPES
+        for t in TRITON_TYPES
+        if s.itemsize == t.itemsize and s != t and BOOL not in (s, t)
+    ],
+)
+def test_bitcast(source: np.dtype, target: np.dtype) -> None:
+    x = contract.random((200,), np.dtype(f"uint{source.itemsize * 8}")).view(source)
+    for dtype in (source, target):  # NaN's payload and tiny numbers are nobody's promise
+        if ops.is_float(dtype):
+            with np.errstate(invalid="ignore"):
+                magnitude = np.abs(x.view(dtype).astype(np.float64))
+            x = x[magnitude >= float(jnp.finfo(dtype).tiny)]
+    spec = contract.pointwise("bitcast", [(source, None)], target, x.size)
+    for (got,) in run_both(spec, [x]):
+        bits = np.dtype(f"uint{source.itemsize * 8}")
+        np.testing.assert_array_equal(np.asarray(got).view(bits), x.view(bits))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("exponent", [-3, -1, 0, 1, 2, 3, 7, 10])
+@pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS], ids=lambda d: d.name)
+def test_integer_pow(dtype: np.dtype, exponent: int) -> None:
+    if exponent < 0 and not ops.is_float(dtype):
+        pytest.skip("JAX refuses it")
+    x = edges(dtype)
+    spec = contract.pointwise(
+        "integer_pow", [(dtype, None), (np.dtype("int32"), exponent)], dtype, x.size
+    )
+    expected = wanted(lambda v: lax.integer_pow(v, exponent), x)
+    for (got,) in run_both(spec, [x]):
+        assert_same(got, expected, 4)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", TRITON_TYPES, ids=lambda d: d.name)
+@pytest.mark.parametrize("selector", [BOOL, np.dtype("int32")], ids=lambda d: d.name)
+def test_select(selector: np.dtype, dtype: np.dtype) -> None:
+    count = 2 if selector == BOOL else 4
+    values = edges(dtype)
+    which = (np.arange(values.size) % count).astype(selector)
+    cases = [np.roll(values, shift) for shift in range(count)]
+    types = [selector] + [dtype] * count
+    spec = contract.pointwise("select_n", [(d, None) for d in types], dtype, values.size)
+    with jax.enable_x64(True):
+        expected = jax.jit(lax.select_n)(which, *cases)
+    for (got,) in run_both(spec, [which, *cases]):
+        assert_same(got, expected, 0, signed_zero=True)
+
+
+@pytest.mark.interpret
+def test_threefry_bit_for_bit() -> None:
+    k0, k1, x0, x1 = arrays = [contract.random((257,), np.uint32, seed) for seed in range(4)]
+    uint32 = np.dtype("uint32")
+    spec = contract.pointwise("threefry2x32", [(uint32, None)] * 4, uint32, 257)
+    expected = jax.jit(primitives.threefry2x32_p.bind)(k0, k1, x0, x1)
+    for results in run_both(spec, arrays):
+        for got, want in zip(results, expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def constants(dtype: np.dtype) -> list[Any]:
+    return [value.item() if dtype != BFLOAT16 else float(value) for value in edges(dtype)]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("op", ["add", "sub", "mul", "div", "lt", "eq", "max", "rem", "and"])
+@pytest.mark.parametrize("dtype", TRITON_TYPES, ids=lambda d: d.name)
+def test_constant_on_either_side(op: str, dtype: np.dtype) -> None:
+    """Constants may be printed as bare numbers: they must not change the other operand's type."""
+    case = CASES[op]
+    x = edges(dtype)
+    result = result_type(case.function, [x, x])
+    if result is None:
+        pytest.skip("JAX refuses it")
+    picked = constants(dtype)[:: max(1, x.size // 5)]
+    for value, flip in itertools.product(picked, (False, True)):
+        types = [(dtype, None), (dtype, value)]
+        spec = contract.pointwise(op, types[::-1] if flip else types, result, x.size)
+        scalar = np.array(value, dtype)
+        full = np.full_like(x, scalar)
+        expected = wanted(case.function, *((full, x) if flip else (x, full)))
+        (got,) = interpreter.run(spec, x)
+        assert_same(got, expected, case.ulps)
+
+
+def test_check_names_what_is_wrong() -> None:
+    float32, complex64 = np.dtype("float32"), np.dtype("complex64")
+    with pytest.raises(ValueError, match="expected an operation of .*, got 'fft'"):
+        ops.check("fft", (float32,), float32)
+    with pytest.raises(ValueError, match="tanh of int32 has no Triton form"):
+        ops.check("tanh", (np.dtype("int32"),), np.dtype("int32"))
+    with pytest.raises(ValueError, match="add of complex64 has no Triton form"):
+        ops.check("add", (complex64, complex64), complex64)
+    with pytest.raises(ValueError, match="has 2 results, asked for result 2"):
+        ops.check("threefry2x32", (np.dtype("uint32"),) * 4, np.dtype("uint32"), 2)
+
+
+def test_compute_types() -> None:
+    assert ops.compute_dtype(BFLOAT16) == ops.compute_dtype(np.dtype("float16")) == np.float32
+    for dtype in TRITON_TYPES:
+        if dtype.itemsize > 2 or not ops.is_float(dtype):
+            assert ops.compute_dtype(dtype) == dtype

@@ -1,0 +1,135 @@
+"""What the partitioner's tests share: contexts, evaluation, random problems, brute force."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.extend.core import Literal
+
+from jevt._context import Context
+from jevt.partition.cost import DEVICES
+from jevt.partition.plan import Plan
+from jevt.partition.problem import Label, Problem, Traffic
+
+
+def context(backend="auto", **fields) -> Context:
+    platform = fields.pop("platform", "cuda")
+    return Context(platform, backend, False, (), DEVICES["H100"], **fields)
+
+
+def trace(function, *arguments):
+    """The jaxpr after the passes, and its constants, which become its first inputs."""
+    from jevt.pipeline import GRAPH_PASSES
+
+    jaxpr = jax.make_jaxpr(function)(*arguments)
+    for _, run in GRAPH_PASSES:
+        jaxpr = run(jaxpr)
+    return jaxpr.with_consts(()), list(jaxpr.consts)
+
+
+def by_groups(plan: Plan, arguments):
+    """Evaluates the groups one after another, each as a function of its own inputs."""
+    env = dict(zip(plan.jaxpr.invars, arguments, strict=True))
+    for group in plan.groups:
+        operands = [env[v] for v in group.jaxpr.invars]  # a KeyError is a wrong order
+        results = jax.core.eval_jaxpr(group.jaxpr, (), *operands)
+        env.update(zip(group.jaxpr.outvars, results, strict=True))
+    return [v.val if isinstance(v, Literal) else env[v] for v in plan.jaxpr.outvars]
+
+
+def check_valid(plan: Plan, arguments, *, rtol=1e-6):
+    """Every equation once, an executable order, and the values of the program."""
+    for each in [plan, *(inner for _, inner in plan.nested)]:
+        positions = sorted(p for group in each.groups for p in group.eqns)
+        assert positions == list(range(len(each.jaxpr.eqns)))
+        assert all(group.eqns == tuple(sorted(group.eqns)) for group in each.groups)
+    expected = jax.core.eval_jaxpr(plan.jaxpr, (), *arguments)
+    for got, want in zip(by_groups(plan, arguments), expected, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(got, np.float64), np.asarray(want, np.float64), rtol=rtol, atol=1e-6
+        )
+
+
+def set_partitions(items: Sequence[int]) -> Iterator[list[list[int]]]:
+    if not items:
+        yield []
+        return
+    first, *rest = items
+    for smaller in set_partitions(rest):
+        yield [[first], *smaller]
+        for index, group in enumerate(smaller):
+            yield [*smaller[:index], [first, *group], *smaller[index + 1 :]]
+
+
+def brute_force(problem: Problem, accepts: Callable[[Sequence[int]], bool]) -> int:
+    """The cost of the best valid grouping whose groups are accepted."""
+    return min(
+        problem.cost(groups)
+        for groups in set_partitions(range(problem.size))
+        if problem.valid(groups) and all(len(g) == 1 or accepts(sorted(g)) for g in groups)
+    )
+
+
+def random_problem(seed: int, size: int) -> Problem:
+    """A problem as ``components.pose`` could have made it."""
+    rng = random.Random(seed)
+    labels = (Label(64, 0), Label(64, 8), Label(512, 0))
+    free = tuple(rng.random() < 0.15 for _ in range(size))
+    reads: list[set[int]] = [
+        set(rng.sample(range(v), min(v, 1 if free[v] else rng.choice((1, 1, 2)))))
+        for v in range(size)
+    ]
+    firm = [rng.choice((0b001, 0b011, 0b011, 0b010, 0b100, 0b111)) for _ in range(size)]
+    tensors: list[Traffic] = []
+    leaves = [rng.random() < 0.25 or not any(v in r for r in reads) for v in range(size)]
+    for v in range(size):
+        consumers = tuple(c for c in range(size) if v in reads[c])
+        amount = rng.choice((0, 4, 32, 64, 256))
+        if free[v] and reads[v]:  # a relabelled tensor has its operand's bytes
+            amount = tensors[min(reads[v])].nbytes
+        tensors.append(Traffic(amount, v, consumers, (amount,) * len(consumers), leaves[v]))
+    for _ in range(rng.randrange(3)):
+        consumers = tuple(sorted(rng.sample(range(size), rng.randrange(1, min(size, 4)))))
+        consumers = tuple(c for c in consumers if not free[c])
+        shares = tuple(rng.choice((16, 64)) for _ in consumers)
+        tensors.append(Traffic(64, None, consumers, shares, False))
+    inner = [0] * size
+    direct = [(u, v) for v in range(size) for u in sorted(reads[v])]
+    struck = {e for e in direct if rng.random() < 0.15}
+    for v in reversed(range(size)):
+        consumers = [c for c in range(size) if v in reads[c]]
+        if consumers and not leaves[v] and not any((v, c) in struck for c in consumers):
+            mask = 0b111 & ~firm[v] if rng.random() < 0.5 else 0
+            for c in consumers:
+                mask &= firm[c] | inner[c]
+            inner[v] = mask
+    apart = {(a, b) for b in range(size) for a in range(b) if rng.random() < 0.05}
+    place = [f | i for f, i in zip(firm, inner, strict=True)]
+    edges = [(a, b) for a, b in direct if (a, b) not in struck | apart and place[a] & place[b]]
+    ordered = sorted(apart | (set(direct) - set(edges)))
+    siblings = {
+        (a, b)
+        for t in tensors
+        for i, a in enumerate(t.consumers)
+        for b in t.consumers[i + 1 :]
+        if place[a] & place[b]
+    }
+    # A small node whose edge was struck out after all has no place as such.
+    for v in range(size):
+        if any(u == v for u, _ in ordered):
+            inner[v] = 0
+    return Problem(
+        size,
+        tuple(edges),
+        tuple(sorted(siblings - set(edges) - set(ordered))),
+        tuple(ordered),
+        tuple(tensors),
+        labels,
+        tuple(firm),
+        tuple(inner),
+        free,
+        rng.choice((10, 100)),
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +14,8 @@ from benchmarks.machine import ROOT
 from benchmarks.options import ATTENTIONS, Options
 from benchmarks.plan import Plan
 from benchmarks.results import Header, ResultFile
-from benchmarks.session import RESULTS, open_session, result_path
 from benchmarks.step_suite import StepSuite, profile_path
+from benchmarks.workbench import RESULTS, open_workbench, result_path
 
 # What a smoke run varies: small shapes, few steps, one worker per variant for all workloads.
 _SMOKE_PLAN = {"steps": 2, "blocks": 2, "measure_warm": False, "profile_steps": 0}
@@ -48,7 +50,7 @@ def run_steps(arguments: Sequence[str]) -> int:
     )
     plan = _plan(args, options, serial=args.serial, reference=not args.no_reference)
     uses_torch = any(v in variants.VARIANTS and variants.VARIANTS[v].lane == "torch" for v in names)
-    with open_session(
+    with open_workbench(
         options.size,
         share=args.smoke,
         with_ceilings=variants.FLOOR in names,
@@ -56,16 +58,16 @@ def run_steps(arguments: Sequence[str]) -> int:
         torch_python=args.torch_python,
         torch_path=args.torch_path,
         commit=args.commit,
-    ) as session:
-        path = result_path(args.json, session.header.device)
-        file = ResultFile(path, session.header, ("workload", "variant"), merge=args.merge)
+    ) as bench:
+        path = result_path(_target(args), bench.header.device)
+        file = ResultFile(path, bench.header, ("workload", "variant"), merge=args.merge)
         profile = None
         if args.profile:
             key = ("workload", "variant", "name")
-            profile = ResultFile(profile_path(path), session.header, key, merge=args.merge)
-        StepSuite(plan, session, file, profile).run(workloads, names)
+            profile = ResultFile(profile_path(path), bench.header, key, merge=args.merge)
+        StepSuite(plan, bench, file, profile).run(workloads, names)
     print(text_table(file.rows, STEP_COLUMNS))
-    _print_header(session.header, path)
+    _print_header(bench.header, path)
     return 0
 
 
@@ -93,15 +95,15 @@ def run_kernels(arguments: Sequence[str]) -> int:
     # Many calls under the profiler: a call lasts microseconds, and the profile is the measurement.
     profiled = 0 if args.smoke else 24
     plan = _plan(args, options, block_s=0.05, measure_warm=False, profile_steps=profiled)
-    with open_session(
+    with open_workbench(
         options.size, share=True, with_ceilings=True, with_torch=False, commit=args.commit
-    ) as session:
-        path = result_path(args.json, session.header.device, "-kernels")
+    ) as bench:
+        path = result_path(_target(args), bench.header.device, "-kernels")
         key = ("suite", "case", "variant")
-        file = ResultFile(path, session.header, key, merge=args.merge)
-        run_cases(infos, names, plan, session, file)
+        file = ResultFile(path, bench.header, key, merge=args.merge)
+        run_cases(infos, names, plan, bench, file)
     print(text_table(file.rows, KERNEL_COLUMNS))
-    _print_header(session.header, path)
+    _print_header(bench.header, path)
     return 0
 
 
@@ -134,6 +136,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--torch-python", help="interpreter of the PyTorch variants")
     parser.add_argument("--torch-path", help="PYTHONPATH of the PyTorch variants; may be empty")
     parser.add_argument("--commit", help="commit to record, where there is no git")
+
+
+def _target(args: argparse.Namespace) -> str | None:
+    """Where to write; a smoke run never lands among the results by default."""
+    return args.json or (tempfile.gettempdir() + os.sep if args.smoke else None)
 
 
 def _plan(args: argparse.Namespace, options: Options, **changes: object) -> Plan:

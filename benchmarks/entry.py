@@ -21,7 +21,7 @@ class Entry:
     def __init__(self, variant: Variant, job: Job, plan: Plan, clock: Clock) -> None:
         self.variant = variant
         self.job = job
-        self.note = ""
+        self.note = job.options.unusual()
         self.failed = False
         self.loaded: Loaded | None = None
         self.profiled: Profile | None = None

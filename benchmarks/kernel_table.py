@@ -44,7 +44,7 @@ def short_name(kernel: str) -> str:
 
 def aggregate(events: Iterable[tuple[str, float]], steps: int) -> Profile:
     """Sums (kernel, nanoseconds) over ``steps`` steps into a profile of one step."""
-    nanoseconds: collections.Counter[str] = collections.Counter()
+    nanoseconds: dict[str, float] = collections.defaultdict(float)
     launches: collections.Counter[str] = collections.Counter()
     for name, duration in events:
         nanoseconds[short_name(name)] += duration
@@ -52,6 +52,6 @@ def aggregate(events: Iterable[tuple[str, float]], steps: int) -> Profile:
     return Profile(
         tuple(
             Kernel(name, category(name), ns / steps / 1e6, launches[name] / steps)
-            for name, ns in nanoseconds.most_common()
+            for name, ns in sorted(nanoseconds.items(), key=lambda item: -item[1])
         )
     )

@@ -44,6 +44,12 @@ class Options:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def unusual(self) -> str:
+        """The fields that are not at their default, for the note of a row; not the size."""
+        usual = Options().to_json()
+        told = {k: v for k, v in self.to_json().items() if k != "size" and v != usual[k]}
+        return ", ".join(f"{name} {value}" for name, value in told.items())
+
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object; ``Options(**x)`` reads it back."""
         return dataclasses.asdict(self)

@@ -27,7 +27,7 @@ class WorkerGone(WorkerError):
 
 
 class WorkerProcess:
-    """One worker in a session of its own, so that ending it ends what it started.
+    """One worker in a process group of its own, so that ending it ends what it started.
 
     Args:
       runner: ``module:Class`` of its runner.

@@ -13,8 +13,8 @@ from benchmarks.plan import Clock, Plan
 from benchmarks.process import WorkerError, WorkerProcess
 from benchmarks.progress import Progress
 from benchmarks.results import ResultFile, Row
-from benchmarks.session import Session
 from benchmarks.variants import FLOAT32, FLOOR, VARIANTS, Variant
+from benchmarks.workbench import Workbench
 
 _COUNT_LIMIT_S = 120.0
 
@@ -24,23 +24,23 @@ class StepSuite:
 
     Args:
       plan: settings.
-      session: workers and header.
+      bench: workers and header.
       file: of the rows.
       profile_file: of the kernels by time, or None.
     """
 
     def __init__(
-        self, plan: Plan, session: Session, file: ResultFile, profile_file: ResultFile | None
+        self, plan: Plan, bench: Workbench, file: ResultFile, profile_file: ResultFile | None
     ) -> None:
         self._plan = plan
-        self._session = session
+        self._bench = bench
         self._file = file
         self._profile_file = profile_file
         self._clock = Clock(plan.total_limit_s)
 
     def run(self, workloads: Sequence[str], variants: Sequence[str]) -> None:
         """Runs everything; what fails has a row that says why."""
-        pool = self._session.pool
+        pool = self._bench.pool
         contests = [(w, self._entries(w, variants)) for w in workloads]
         progress = Progress(sum(len(entries) for _, entries in contests) * Contest.EVENTS)
         counter = self._start_counter() if FLOOR in variants else None
@@ -66,7 +66,7 @@ class StepSuite:
         return [Entry(v, self._job(workload, v), self._plan, self._clock) for v in chosen]
 
     def _job(self, workload: str, variant: Variant) -> Job:
-        references = self._session.pool.scratch / "references" / workload
+        references = self._bench.pool.scratch / "references" / workload
         return Job(
             "workload",
             workload,
@@ -89,11 +89,11 @@ class StepSuite:
         """A worker that counts FLOPs on the CPU and leaves the device alone."""
         on_cpu = {"JAX_PLATFORMS": "cpu"}
         variant = dataclasses.replace(VARIANTS["jax"], name="counter", environment=on_cpu)
-        return self._session.pool.take(variant)
+        return self._bench.pool.take(variant)
 
     def _put_floor(self, counter: WorkerProcess, workload: str) -> None:
         job = Job("workload", workload, FLOOR, self._plan.options)
-        ceilings = self._session.ceilings
+        ceilings = self._bench.ceilings
         assert ceilings is not None
         try:
             work = counter.ask("work", _COUNT_LIMIT_S, job=job.to_json())

@@ -21,6 +21,8 @@ for _module_file in (__file__, _call.__file__, tracing.__file__):
 # Options of jax.jit that decide how a function is traced; the others decide how it is compiled.
 _TRACING_OPTIONS = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
 
+_OWNER = "_jevt_owner"  # attribute of what `jit` returns
+
 
 class JitOptions(TypedDict, total=False):
     """The options of ``jax.jit``, which keep their meaning."""
@@ -43,7 +45,7 @@ class Jitted[**P, R](Protocol):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> Trace:
-        """How the call with these arguments is compiled; compiles nothing with XLA, runs nothing."""
+        """How the call with these arguments is compiled; XLA compiles and runs nothing."""
 
     def trace(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Traced: ...
 
@@ -86,12 +88,13 @@ def jit(
 ) -> Any:
     """Compiles a training step as one graph, with fused groups as generated Triton kernels.
 
-    A replacement for ``jax.jit``, with or without arguments: ``@jevt.jit``, ``@jevt.jit(strict=True)``.
+    A replacement for ``jax.jit``, with or without arguments: ``@jevt.jit``,
+    ``@jevt.jit(strict=True)``.
 
     Args:
       fun: the function; pure, of arrays in pytrees, as for ``jax.jit``.
-      backend: how fused groups run. "auto": Triton on a GPU where the cost model predicts that it is
-        faster, XLA elsewhere. "triton": every group that can be a kernel is one. "xla": none is.
+      backend: how fused groups run. "auto": Triton on a GPU where the cost model predicts that it
+        is faster, XLA elsewhere. "triton": every group that can be a kernel is one. "xla": none is.
         "interpret": as "triton", by Triton's interpreter on the CPU (slow; for tests).
       strict: raise instead of leaving something to XLA for another reason than the cost model's.
       **jit_options: those of ``jax.jit``, passed through: ``static_argnums``, ``static_argnames``,
@@ -124,8 +127,8 @@ def last_trace(fun: Callable[..., Any]) -> Trace:
     owner = _owner(fun)
     if owner.last is None:
         raise LookupError(
-            f"jevt.last_trace: {owner.name} has not been compiled on its own yet. Call it first, or use"
-            f" {owner.name}.explain(*args). Inside another jevt.jit it is part of that function's trace."
+            f"jevt.last_trace: {owner.name} has not been compiled on its own yet. Call it first, or"
+            f" use {owner.name}.explain(*args). Inside another jevt.jit it is part of that trace."
         )
     return owner.last
 
@@ -140,8 +143,8 @@ def explain(fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Trace:
 def _jit(fun: Callable[..., Any], options: _config.Options, jit_options: JitOptions) -> Any:
     if not callable(fun):
         raise TypeError(
-            f"jevt.jit expects a function as its only positional argument, got {fun!r}. Options are given"
-            " by keyword: @jevt.jit(backend='xla')."
+            f"jevt.jit expects a function as its only positional argument, got {fun!r}. Options are"
+            " given by keyword: @jevt.jit(backend='xla')."
         )
     jax.jit(fun)  # raises where it cannot take the function: generators, coroutines
     owner = _call.Owner(_name(fun), options)
@@ -166,12 +169,12 @@ def _jit(fun: Callable[..., Any], options: _config.Options, jit_options: JitOpti
         return _explain(jitted.trace(*args, **kwargs))
 
     jitted.explain = explain
-    jitted._jevt_owner = owner
+    setattr(jitted, _OWNER, owner)
     return jitted
 
 
 def _is_nan_hunt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether ``jax.jit`` runs the function operation by operation, to find where a NaN comes from."""
+    """Whether ``jax.jit`` runs the function unjitted, to find where a NaN comes from."""
     if not (jax.config.jax_debug_nans or jax.config.jax_debug_infs):
         return False
     return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
@@ -194,7 +197,7 @@ def _explain(traced: jax.stages.Traced) -> Trace:
 
 
 def _owner(fun: Callable[..., Any]) -> _call.Owner:
-    owner = getattr(fun, "_jevt_owner", None)
+    owner = getattr(fun, _OWNER, None)
     if not isinstance(owner, _call.Owner):
         raise TypeError(f"Expected a function returned by jevt.jit, got {fun!r}.")
     return owner

@@ -25,9 +25,9 @@ from jevt._config import Options
 if TYPE_CHECKING:
     from jevt.report.trace import Trace
 
-# The rules for jvp, linearize, transpose, batching, partial evaluation, checkpoint, mutable arrays and
-# dead code are JAX's own for a call. They keep the call, so `jax.jit(jax.grad(f))` of a jevt function
-# has its forward and its backward pass compiled by jevt.
+# The rules for jvp, linearize, transpose, batching, partial evaluation, checkpoint, mutable arrays
+# and dead code are JAX's own for a call. They keep the call, so `jax.jit(jax.grad(f))` of a jevt
+# function has its forward and its backward pass compiled by jevt.
 jevt_call_p: Primitive = Primitive("jevt_call")
 register_call_primitive_rules(jevt_call_p)
 internals.check_as_a_call(jevt_call_p)
@@ -40,7 +40,7 @@ class JevtWarning(UserWarning):
 class Owner:
     """What a function returned by ``jevt.jit`` remembers."""
 
-    def __init__(self, name: str, options: Options):
+    def __init__(self, name: str, options: Options) -> None:
         self.name = name
         self.options = options
         self.last: Trace | None = None
@@ -51,13 +51,13 @@ class Recorder:
 
     Attributes:
       owner: the function.
-      donated: the jaxpr's inputs whose buffers may be overwritten. Variables, not positions, because
-        dead-code elimination drops inputs, and because a transformed jaxpr has other variables: its
-        inputs are not the caller's buffers any more.
+      donated: the jaxpr's inputs whose buffers may be overwritten. Variables, not positions,
+        because dead-code elimination drops inputs, and because a transformed jaxpr has other
+        variables: its inputs are not the caller's buffers any more.
       trace: of the last lowering.
     """
 
-    def __init__(self, owner: Owner, donated: frozenset[Var] = frozenset()):
+    def __init__(self, owner: Owner, donated: frozenset[Var] = frozenset()) -> None:
         self.owner = owner
         self.donated = donated
         self.trace: Trace | None = None
@@ -109,15 +109,18 @@ def _compile(ctx: Any, jaxpr: Jaxpr, recorder: Recorder) -> Trace | None:
         partitioned=_is_partitioned(module.axis_context),
     )
     try:
-        return pipeline.compile(jaxpr, context, name=owner.name, environment=owner.options.environment)
+        return pipeline.compile(
+            jaxpr, context, name=owner.name, environment=owner.options.environment
+        )
     except pipeline.StrictError:
         raise
-    except Exception as error:  # a defect of jevt must not break a program that jax.jit runs
+    except Exception as error:  # a defect of jevt must not break the program
         if owner.options.strict:
             raise
         warnings.warn(
-            f"jevt could not compile {owner.name}; it runs as under jax.jit. jevt.jit(strict=True) shows the"
-            f" whole traceback of the error: {type(error).__name__}: {error}",
+            f"jevt could not compile {owner.name}; it runs as under jax.jit."
+            " jevt.jit(strict=True) shows the whole traceback of the error:"
+            f" {type(error).__name__}: {error}",
             JevtWarning,
             stacklevel=2,
         )

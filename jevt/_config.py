@@ -1,11 +1,12 @@
 """Options of ``jevt.jit`` and environment variables, validated once.
 
-| variable        | values                | effect                                                        |
-|-----------------|-----------------------|---------------------------------------------------------------|
-| `JEVT_DEBUG`    | 0, 1, 2, 3            | print a line a compilation; the plan; every stage as a jaxpr  |
-| `JEVT_DUMP_DIR` | a directory           | write stages, plan and sources there, one folder a compilation|
-| `JEVT_FUEL`     | a number of groups    | lower only so many groups to Triton, to bisect a miscompile   |
-| `JEVT_CHECK`    | 0, 1                  | check every stage's jaxpr; run groups beside their equations  |
+| variable        | values             | effect                                                    |
+|-----------------|--------------------|-----------------------------------------------------------|
+| `JEVT_DEBUG`    | 0, 1, 2, 3         | print a line a compilation; the plan; every stage         |
+| `JEVT_DUMP_DIR` | a directory        | write stages, plan and sources, one folder a compilation  |
+| `JEVT_FUEL`     | a number of groups | lower only so many to Triton, to bisect a miscompile      |
+| `JEVT_CHECK`    | 0, 1               | check every stage's types; run groups beside their own    |
+|                 |                    | equations                                                 |
 """
 
 from __future__ import annotations
@@ -75,9 +76,10 @@ def make_options(backend: object, strict: object) -> Options:
         raise ConfigError(f"jevt.jit: strict must be True or False, got {strict!r}.")
     if backend == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(
-            "jevt.jit: backend='interpret' runs kernels in Triton's interpreter, which Triton chooses when"
-            " it is imported. Set TRITON_INTERPRET=1 in the environment before Python starts, or"
-            " os.environ['TRITON_INTERPRET'] = '1' before the first import of triton, jax_triton or jevt."
+            "jevt.jit: backend='interpret' runs kernels in Triton's interpreter, which Triton"
+            " chooses when it is imported. Set TRITON_INTERPRET=1 in the environment before Python"
+            " starts, or os.environ['TRITON_INTERPRET'] = '1' before triton, jax_triton or jevt is"
+            " imported."
         )
     return Options(typing.cast(Backend, backend), strict, read_environment())
 
@@ -90,13 +92,15 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
     """
     environ = os.environ if environ is None else environ
     for name in environ:
-        if name.startswith("JEVT_") and name not in VARIABLES:
-            # Only a likely typing error is worth a warning: other parts may have variables of their own.
-            if hint := did_you_mean(name, VARIABLES):
-                warnings.warn(f"Environment variable {name} is unknown to jevt.{hint}", stacklevel=3)
+        is_unknown = name.startswith("JEVT_") and name not in VARIABLES
+        # Only a likely typing error is worth a warning: other parts may have their own variables.
+        if is_unknown and (hint := did_you_mean(name, VARIABLES)):
+            warnings.warn(f"Environment variable {name} is unknown to jevt.{hint}", stacklevel=3)
     dump = environ.get("JEVT_DUMP_DIR", "")
     if dump and pathlib.Path(dump).exists() and not pathlib.Path(dump).is_dir():
-        raise ConfigError(f"JEVT_DUMP_DIR must be a directory or a new path, got the file {dump!r}.")
+        raise ConfigError(
+            f"JEVT_DUMP_DIR must be a directory or a new path, got the file {dump!r}."
+        )
     return Environment(
         debug=_integer(environ, "JEVT_DEBUG", 3) or 0,
         dump_dir=pathlib.Path(dump) if dump else None,
@@ -106,7 +110,7 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """" Did you mean 'x'?" for the closest known name, "" if none is close."""
+    """A sentence that names the closest known name, "" if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 

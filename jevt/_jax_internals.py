@@ -46,11 +46,11 @@ def check_as_a_call(primitive: Primitive) -> None:
 
 def captured(traced: Any) -> list[Any]:
     """The outer tracers that a traced function closed over: leading operands of its jaxpr."""
-    return list(traced._consts)
+    return list(traced._consts)  # noqa: SLF001
 
 
 def is_plain_jit(eqn: JaxprEqn) -> bool:
-    """Whether a ``jit`` equation is nothing but its jaxpr: no shardings, layouts or compiler options."""
+    """Whether a ``jit`` equation is just its jaxpr: no shardings, layouts, compiler options."""
     params = eqn.params
     return (
         all(s is named_sharding.UNSPECIFIED for s in params["in_shardings"])
@@ -63,13 +63,13 @@ def is_plain_jit(eqn: JaxprEqn) -> bool:
 
 
 def touches_refs(eqns: Iterable[JaxprEqn]) -> bool:
-    """Whether an equation reads or writes a mutable reference, which substitution must not rename."""
+    """Whether an equation reads or writes a mutable reference, which must not be renamed."""
     return any(isinstance(e, _effects.JaxprInputEffect) for eqn in eqns for e in eqn.effects)
 
 
 def is_threefry(key_aval: Any) -> bool:
     """Whether an array of keys belongs to JAX's default generator."""
-    return key_aval.dtype._impl is threefry_prng_impl
+    return key_aval.dtype._impl is threefry_prng_impl  # noqa: SLF001
 
 
 def manual_axes_of(aval: Any) -> frozenset[Any]:

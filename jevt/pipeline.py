@@ -68,7 +68,7 @@ _cache: weakref.WeakKeyDictionary[Jaxpr, dict[Context, Trace]] = weakref.WeakKey
 _lock = threading.Lock()
 
 
-def compile(
+def compile(  # noqa: A001 - what it is called everywhere
     jaxpr: Jaxpr, context: Context, name: str = "step", environment: Environment | None = None
 ) -> Trace:
     """Runs all stages.
@@ -91,8 +91,8 @@ def compile(
         text.publish(trace, environment or Environment())
     if context.strict and trace.warnings:
         raise StrictError(
-            f"jevt.jit(strict=True): {len(trace.warnings)} groups of {name} would run through XLA for other"
-            " reasons than the cost model's:\n"
+            f"jevt.jit(strict=True): {len(trace.warnings)} groups of {name} would run through XLA"
+            " for other reasons than the cost model's:\n"
             + "".join(f"  - {line}\n" for line in trace.warnings)
             + "Change the equations named above, or drop strict=True to run them through XLA."
         )
@@ -153,4 +153,6 @@ def _check(jaxpr: Jaxpr, stage: str) -> None:
     try:
         check_jaxpr(jaxpr)
     except Exception as error:
-        raise AssertionError(f"JEVT_CHECK: pass {stage!r} made an ill-typed jaxpr: {error}") from error
+        raise AssertionError(
+            f"JEVT_CHECK: pass {stage!r} made an ill-typed jaxpr: {error}"
+        ) from error

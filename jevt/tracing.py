@@ -44,8 +44,9 @@ def trace(
 
     Args:
       fun: the user's function.
-      args, kwargs: as an enclosing ``jax.jit`` passes them: static arguments as they are, all leaves of
-        the others tracers.
+      args: as an enclosing ``jax.jit`` passes them: static arguments as they are, all
+        leaves of the others tracers.
+      kwargs: likewise.
       options: ``jax.jit``'s ``static_*`` and ``donate_*`` options.
     """
     # A new callable for each call: jax.jit's cache of traces is keyed by it, and the enclosing jit
@@ -56,9 +57,9 @@ def trace(
     jaxpr = traced.jaxpr.with_consts(())
     if len(captured) + len(leaves) != len(jaxpr.invars):
         raise TypeError(
-            f"jevt.jit({internals.program_name(jaxpr)}): expected {len(jaxpr.invars) - len(captured)}"
-            f" arrays among the arguments, got {len(leaves)}. A static argument must not contain tracers:"
-            " pass it as an ordinary argument instead."
+            f"jevt.jit({internals.program_name(jaxpr)}): expected"
+            f" {len(jaxpr.invars) - len(captured)} arrays among the arguments, got {len(leaves)}."
+            " A static argument must not contain tracers: pass it as an ordinary argument instead."
         )
     donated = [leaf.donated for leaf in jax.tree.leaves(traced.args_info, is_leaf=_is_info)]
     return Traced(

@@ -11,6 +11,7 @@ names:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -46,7 +47,8 @@ def generate(spec: KernelSpec, config: Config | None = None) -> Source:
 
     Args:
       spec: what to compute.
-      config: tile sizes and warps; the mainloop's first choice by default.
+      config: tile sizes and warps; the mainloop's first choice by default. A block that is larger
+        than its axis needs is made smaller.
 
     Raises:
       UnsupportedKernel: the mainloop cannot generate this spec.
@@ -58,10 +60,21 @@ def generate(spec: KernelSpec, config: Config | None = None) -> Source:
             f"expected a mainloop of {sorted(MAINLOOPS)}, got {spec.mainloop!r}"
         )
     mainloop = MAINLOOPS[spec.mainloop]
-    config = config or mainloop.configs(spec)[0]
+    config = _fitted(config or mainloop.configs(spec)[0], spec)
     printer = Printer(spec, config)
     grid = mainloop.emit(printer)
     return Source(printer.text(), spec.name, grid, config, tuple(printer.partials))
+
+
+def _fitted(config: Config, spec: KernelSpec) -> Config:
+    extents = {t.name: spec.space.extent(t) for t in spec.space.tile}
+    blocks = tuple((n, min(block, power_of_two(extents[n]))) for n, block in config.blocks)
+    return dataclasses.replace(config, blocks=blocks)
+
+
+def power_of_two(extent: int) -> int:
+    """The smallest power of two that is not below ``extent``, at least 1."""
+    return 1 << max(0, extent - 1).bit_length()
 
 
 class Printer:

@@ -6,6 +6,7 @@ what ``jax.jit`` gives, NaN for NaN and infinity for infinity.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -104,39 +105,54 @@ def random(shape: tuple[int, ...], dtype: Any = np.float32, seed: int = 0) -> np
 # Kernels without a jaxpr
 
 
-def pointwise(
-    op: str, operands: Sequence[tuple[np.dtype, Any]], result: np.dtype, size: int
-) -> KernelSpec:
-    """One operation on vectors.
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """An operation on vectors and constants.
 
-    Args:
+    Attributes:
       op: a key of ``ops.OPS``.
-      operands: (dtype, None) for an input, (dtype, number) for a constant.
-      result: dtype of the results.
-      size: number of elements.
+      operands: arrays, all of one length, or NumPy scalars for constants.
+      result: dtype of its results.
     """
+
+    op: str
+    operands: tuple[Any, ...]
+    result: np.dtype
+
+
+def pointwise(terms: Sequence[Term]) -> tuple[KernelSpec, list[np.ndarray]]:
+    """A kernel of unrelated terms, one output for each of their results; and its operands."""
+    (size,) = {o.size for term in terms for o in term.operands if o.ndim}
     index = IndexMap((1,))
     nodes: list[visitor.Node] = []
-    inputs: list[TensorType] = []
-    for dtype, value in operands:
-        if value is None:
-            nodes.append(visitor.Load(len(inputs), index))
-            inputs.append(TensorType((size,), dtype))
-        else:
-            nodes.append(visitor.Constant(value, dtype))
-    arguments = tuple(range(len(nodes)))
-    results = ops.OPS[op].results
-    first = len(nodes)
-    nodes += [visitor.Compute(op, arguments, result, i) for i in range(results)]
-    nodes += [visitor.Store(i, first + i, index) for i in range(results)]
-    return KernelSpec(
-        name=f"pointwise_{op}",
+    arrays: list[np.ndarray] = []
+    outputs: list[TensorType] = []
+    for term in terms:
+        positions = []
+        for operand in term.operands:
+            positions.append(len(nodes))
+            if operand.ndim:
+                nodes.append(visitor.Load(len(arrays), index))
+                arrays.append(operand)
+            else:
+                nodes.append(visitor.Constant(as_python(operand), np.dtype(operand.dtype)))
+        for result in range(ops.OPS[term.op].results):
+            nodes.append(visitor.Compute(term.op, tuple(positions), term.result, result))
+            nodes.append(visitor.Store(len(outputs), len(nodes) - 1, index))
+            outputs.append(TensorType((size,), term.result))
+    spec = KernelSpec(
+        name=f"pointwise_{terms[0].op}",
         mainloop="pointwise",
         space=Space((size,), (TileAxis("i", (0,)),)),
         tree=tuple(nodes),
-        inputs=tuple(inputs),
-        outputs=(TensorType((size,), result),) * results,
+        inputs=tuple(TensorType((size,), np.dtype(a.dtype)) for a in arrays),
+        outputs=tuple(outputs),
     )
+    return spec, arrays
+
+
+def as_python(scalar: Any) -> bool | int | float:
+    return float(scalar) if ops.is_float(np.dtype(scalar.dtype)) else scalar.item()
 
 
 def reduction(op: str, dtype: np.dtype, rows: int, columns: int) -> KernelSpec:

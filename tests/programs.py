@@ -5,6 +5,8 @@ Small, and together they use the constructs that a train step may contain.
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +49,7 @@ def _params():
     sizes = [4, 8, 5]
     return [
         (rng.normal(size=(a, b)).astype(np.float32), np.zeros(b, np.float32))
-        for a, b in zip(sizes, sizes[1:], strict=False)
+        for a, b in itertools.pairwise(sizes)
     ]
 
 

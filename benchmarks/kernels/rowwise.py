@@ -11,7 +11,7 @@ from benchmarks.kernels.case import Case, suite
 from benchmarks.options import Size
 
 _DTYPES = ("bfloat16", "float32")
-# (rows, columns): attention scores of BERT-Large for two of its heads' batches, a wide row.
+# (rows, columns): half of BERT-Large's attention scores; a wide row.
 _SOFTMAX = {"full": ((131072, 512), (16384, 4096)), "smoke": ((32, 64),)}
 # (rows, columns): the tokens of BERT-Large and of ViT-B/14.
 _LAYER_NORM = {"full": ((16384, 1024), (32768, 768)), "smoke": ((32, 64),)}

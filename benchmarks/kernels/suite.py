@@ -18,8 +18,8 @@ from benchmarks.options import Size
 from benchmarks.plan import Clock, Plan
 from benchmarks.progress import Progress
 from benchmarks.results import KernelRow, ResultFile
-from benchmarks.session import Session
 from benchmarks.variants import VARIANTS, Variant
+from benchmarks.workbench import Workbench
 
 # A call whose wall time is so many times its device time is bound by dispatch; its row says so.
 _DISPATCH_BOUND = 1.3
@@ -56,7 +56,7 @@ def run_cases(
     infos: Sequence[CaseInfo],
     variants: Sequence[str],
     plan: Plan,
-    session: Session,
+    bench: Workbench,
     file: ResultFile,
 ) -> None:
     """Runs the cases one after the other, the variants of each in turns.
@@ -64,8 +64,8 @@ def run_cases(
     ``us`` is the device time of a call's kernels from the profiler; where there is no profile, it
     is the pipelined wall time.
     """
-    assert session.ceilings is not None
-    ceilings = session.ceilings
+    assert bench.ceilings is not None
+    ceilings = bench.ceilings
     clock = Clock(plan.total_limit_s)
     contests = [(info, _entries(info, variants, plan, clock)) for info in infos]
     progress = Progress(sum(len(entries) for _, entries in contests) * Contest.EVENTS)
@@ -74,7 +74,7 @@ def run_cases(
         def save(entry: Entry, info: CaseInfo = info) -> None:
             file.put(kernel_row(info, entry, ceilings))
 
-        Contest(plan, session.pool, progress, save).run(entries)
+        Contest(plan, bench.pool, progress, save).run(entries)
     progress.close()
 
 

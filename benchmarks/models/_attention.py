@@ -35,6 +35,7 @@ def attention(
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
     probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(q.dtype)
     if dropout > 0.0:
+        assert dropout_key is not None
         keep = jax.random.bernoulli(dropout_key, 1.0 - dropout, probabilities.shape)
         probabilities = jnp.where(keep, probabilities / (1.0 - dropout), 0).astype(q.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", probabilities, v)

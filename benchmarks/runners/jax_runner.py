@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +82,8 @@ class JaxRunner:
         w = self.workload
         before = self._lift(w.init(SEED))
         if self.job.kind == "case":
-            reference = (np.asarray(x) for x in jax.tree.leaves(_case_reference(self.job)))
-            return accuracy.describe(accuracy.compare(w.gradients(before, after), reference), None)
+            exact = [np.asarray(x) for x in jax.tree.leaves(_case_reference(self.job))]
+            return accuracy.describe(accuracy.compare(w.gradients(before, after), exact), None)
         if self.job.references is None:
             return None, ""
         folder = Path(self.job.references)
@@ -150,7 +150,7 @@ def _compiler(job: Job) -> Callable[[Workload], Any]:
 
     # A kernel case compares kernels, so on a GPU it asks for them; a step lets jevt choose.
     on_gpu = jax.default_backend() == "gpu"
-    backend = "triton" if job.kind == "case" and on_gpu else "auto"
+    backend: Literal["triton", "auto"] = "triton" if job.kind == "case" and on_gpu else "auto"
     return lambda w: jevt.jit(w.step, backend=backend, donate_argnums=w.donate_argnums)
 
 

@@ -13,6 +13,7 @@ with a reason that goes into the plan. Three kinds of rules exist:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -235,19 +236,10 @@ def _classify_reduction(eqn: JaxprEqn) -> Role:
     op, dtype = REDUCTIONS[eqn.primitive], _dtype(operand)
     if op in ("and", "or") and dtype != np.dtype(bool):
         raise NotFusible(f"bitwise {eqn.primitive.name} of {dtype} has no kernel form")
-    inner = next((axis for axis in reversed(range(operand.ndim)) if operand.shape[axis] > 1), None)
-    if inner is not None and inner not in axes and any(operand.shape[a] > 1 for a in axes):
-        raise NotFusible("no mainloop: column reduction (the contiguous axis is kept)")
-    kept = operand.size // max(1, _product(operand.shape[a] for a in axes))
-    if kept and kept < 64 and operand.size > 1 << 17:
+    inner = next((i for i in reversed(range(operand.ndim)) if operand.shape[i] > 1), None)
+    kept = operand.size // max(1, math.prod(operand.shape[i] for i in axes))
+    if inner in axes and kept and kept < 64 and operand.size > 1 << 17:
         raise NotFusible(
             f"no mainloop: reduction of {operand.size} elements to only {kept} (needs split rows)"
         )
     return Role("reduction", axes)
-
-
-def _product(sizes: Any) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

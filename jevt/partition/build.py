@@ -9,7 +9,7 @@ from jax.extend.core import Jaxpr, Var
 from jevt import _jaxpr
 from jevt.lowering.errors import NotFusible
 from jevt.partition.canonical import Keys
-from jevt.partition.graph import Graph
+from jevt.partition.graph import Graph, elements
 from jevt_kernels.spec import KernelSpec
 
 type Build = Callable[[Jaxpr, str], KernelSpec]
@@ -55,13 +55,15 @@ class Builder:
 
 
 def part(graph: Graph, positions: Iterable[int]) -> Jaxpr:
-    """Equations with those results as outputs that none of them reads.
+    """Equations with the largest of those results as outputs that none of them reads.
 
-    Whether ``build`` takes them says whether they can be *part* of a kernel.
+    Whether ``build`` takes them says whether they can be *part* of a kernel: smaller results may
+    need what else is in it, a reduction that gives the kernel its rows or a reader that hides them.
     """
     eqns = [graph.jaxpr.eqns[p] for p in sorted(positions)]
     defined = {v for e in eqns for v in e.outvars}
     read = {v: None for e in eqns for v in e.invars if isinstance(v, Var)}
     inputs = [v for v in read if v not in defined]
     ends = [v for e in eqns for v in e.outvars if v not in read and v in graph.uses]
-    return _jaxpr.make(inputs, ends, eqns)
+    largest = max((elements(v.aval) for v in ends), default=0)
+    return _jaxpr.make(inputs, [v for v in ends if elements(v.aval) == largest], eqns)

@@ -9,9 +9,6 @@ nothing changes. In a transformer every residual connection is struck out by the
 multiplications beside it, so the components are what lies between two of them, however many layers
 there are.
 
-A group may hold any nodes of its component: two that touch only through a third in another group
-save a launch together. Across components nothing is gained but launches, and nothing is tried.
-
 EVT's second step: the border is rebuilt. For two nodes of a component with a path outside it, the
 problem gets the pair in ``ordered``, because any partition must respect that path. Two components'
 groups can still form a cycle together (each alone is fine); the driver looks for that and solves
@@ -152,13 +149,17 @@ def _relabelled_inputs(graph: Graph) -> set[int]:
 
 
 def _candidates(graph: Graph, single: set[int]) -> Links:
-    """Pairs that one kernel might hold, judged by their sizes alone."""
+    """Pairs that one kernel might hold, judged by their sizes alone.
+
+    Two readers of a tensor are linked only if it is as large as the space in which they read it: a
+    bias that a forward and a backward pass both broadcast is no reason to run them together.
+    """
     edges: set[tuple[int, int]] = set()
     siblings: set[tuple[int, int]] = set()
     for tensor in graph.tensors:
         readers = [c for c in tensor.consumers if c not in single]
         producer = tensor.producer
-        if producer is not None and producer not in single:
+        if producer is not None and producer not in single and not graph.nodes[producer].ends:
             for reader in readers:
                 if _may_join(graph.nodes[producer], graph.nodes[reader]) and not any(
                     shrinks(graph.jaxpr.eqns[p], tensor.var)
@@ -166,12 +167,12 @@ def _candidates(graph: Graph, single: set[int]) -> Links:
                     if tensor.var in graph.jaxpr.eqns[p].invars
                 ):
                     edges.add((producer, reader))
-        if tensor.size > 1:
-            reach = len(readers) if len(readers) <= _ALL_PAIRS else 2
-            for index, first in enumerate(readers):
-                for second in readers[index + 1 : index + 1 + reach]:
-                    if _may_join(graph.nodes[first], graph.nodes[second]):
-                        siblings.add((first, second))
+        whole = [r for r in readers if tensor.size >= max(graph.nodes[r].size, 2)]
+        reach = len(whole) if len(whole) <= _ALL_PAIRS else 2
+        for index, first in enumerate(whole):
+            for second in whole[index + 1 : index + 1 + reach]:
+                if _may_join(graph.nodes[first], graph.nodes[second]):
+                    siblings.add((first, second))
     return Links(frozenset(edges), frozenset(siblings - edges - {(b, a) for a, b in edges}))
 
 

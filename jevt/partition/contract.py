@@ -68,6 +68,7 @@ class _Joined:
         self.parent = list(range(len(graph.nodes)))
         self.members = [[n] for n in range(len(graph.nodes))]
         self.reduces = [node.kind == "reduction" for node in graph.nodes]
+        self.ends = [node.ends for node in graph.nodes]
 
     def find(self, node: int) -> int:
         while self.parent[node] != node:
@@ -83,6 +84,7 @@ class _Joined:
         self.members[a].extend(self.members[b])
         self.members[b] = []
         self.reduces[a] = self.reduces[a] or self.reduces[b]
+        self.ends[a] = self.ends[a] or self.ends[b]
 
 
 def _into_producer(joined: _Joined, v: int) -> None:
@@ -102,6 +104,8 @@ def _into_producer(joined: _Joined, v: int) -> None:
         return
     if result.size == 1 and len(result.consumers) > 1:
         return  # readers of one scalar are not counted as connected
+    if joined.ends[joined.find(u)] and not node.free:
+        return  # what is reduced along rows can only be relabelled
     joined.join(u, v)
 
 
@@ -150,6 +154,7 @@ def _merge(parts: list[Node]) -> Node:
         "reduction" if reductions else "pointwise" if "pointwise" in kinds else "view",
         reductions[0].size if reductions else size,
         reductions[0].cols if reductions else 0,
+        ends=any(p.ends for p in parts),
         free=all(p.free for p in parts),
     )
 

@@ -62,6 +62,9 @@ _OPERATIONS = {
     "div": 4, "sqrt": 4, "rsqrt": 4, "rem": 8,
 }  # fmt: skip
 
+#: Partial results that a reduction along rows leaves at most.
+_PROGRAMS = 528
+
 #: Scalar float32 operations run at about this part of the matrix units' rate (H100: 67 of 989
 #: TFLOPS).
 _SCALAR_RATE = 1 / 16
@@ -96,6 +99,18 @@ def predict_us(jaxpr: Jaxpr, device: Device) -> float:
         graphs.nbytes(v.aval) for v in dict.fromkeys(jaxpr.outvars) if isinstance(v, Var)
     )
     return _time(traffic, jaxpr.eqns, device) + device.triton_launch_us
+
+
+def second_stage_us(reductions: Collection[JaxprEqn], device: Device) -> float:
+    """Combining the partial results that a kernel leaves of its reductions along rows."""
+    if not reductions:
+        return 0.0
+    traffic = 0
+    for eqn in reductions:
+        results = graphs.elements(eqn.outvars[0].aval)
+        programs = min(_PROGRAMS, graphs.elements(eqn.invars[0].aval) // max(1, results))
+        traffic += 2 * 4 * programs * results
+    return traffic / device.bytes_per_us + device.xla_launch_us
 
 
 def xla_us(jaxpr: Jaxpr, device: Device, reductions: Collection[int]) -> float:
@@ -180,7 +195,7 @@ def _merged(fusions: list[_Fusion]) -> list[_Fusion]:
 def _time(traffic: int, eqns: Collection[JaxprEqn], device: Device) -> float:
     operations = sum(
         _OPERATIONS.get(e.primitive.name, 1)
-        * max((_elements(v) for v in (*e.invars, *e.outvars)), default=0)
+        * max((graphs.elements(v.aval) for v in (*e.invars, *e.outvars)), default=0)
         for e in eqns
         if e.primitive.name
         not in ("broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "rev")
@@ -199,13 +214,8 @@ def _fetched(jaxpr: Jaxpr, var: Var) -> int:
 
 def _relabels(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name in ("reshape", "squeeze", "broadcast_in_dim") and all(
-        _elements(v) == _elements(eqn.outvars[0]) for v in eqn.invars
+        graphs.elements(v.aval) == graphs.elements(eqn.outvars[0].aval) for v in eqn.invars
     )
-
-
-def _elements(atom: object) -> int:
-    size = getattr(getattr(atom, "aval", None), "size", 0)
-    return size if isinstance(size, int) else 0
 
 
 def _capability(text: str) -> int:

@@ -20,7 +20,11 @@ from __future__ import annotations
 
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
+from jevt import _jaxpr
 from jevt.partition.graph import Graph, Node, nbytes
+
+#: Primitives of which copies are made.
+_COPIED = frozenset({"broadcast_in_dim", "convert_element_type", "iota", "reshape", "squeeze"})
 
 
 def duplicate(graph: Graph) -> Jaxpr:
@@ -67,15 +71,51 @@ def duplicate(graph: Graph) -> Jaxpr:
     return jaxpr if len(eqns) == len(jaxpr.eqns) else jaxpr.replace(eqns=eqns)
 
 
+def merge_copies(jaxpr: Jaxpr) -> Jaxpr:
+    """A group's jaxpr with one equation in place of copies that ended up in it together.
+
+    Two broadcasts of one value would otherwise run along axes that nothing relates. A copy that is an
+    output stays under its own name; of several, the first stands for the others.
+    """
+    twins: dict[Var, Var] = {}  # each copy's variable, to the first copy's
+    known: dict[tuple[object, ...], list[JaxprEqn]] = {}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _COPIED:
+            operands = [_operand(twins.get(v, v) if isinstance(v, Var) else v) for v in eqn.invars]
+            earlier = known.setdefault((eqn.primitive, *operands), [])
+            twin = next((e for e in earlier if e.params == eqn.params), None)
+            if twin is None:
+                earlier.append(eqn)
+            else:
+                twins[eqn.outvars[0]] = twin.outvars[0]
+    if not twins:
+        return jaxpr
+    outputs = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    chosen = {twin: twin for twin in twins.values()}
+    for copy, twin in reversed(twins.items()):
+        if copy in outputs and twin not in outputs:
+            chosen[twin] = copy
+    name = {copy: chosen[twin] for copy, twin in twins.items()} | chosen
+    eqns: list[JaxprEqn] = []
+    for eqn in jaxpr.eqns:
+        invars = [name.get(v, v) if isinstance(v, Var) else v for v in eqn.invars]
+        var = eqn.outvars[0] if eqn.outvars else None
+        if var in twins and (var not in outputs or var is name[var]):
+            continue  # made where the first copy stood
+        outvars = [name[var]] if var in chosen else eqn.outvars
+        eqns.append(eqn.replace(invars=invars, outvars=outvars))
+    return _jaxpr.make(jaxpr.invars, jaxpr.outvars, eqns)
+
+
+def _operand(atom: Var | Literal) -> object:
+    return repr(atom.val) if isinstance(atom, Literal) else atom
+
+
 def _cheap(eqn: JaxprEqn, node: Node) -> bool:
-    if node.opaque or len(eqn.outvars) != 1:
+    if node.opaque or eqn.primitive.name not in _COPIED:
         return False
     operands = [v for v in eqn.invars if not isinstance(v, Literal)]
     if len(operands) > 1 or node.size <= 1:
         return False
     read, made = sum(nbytes(v.aval) for v in operands), nbytes(eqn.outvars[0].aval)
-    if node.kind == "source":
-        return eqn.primitive.name in ("broadcast_in_dim", "iota")
-    if node.kind == "view":
-        return node.free or read < made
-    return eqn.primitive.name == "convert_element_type" and read < made
+    return node.kind == "source" or node.free or read < made

@@ -68,7 +68,10 @@ class Node:
       eqns: positions in the jaxpr, ascending.
       kind: the part it plays; "reduction" if any of its equations is one.
       size: number of points that a kernel has to visit for it.
-      cols: length of the reduced rows, 0 without a reduction.
+      cols: length of the rows, 0 without a reduction. A reduction along rows (over all axes but the
+        contiguous ones) has the rows that it keeps.
+      ends: is a reduction along rows: its results are only known after the whole kernel, so that
+        nothing in the same group can read them.
       free: only relabels its operand's bytes (a row-major reshape), so that XLA runs it for
         nothing.
       reason: for opaque nodes, why.
@@ -79,6 +82,7 @@ class Node:
     kind: NodeKind
     size: int = 0
     cols: int = 0
+    ends: bool = False
     free: bool = False
     reason: str = ""
     fallback: bool = False
@@ -86,11 +90,6 @@ class Node:
     @property
     def opaque(self) -> bool:
         return self.kind == "opaque"
-
-    @property
-    def rows(self) -> int:
-        """Number of results of the node's reduction."""
-        return self.size // self.cols if self.cols else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +204,7 @@ def assemble(jaxpr: Jaxpr, nodes: Sequence[Node]) -> Graph:
         tensors.append(
             Tensor(
                 var,
-                _size(var.aval),
+                elements(var.aval),
                 nbytes(var.aval),
                 source,
                 consumers,
@@ -238,14 +237,14 @@ def assemble(jaxpr: Jaxpr, nodes: Sequence[Node]) -> Graph:
 def nbytes(aval: Any) -> int:
     """Bytes of a dense array; 0 for what is not one (tokens, references)."""
     dtype = getattr(aval, "dtype", None)
-    return _size(aval) * int(getattr(dtype, "itemsize", 0))
+    return elements(aval) * int(getattr(dtype, "itemsize", 0))
 
 
 def shrinks(eqn: JaxprEqn, var: Var) -> bool:
     """Whether the equation sees only a part of ``var``: then it cannot join its producer."""
-    return eqn.primitive.name in ("slice", "dynamic_slice") and _size(eqn.outvars[0].aval) < _size(
-        var.aval
-    )
+    if eqn.primitive.name not in ("slice", "dynamic_slice"):
+        return False
+    return elements(eqn.outvars[0].aval) < elements(var.aval)
 
 
 def _node(position: int, eqn: JaxprEqn, classify: Classify) -> Node:
@@ -263,21 +262,30 @@ def _node(position: int, eqn: JaxprEqn, classify: Classify) -> Node:
     except NotFusible as refusal:
         reason = str(refusal)
         return Node((position,), "opaque", reason=reason, fallback=_unexpected(reason))
-    size = max(_size(v.aval) for v in eqn.outvars)
-    cols = 0
+    size = max(elements(v.aval) for v in eqn.outvars)
     if role.kind == "reduction":
         operand: Any = eqn.invars[0].aval
-        shape = operand.shape
-        size, cols = math.prod(shape), math.prod(shape[a] for a in role.axes)
-    elif role.kind == "pointwise":
-        size = max(size, *(_size(a.aval) for a in eqn.invars))
+        return _reduction(position, operand.shape, role.axes)
+    if role.kind == "pointwise":
+        size = max(size, *(elements(a.aval) for a in eqn.invars))
     if size == 0:
         return Node((position,), "opaque", reason="cost model: no elements")
-    if role.kind == "reduction" and cols == 1:  # a reduction over axes of size 1 only relabels
-        return Node((position,), "pointwise", size)
     operands = [a for a in eqn.invars if isinstance(a, Var)]
     kind: NodeKind = role.kind if operands else "source"
-    return Node((position,), kind, size, cols, free=_relabels(eqn, kind))
+    return Node((position,), kind, size, free=_relabels(eqn, kind))
+
+
+def _reduction(position: int, shape: Sequence[int], axes: Sequence[int]) -> Node:
+    size = math.prod(shape)
+    reduced = math.prod(shape[a] for a in axes)
+    if size == 0:
+        return Node((position,), "opaque", reason="cost model: no elements")
+    if reduced == 1:  # over axes of size 1: relabels
+        return Node((position,), "pointwise", size)
+    inner = max(a for a, extent in enumerate(shape) if extent > 1)
+    if inner in axes:
+        return Node((position,), "reduction", size, reduced)
+    return Node((position,), "reduction", size, size // reduced, ends=True)
 
 
 def _relabels(eqn: JaxprEqn, kind: NodeKind) -> bool:
@@ -285,7 +293,7 @@ def _relabels(eqn: JaxprEqn, kind: NodeKind) -> bool:
     if kind != "view" or eqn.primitive.name not in ("reshape", "squeeze", "broadcast_in_dim"):
         return False
     before, after = eqn.invars[0].aval, eqn.outvars[0].aval
-    return len(eqn.invars) == 1 and _size(before) == _size(after)
+    return len(eqn.invars) == 1 and elements(before) == elements(after)
 
 
 def _unexpected(reason: str) -> bool:
@@ -297,6 +305,7 @@ def _bytes_read(eqn: JaxprEqn, var: Var) -> int:
     return nbytes(eqn.outvars[0].aval if shrinks(eqn, var) else var.aval)
 
 
-def _size(aval: Any) -> int:
+def elements(aval: Any) -> int:
+    """Number of elements of an array; axes of unknown size count as 1."""
     shape = getattr(aval, "shape", ())
     return math.prod(s if isinstance(s, int) else 1 for s in shape)

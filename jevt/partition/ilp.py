@@ -13,6 +13,9 @@ Constraints, by the methods that add them:
 
 * ``one_group``: every node is in one group, named by its first node.
 * ``apart``: pairs that no kernel or no order allows together.
+* ``connected``: a node is with others only if it is with one that a candidate edge joins it to.
+  Pieces of several nodes that do not touch are cut lazily, by ``split``: nothing relates their
+  axes, so that no kernel holds both.
 * ``convex``: "no path leaves a partition and comes back" (EVT, ASPLOS 2024, section 5): with u and
   v, the group holds what lies on a path between them. Implied by the next one, but it is what makes
   the linear relaxation tight.
@@ -84,6 +87,7 @@ class Program:
         self.problem = problem
         self.model = cp_model.CpModel()
         self.successors = problem.successors()
+        self.links = problem.links()
         self.above, self.below = _reach(self.successors)
         self.never = never_together(problem, self.above, self.below)
         self.inside: dict[Pair, cp_model.IntVar] = {}
@@ -92,6 +96,7 @@ class Program:
         self.time: list[cp_model.IntVar] = []
         self.one_group()
         self.apart()
+        self.connected()
         self.convex()
         self.acyclic()
         self.one_space()
@@ -119,6 +124,24 @@ class Program:
                     for r in range(a):
                         if (a, r) in self.inside and (b, r) in self.inside:
                             self.model.add_at_most_one(self.inside[a, r], self.inside[b, r])
+
+    def connected(self) -> None:
+        for (v, r), inside in self.inside.items():
+            others = [x for w in sorted(self.links[v]) for x in self._inside(w, r)]
+            if v != r:
+                self.model.add_bool_or(~inside, *others)
+
+    def split(self, piece: Sequence[int], rest: Sequence[int]) -> None:
+        """``piece`` is with a node of ``rest`` only if it is with a neighbour of its own too."""
+        members = set(piece)
+        border = sorted({w for v in piece for w in self.links[v]} - members)
+        for r in self.nodes:
+            if all((v, r) in self.inside for v in piece):
+                together = [~self.inside[v, r] for v in piece]
+                joined = [x for w in border for x in self._inside(w, r)]
+                for other in rest:
+                    for inside in self._inside(other, r):
+                        self.model.add_bool_or(*together, ~inside, *joined)
 
     def convex(self) -> None:
         for u in self.nodes:

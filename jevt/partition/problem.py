@@ -163,7 +163,7 @@ class Problem:
         return mask
 
     def valid(self, groups: Sequence[Sequence[int]]) -> bool:
-        """Every node once; groups of one space each, and acyclic together.
+        """Every node once; groups connected, of one space each, and acyclic together.
 
         Acyclicity of the quotient implies convexity of each group: EVT's "no path leaves a
         partition and comes back", but not the other way round.
@@ -173,6 +173,9 @@ class Problem:
         consumers = self.consumers()
         owner = {node: index for index, group in enumerate(groups) for node in group}
         if any(owner[a] == owner[b] for a, b in self.ordered):
+            return False
+        links = self.links()
+        if any(len(components(g, links)) > 1 for g in groups):
             return False
         if any(len(g) > 1 and not self.fitting(g, consumers) for g in groups):
             return False

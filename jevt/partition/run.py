@@ -16,7 +16,7 @@ from jevt.partition.build import Build, Builder
 from jevt.partition.build import part as part_of
 from jevt.partition.components import Links, Reach, pose, split
 from jevt.partition.contract import contract
-from jevt.partition.duplicate import duplicate
+from jevt.partition.duplicate import duplicate, merge_copies
 from jevt.partition.graph import Classify, Graph
 from jevt.partition.plan import Plan, Solution
 from jevt.partition.problem import Problem
@@ -70,7 +70,7 @@ class _Run:
         # 1. equations as nodes; what is cheap to make again copied, what stays together joined
         jaxpr = duplicate(graphs.from_jaxpr(jaxpr, self.classify))
         single = self._checked(graphs.from_jaxpr(jaxpr, self.classify))
-        graph = contract(single, lambda positions: self.builder.accepts(single.extract(positions)))
+        graph = contract(single, lambda positions: self._accepts(single.extract(positions)))
         # 2. components that no good group crosses, each solved
         reach = Reach.of(graph)
         parts, links = split(graph, reach)
@@ -122,11 +122,14 @@ class _Run:
                 return [p for n in local for p in graph.nodes[part[n]].eqns]
 
             oracle = Oracle(
-                lambda local: self.builder.accepts(graph.extract(positions(local))),
-                lambda local: self.builder.accepts(part_of(graph, positions(local))),
+                lambda local: self._accepts(graph.extract(positions(local))),
+                lambda local: self._accepts(part_of(graph, positions(local))),
             )
             self.solved[key] = solve(problem, oracle, self.deadline)
         return self.solved[key]
+
+    def _accepts(self, jaxpr: Jaxpr) -> bool:
+        return self.builder.accepts(merge_copies(jaxpr))
 
     def _key(self, graph: Graph, part: Sequence[int], problem: Problem) -> Hashable:
         """Equal for components with equal equations in equal nodes and an equal border."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from jevt.partition import greedy, ilp
-from jevt.partition.problem import Grouping, Problem
+from jevt.partition.problem import Grouping, Problem, components
 
 type Status = Literal["trivial", "optimal", "feasible", "greedy"]
 
@@ -71,6 +71,7 @@ def _improve(
     assumes that a group that holds a refused set (see ``Oracle.holds``) is refused too.
     """
     program = ilp.Program(problem)
+    links = problem.links()
     bound, left, rounds = floor, _DETERMINISTIC, 0
     found = False
     while rounds < _ROUNDS and left > 0 and (wall := deadline - time.monotonic()) > 0:
@@ -81,19 +82,24 @@ def _improve(
             break
         found = True
         bound = max(bound, answer.bound)
-        refused = [g for g in answer.groups if len(g) > 1 and not oracle.accepts(g)]
-        mended = greedy.repair(problem, answer.groups, oracle.accepts) if refused else answer.groups
+        pieces = [components(group, links) for group in answer.groups]
+        groups = sorted(piece for split in pieces for piece in split)
+        refused = [g for g in groups if len(g) > 1 and not oracle.accepts(g)]
+        mended = greedy.repair(problem, groups, oracle.accepts) if refused else groups
         best = min(best, mended, key=problem.cost)
-        if not refused or bound >= problem.cost(best):
+        if (not refused and len(groups) == len(pieces)) or bound >= problem.cost(best):
             break
+        for split in pieces:
+            for index, piece in enumerate(split if len(split) > 1 else ()):
+                program.split(piece, [n for other in split[index + 1 :] for n in other])
         for group in refused:
-            program.refused(_cut(oracle, group))
+            program.refused(_cut(oracle, group, links))
     cost = problem.cost(best)
     status: Status = "optimal" if bound >= cost else "feasible" if found else "greedy"
     return Outcome(best, cost, min(bound, cost), status, rounds)
 
 
-def _cut(oracle: Oracle, group: Sequence[int]) -> ilp.Cut:
+def _cut(oracle: Oracle, group: Sequence[int], links: Sequence[set[int]]) -> ilp.Cut:
     """Few nodes of a refused group that are refused already, by deleting ever smaller pieces."""
     if oracle.holds(group):  # only the outputs are at fault: other neighbours may mend that
         return ilp.Cut(tuple(group), hard=False)
@@ -103,7 +109,9 @@ def _cut(oracle: Oracle, group: Sequence[int]) -> ilp.Cut:
         index = 0
         while index < len(core):
             rest = core[:index] + core[index + piece :]
-            if len(rest) > 1 and not oracle.holds(rest):
+            # Pieces that do not touch would be refused for that alone.
+            touching = len(rest) > 1 and len(components(rest, links)) == 1
+            if touching and not oracle.holds(rest):
                 core = rest
             else:
                 index += piece

@@ -9,6 +9,7 @@ from jevt._context import Context
 from jevt.lowering.errors import NotFusible
 from jevt.partition import cost, names
 from jevt.partition.build import Builder
+from jevt.partition.duplicate import merge_copies
 from jevt.partition.graph import Graph, Node
 from jevt.partition.plan import Group, Plan
 
@@ -36,17 +37,19 @@ def choose(
         )
     parts = [single.nodes[p] for p in positions]
     reductions = {i for i, part in enumerate(parts) if part.kind == "reduction"}
-    kind = "rowwise" if reductions else "pointwise"
-    predicted, xla = (
-        cost.predict_us(jaxpr, context.device),
-        cost.xla_us(jaxpr, context.device, reductions),
-    )
+    ends = [i for i, part in enumerate(parts) if part.ends]
+    kind = "columnwise" if ends else "rowwise" if reductions else "pointwise"
+    predicted = cost.predict_us(jaxpr, context.device)
+    predicted += cost.second_stage_us([jaxpr.eqns[i] for i in ends], context.device)
+    xla = cost.xla_us(jaxpr, context.device, reductions)
     group = Group(
         names.group_name(index, kind, jaxpr), "xla", kind, positions, jaxpr, None, xla, xla
     )
     trivial = _trivial(parts)
     if trivial:
         return dataclasses.replace(group, reason=trivial)
+    jaxpr = merge_copies(jaxpr)
+    group = dataclasses.replace(group, jaxpr=jaxpr)
     try:
         spec = builder.spec(jaxpr, group.name)
     except NotFusible as refusal:

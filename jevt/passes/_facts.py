@@ -1,7 +1,7 @@
 """What can be said about values without knowing them: sign and NaN.
 
-Each fact follows from the equation that computes a value and from the same facts of its operands, so
-that asking costs nothing.
+Each fact follows from the equation that computes a value and from the same facts of its operands,
+so that asking costs nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _NAN_STRICT: frozenset[Primitive] = frozenset(
 
 @functools.cache
 def _kind(dtype: Any) -> str:
-    """ "f", "i" (signed or not), "b", "c", or "" for what is no number (keys, float0)."""
+    """The kind of a dtype; "" for what is no number (keys, float0)."""
     if not isinstance(dtype, np.dtype) or dtype == jax.dtypes.float0:
         return ""
     kinds = ((np.floating, "f"), (np.integer, "i"), (np.bool_, "b"), (np.complexfloating, "c"))
@@ -55,8 +55,13 @@ def _kind(dtype: Any) -> str:
 
 
 def kind(aval: Any) -> str:
-    """ "f" for floating point, "i" for integers, "b" for booleans, "c" for complex, else ""."""
+    """Kind of array: "f" (floating point), "i" (integer), "b" (boolean), "c" (complex), else ""."""
     return _kind(getattr(aval, "dtype", None))
+
+
+def shape_of(atom: Atom) -> tuple[int, ...]:
+    aval: Any = atom.aval
+    return tuple(aval.shape)
 
 
 def is_float(aval: Any) -> bool:
@@ -64,7 +69,7 @@ def is_float(aval: Any) -> bool:
     return kind(aval) == "f"
 
 
-def is_nonnegative_number(value: np.generic) -> bool:
+def is_nonnegative_number(value: Any) -> bool:
     if _kind(value.dtype) != "f":
         return False
     return bool(np.isnan(value)) or (bool(value >= 0) and not bool(np.signbit(value)))
@@ -73,7 +78,8 @@ def is_nonnegative_number(value: np.generic) -> bool:
 def makes_nonnegative(eqn: JaxprEqn, asked: Asked) -> bool:
     """Whether the result's elements are NaN or at least +0.0, not -0.0.
 
-    Integers do not count: their arithmetic wraps, and the absolute value of the smallest is negative.
+    Integers do not count: their arithmetic wraps, and the absolute value of the smallest is
+    negative.
     """
     aval: Any = eqn.outvars[0].aval
     if not is_float(aval) or any(kind(a.aval) == "c" for a in eqn.invars):
@@ -91,7 +97,7 @@ def makes_nonnegative(eqn: JaxprEqn, asked: Asked) -> bool:
 def follows_nan(
     atom: Atom, source: Atom, definition: Callable[[Atom], JaxprEqn | None], depth: int = 8
 ) -> bool:
-    """Whether an element of ``atom`` is NaN wherever the element of ``source`` is, for equal shapes."""
+    """Whether an element of ``atom`` is NaN wherever that of ``source`` is; for equal shapes."""
     if atom is source:
         return True
     eqn = definition(atom)
@@ -103,7 +109,7 @@ def follows_nan(
         return False
     return any(
         isinstance(a, Var)
-        and a.aval.shape == atom.aval.shape  # type: ignore[attr-defined]
+        and shape_of(a) == shape_of(atom)
         and follows_nan(a, source, definition, depth - 1)
         for a in eqn.invars
     )

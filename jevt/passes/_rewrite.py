@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, Var, primitives as p
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, Var
+from jax.extend.core import primitives as p
 
 from jevt import _jax_internals as internals
 from jevt._jaxpr import Atom
@@ -23,7 +25,7 @@ BODIES: Mapping[Primitive, tuple[str, ...]] = {
 
 def map_bodies(eqn: JaxprEqn, function: Callable[[Jaxpr], Jaxpr]) -> JaxprEqn:
     """The equation with ``function`` applied to its bodies; itself if nothing changed."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for key in BODIES.get(eqn.primitive, ()):
         value = eqn.params[key]
         if isinstance(value, Jaxpr):

@@ -1,11 +1,12 @@
-"""Rewriting by rules: one walk in program order, in which every equation meets the rules of its primitive.
+"""Rewriting by rules: one walk in program order, in which each equation meets its primitive's
+rules.
 
-A rule looks at an equation and at what its operands were computed by, and returns what stands for the
-result, or None. Operands come before their readers, so they are in their final form when a rule sees
-them, and equations that a rule emits go through the rules themselves before anything reads them: one
-walk ends at the fixed point, in time linear in the number of equations, as long as each rule looks at a
-bounded neighbourhood and makes its equation simpler. Nothing is ever removed here; what has lost its
-readers is left to dead-code elimination.
+A rule looks at an equation and at what its operands were computed by, and returns what stands for
+the result, or None. Operands come before their readers, so they are in their final form when a
+rule sees them, and equations that a rule emits go through the rules themselves before anything
+reads them: one walk ends at the fixed point, in time linear in the number of equations, as long as
+each rule looks at a bounded neighbourhood and makes its equation simpler. Nothing is ever removed
+here; what has lost its readers is left to dead-code elimination.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ type Rule = Callable[[JaxprEqn, Graph], Atom | None]
 type Rules = Mapping[Primitive, Sequence[Rule]]
 
 
-class Abandon(Exception):  # noqa: N818
+class Abandon(Exception):
     """A rule finds midway that it does not apply; what it has emitted is dropped."""
 
 
@@ -80,21 +81,25 @@ class Graph:
         eqn = self._definitions.get(atom) if isinstance(atom, Var) else None
         return eqn if eqn is not None and primitive in (None, eqn.primitive) else None
 
-    def constant(self, atom: Atom) -> np.generic | None:
+    def constant(self, atom: Atom) -> Any:
         """The number that every element of ``atom`` is, None if that is not known."""
         literal = self.uniform(atom)
         if literal is None:
             return None
-        return np.asarray(literal.val, literal.aval.dtype)[()]  # type: ignore[attr-defined]
+        aval: Any = literal.aval
+        return np.asarray(literal.val, aval.dtype)[()]
 
     def uniform(self, atom: Atom) -> Literal | None:
         """The literal of which ``atom`` is a broadcast, or that it is."""
-        for _ in range(2):  # a broadcast of a cast to varying over mesh axes, or the other way round
+        # A broadcast of a cast to varying over mesh axes, or the other way round.
+        for _ in range(2):
             eqn = self.definition(atom)
             if eqn is not None and (eqn.primitive is p.broadcast_in_dim_p or _is_pvary(eqn)):
                 atom = eqn.invars[0]
-        is_number = isinstance(atom, Literal) and getattr(atom.aval, "shape", None) == ()
-        return atom if is_number and isinstance(atom.aval.dtype, np.dtype) else None
+        aval: Any = atom.aval
+        if not isinstance(atom, Literal) or getattr(aval, "shape", None) != ():
+            return None
+        return atom if isinstance(aval.dtype, np.dtype) else None
 
     def is_nonnegative(self, atom: Atom) -> bool:
         """Whether every element is NaN or at least +0.0 (not -0.0)."""
@@ -157,9 +162,7 @@ class Graph:
         aval: Any = atom.aval
         if aval.shape == tuple(shape):
             return atom
-        return self.emit(
-            p.reshape_p, atom, new_sizes=tuple(shape), dimensions=None, sharding=None
-        )
+        return self.emit(p.reshape_p, atom, new_sizes=tuple(shape), dimensions=None, sharding=None)
 
     def broadcast(self, atom: Atom, shape: Sequence[int], dimensions: Sequence[int]) -> Atom:
         """``atom``, whose axis i becomes axis ``dimensions[i]`` of an array of this shape."""
@@ -213,10 +216,10 @@ class Graph:
         (out,) = eqn.outvars
         self._definitions.pop(out, None)
         self._nonnegative.discard(out)
-        if eqn.primitive is p.reduce_sum_p:
+        if eqn.primitive is p.reduce_sum_p and isinstance(eqn.invars[0], Var):
             key = (eqn.invars[0], tuple(eqn.params["axes"]))
-            if self._sums.get(key) is out:  # type: ignore[call-overload]
-                del self._sums[key]  # type: ignore[arg-type]
+            if self._sums.get(key) is out:
+                del self._sums[key]
 
     def _may_replace(self, out: Var, result: Atom) -> bool:
         want: Any = out.aval
@@ -231,8 +234,8 @@ def check_same_mesh(operands: Sequence[Atom]) -> None:
     """Raises :class:`Abandon` for operands that one equation does not take together.
 
     Under automatic or explicit sharding, and between values that vary over different axes of a
-    ``shard_map``, an equation that is not the user's may need casts or shardings that only JAX's own
-    functions choose.
+    ``shard_map``, an equation that is not the user's may need casts or shardings that only JAX's
+    own functions choose.
     """
     meshes = {_mesh(a.aval) for a in operands}
     if len(meshes) > 1 or any(not is_empty for _, is_empty in meshes):

@@ -1,16 +1,19 @@
 """Common-subexpression elimination: equal equations of equal operands are computed once.
 
-Purpose: the backward pass computes again what the forward pass did, and several layers derive the same
-masks and step-dependent scalars; merged, a value is one node of the graph to be partitioned.
+Purpose: the backward pass computes again what the forward pass did, and several layers derive the
+same masks and step-dependent scalars; merged, a value is one node of the graph to be partitioned.
 
-Invariant: an equation is dropped only for an earlier one with the same primitive, parameters, operands
-and settings (``eqn.ctx``). Never for, or of: equations with effects, barriers, copies, generators with hidden
-state. Nothing is shared across an ``optimization_barrier``: a value computed from its results has other
-operands by construction; one computed from no input at all (a mask of ``iota``) is shared only between
-barriers, since sharing it across would keep it in memory, which a recomputation is there to avoid.
+Invariant: an equation is dropped only for an earlier one with the same primitive, parameters,
+operands and settings (``eqn.ctx``). Never for, or of: equations with effects, barriers, copies,
+generators with hidden state. Nothing is shared across an ``optimization_barrier``: a value computed
+from its results has other operands by construction; one computed from no input at all (a mask of
+``iota``) is shared only between barriers, since sharing it across would keep it in memory, which a
+recomputation is there to avoid.
 
-    before  { lambda ; a:f32[8]. let b:f32[8] = exp a; c:f32[8] = exp a; d:f32[8] = add b c in (d,) }
-    after   { lambda ; a:f32[8]. let b:f32[8] = exp a; d:f32[8] = add b b in (d,) }
+    before  { lambda ; a:f32[8]. let
+                b:f32[8] = exp a; c:f32[8] = exp a; d:f32[8] = add b c in (d,) }
+    after   { lambda ; a:f32[8]. let
+                b:f32[8] = exp a; d:f32[8] = add b b in (d,) }
 """
 
 from __future__ import annotations

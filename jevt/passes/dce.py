@@ -9,8 +9,9 @@ dropped within them too, carries of ``scan`` included.
     before  { lambda ; a:f32[8]. let b:f32[8] = sin a; _:f32[8] = cos a in (b,) }
     after   { lambda ; a:f32[8]. let b:f32[8] = sin a in (b,) }
 
-The walk and the rules, one a primitive, are JAX's own (``jax.interpreters.partial_eval.dce_jaxpr``), so
-that a primitive registered by anybody is treated as its author meant.
+The walk and the rules, one a primitive, are JAX's own
+(``jax.interpreters.partial_eval.dce_jaxpr``), so that a primitive registered by anybody is treated
+as its author meant.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ def _size(jaxpr: Jaxpr) -> tuple[int, ...]:
     stack = [jaxpr]
     while stack:
         for eqn in stack.pop().eqns:
-            eqns, operands, results = eqns + 1, operands + len(eqn.invars), results + len(eqn.outvars)
+            eqns, operands, results = (
+                eqns + 1,
+                operands + len(eqn.invars),
+                results + len(eqn.outvars),
+            )
             for value in eqn.params.values():
                 values = value if isinstance(value, tuple) else (value,)
                 stack.extend(v for v in values if isinstance(v, Jaxpr))

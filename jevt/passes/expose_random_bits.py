@@ -1,14 +1,15 @@
-"""Random bits become arithmetic: ``random_bits`` of a threefry key as the equations of its definition.
+"""Random bits become arithmetic: ``random_bits`` of a threefry key, by its definition.
 
 Purpose: the bits of a dropout mask are a function of their position, so they can be computed in the
-kernel that uses them and need no memory. ``random_bits`` hides that function; ``threefry2x32`` of an
-``iota`` shows it.
+kernel that uses them and need no memory. ``random_bits`` hides that function; ``threefry2x32`` of
+an ``iota`` shows it.
 
 Invariant: the same bits. The equations are obtained by tracing the generator's own definition. Left
-alone: other generators (``rbg``), arrays below ``MIN_SIZE`` elements, the older generation that is not a
-function of the position (``jax_threefry_partitionable=False``), and positions beyond 32 bits.
+alone: other generators (``rbg``), arrays below ``MIN_SIZE`` elements, the older generation that is
+not a function of the position (``jax_threefry_partitionable=False``), and positions beyond 32 bits.
 
-    before  { lambda ; a:key<fry>[]. let b:u32[64,32] = random_bits[bit_width=32 shape=(64, 32)] a in (b,) }
+    before  { lambda ; a:key<fry>[]. let
+                b:u32[64,32] = random_bits[bit_width=32 shape=(64, 32)] a in (b,) }
     after   { lambda ; a:key<fry>[]. let
                 c:u32[2] = random_unwrap a
                 d:u32[] e:u32[] = unstack[axis=0] c
@@ -31,7 +32,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Jaxpr, JaxprEqn, Var, primitives as p
+from jax.extend.core import Jaxpr, JaxprEqn, Var
+from jax.extend.core import primitives as p
 from jax.extend.random import threefry_prng_impl
 
 from jevt import _jax_internals as internals

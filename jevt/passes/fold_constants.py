@@ -1,18 +1,19 @@
 """Constant folding: what depends on no input is computed now.
 
-Purpose: scalars become literals, which cost a kernel no operand; arrays whose elements are all equal
-become a broadcast of one literal, which costs no memory, and that literal itself where they meet an
-operand of the result's shape.
+Purpose: scalars become literals, which cost a kernel no operand; arrays whose elements are all
+equal become a broadcast of one literal, which costs no memory, and that literal itself where they
+meet an operand of the result's shape.
 
-Invariant: the jaxpr gains no constants. Only equations of at most ``MAX_SIZE`` elements are evaluated,
-operation by operation, on the CPU, in their own types; never random bits, effects, collectives or bodies.
-Equations that have become dead are left to dead-code elimination.
+Invariant: the jaxpr gains no constants. Only equations of at most ``MAX_SIZE`` elements are
+evaluated, operation by operation, on the CPU, in their own types; never random bits, effects,
+collectives or bodies. Equations that have become dead are left to dead-code elimination.
 
     before  { lambda ; a:f32[8]. let
-                b:f32[] = sqrt 2.0:f32[]; c:f32[8] = mul a b
-                d:i32[4] = iota[dimension=0 …]; e:i32[1] = slice[start_indices=(3,) …] d; f:i32[] = squeeze e
-                g:f32[] = convert_element_type f; h:f32[8] = mul c g in (h,) }
-    after   { lambda ; a:f32[8]. let c:f32[8] = mul a 1.4142135:f32[]; h:f32[8] = mul c 3.0:f32[] in (h,) }
+                b:f32[] = sqrt 2.0:f32[]; c:f32[8] = mul a b d:i32[4] = iota[dimension=0 …];
+                e:i32[1] = slice[start_indices=(3,) …] d; f:i32[] = squeeze e g:f32[] =
+                convert_element_type f; h:f32[8] = mul c g in (h,) }
+    after   { lambda ; a:f32[8]. let
+                c:f32[8] = mul a 1.4142135:f32[]; h:f32[8] = mul c 3.0:f32[] in (h,) }
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, Var, primitives as p
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, Var
+from jax.extend.core import primitives as p
 
 from jevt import _jax_internals as internals
 from jevt._jaxpr import Atom
@@ -32,26 +34,24 @@ from jevt.passes._rewrite import map_bodies, once, rebuild, substitute
 
 MAX_SIZE = 1024
 
-FOLDABLE: frozenset[Primitive] = frozenset(
-    {
-        *(p.abs_p, p.add_p, p.and_p, p.bitcast_convert_type_p, p.broadcast_in_dim_p, p.ceil_p, p.clamp_p),
-        *(p.concatenate_p, p.convert_element_type_p, p.cos_p, p.div_p, p.eq_p, p.exp_p, p.exp2_p, p.expm1_p),
-        *(p.floor_p, p.ge_p, p.gt_p, p.integer_pow_p, p.iota_p, p.is_finite_p, p.le_p, p.log_p, p.log1p_p),
-        *(p.lt_p, p.max_p, p.min_p, p.mul_p, p.ne_p, p.neg_p, p.not_p, p.or_p, p.pow_p, p.reduce_max_p),
-        *(p.reduce_min_p, p.reduce_prod_p, p.reduce_sum_p, p.rem_p, p.reshape_p, p.rev_p, p.round_p),
-        *(p.rsqrt_p, p.select_n_p, p.shift_left_p, p.shift_right_arithmetic_p, p.shift_right_logical_p),
-        *(p.sign_p, p.sin_p, p.slice_p, p.sqrt_p, p.square_p, p.squeeze_p, p.sub_p, p.tanh_p, p.transpose_p),
-        p.xor_p,
-    }
-)
+# fmt: off
+FOLDABLE: frozenset[Primitive] = frozenset({
+    p.abs_p, p.add_p, p.and_p, p.bitcast_convert_type_p, p.broadcast_in_dim_p, p.ceil_p, p.clamp_p,
+    p.concatenate_p, p.convert_element_type_p, p.cos_p, p.div_p, p.eq_p, p.exp_p, p.exp2_p,
+    p.expm1_p, p.floor_p, p.ge_p, p.gt_p, p.integer_pow_p, p.iota_p, p.is_finite_p, p.le_p, p.log_p,
+    p.log1p_p, p.lt_p, p.max_p, p.min_p, p.mul_p, p.ne_p, p.neg_p, p.not_p, p.or_p, p.pow_p,
+    p.reduce_max_p, p.reduce_min_p, p.reduce_prod_p, p.reduce_sum_p, p.rem_p, p.reshape_p, p.rev_p,
+    p.round_p, p.rsqrt_p, p.select_n_p, p.shift_left_p, p.shift_right_arithmetic_p,
+    p.shift_right_logical_p, p.sign_p, p.sin_p, p.slice_p, p.sqrt_p, p.square_p, p.squeeze_p,
+    p.sub_p, p.tanh_p, p.transpose_p, p.xor_p,
+})
 
 # Take scalars beside arrays.
-BROADCASTING: frozenset[Primitive] = frozenset(
-    {
-        *(p.add_p, p.sub_p, p.mul_p, p.div_p, p.rem_p, p.max_p, p.min_p, p.pow_p, p.and_p, p.or_p, p.xor_p),
-        *(p.eq_p, p.ne_p, p.lt_p, p.le_p, p.gt_p, p.ge_p),
-    }
-)
+BROADCASTING: frozenset[Primitive] = frozenset({
+    p.add_p, p.sub_p, p.mul_p, p.div_p, p.rem_p, p.max_p, p.min_p, p.pow_p, p.and_p, p.or_p,
+    p.xor_p, p.eq_p, p.ne_p, p.lt_p, p.le_p, p.gt_p, p.ge_p,
+})
+# fmt: on
 
 
 def run(jaxpr: Jaxpr) -> Jaxpr:
@@ -88,18 +88,26 @@ def _run(jaxpr: Jaxpr, body: Callable[[Jaxpr], Jaxpr]) -> Jaxpr:
 
 
 def _with_scalars(eqn: JaxprEqn, uniform: dict[Var, Literal]) -> JaxprEqn:
-    """The equation with scalars for uniform operands, as long as one operand has the result's shape."""
+    """Scalars for uniform operands, as long as one operand has the result's shape."""
     if eqn.primitive not in BROADCASTING:
         return eqn
-    shape = eqn.outvars[0].aval.shape
+    shape = _shape(eqn.outvars[0])
     scalars = [uniform.get(a) if isinstance(a, Var) else None for a in eqn.invars]
     rest = [a for a, scalar in zip(eqn.invars, scalars, strict=True) if scalar is None]
-    if len(rest) == len(scalars) or not any(a.aval.shape == shape for a in rest):
+    if len(rest) == len(scalars) or all(_shape(a) != shape for a in rest):
         return eqn
     # A scalar has no axis names, which a result's type may need inside `shard_map`.
     if not all(_is_local(a.aval) for a in eqn.invars):
         return eqn
-    return eqn.replace(invars=[a if s is None else s for a, s in zip(eqn.invars, scalars, strict=True)])
+    return eqn.replace(
+        invars=[a if s is None else s for a, s in zip(eqn.invars, scalars, strict=True)]
+    )
+
+
+def _shape(atom: Atom) -> tuple[int, ...]:
+    aval: Any = atom.aval
+    shape: tuple[int, ...] = aval.shape
+    return shape
 
 
 def _is_local(aval: Any) -> bool:

@@ -2,8 +2,8 @@
 
 Purpose: one flat jaxpr, so that later passes and the partitioner see across calls.
 
-Invariant: equations keep their order, sources and settings (``eqn.ctx``); name scopes are prefixed as
-JAX's own lowering prefixes them. A body of control flow stays a body, inlined within itself.
+Invariant: equations keep their order, sources and settings (``eqn.ctx``); name scopes are prefixed
+as JAX's own lowering prefixes them. A body of control flow stays a body, inlined within itself.
 
     before  { lambda ; a:f32[8]. let
                 b:f32[8] = jit[name=relu jaxpr={ lambda ; c:f32[8]. let
@@ -16,8 +16,9 @@ JAX's own lowering prefixes them. A body of control flow stays a body, inlined w
 ``prevent_cse`` names pass through an ``optimization_barrier`` when the body is a recomputation in a
 backward pass, so that nothing computed from them is shared with the forward pass.
 
-Equations that only speak to transformations (``stop_gradient``, the ``name`` of ``checkpoint_name``) are
-their operands. Kept as calls: a ``jit`` with shardings, layouts or compiler options of its own.
+Equations that only speak to transformations (``stop_gradient``, the ``name`` of
+``checkpoint_name``) are their operands. Kept as calls: a ``jit`` with shardings, layouts or
+compiler options of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jax import lax
-from jax.extend.core import DropVar, Jaxpr, JaxprEqn, Primitive, Var, new_jaxpr_eqn, primitives as p
+from jax.extend.core import DropVar, Jaxpr, JaxprEqn, Primitive, Var, new_jaxpr_eqn
+from jax.extend.core import primitives as p
 
 from jevt import _jax_internals as internals
 from jevt._jaxpr import Atom
@@ -41,8 +43,8 @@ def _parameter(name: str) -> Callable[[JaxprEqn], Jaxpr | None]:
     return lambda eqn: eqn.params[name]
 
 
-# The jaxpr that an equation calls, None where it has to stay a call. By name for jevt's own primitive,
-# whose module imports the pipeline.
+# The jaxpr that an equation calls, None where it has to stay a call. By name for jevt's own
+# primitive, whose module imports the pipeline.
 _CALLS: Mapping[Primitive, Callable[[JaxprEqn], Jaxpr | None]] = {
     p.jit_p: _jit,
     p.closed_call_p: _parameter("call_jaxpr"),
@@ -69,11 +71,7 @@ def run(jaxpr: Jaxpr) -> Jaxpr:
 
 
 def splice(jaxpr: Jaxpr, operands: Sequence[Atom], scope: Any, eqns: list[JaxprEqn]) -> list[Atom]:
-    """Appends the equations of ``jaxpr``, a function of ``operands``, to ``eqns``; returns its results.
-
-    Args:
-      scope: name stack of the place.
-    """
+    """Appends the equations of ``jaxpr``, named in ``scope``; returns its results."""
     env: dict[Var, Atom] = dict(zip(jaxpr.invars, operands, strict=True))
     _inline(jaxpr, env, eqns, scope, None, lambda inner: _run(inner, None, lambda j: j))
     return [read(env, a) for a in jaxpr.outvars]
@@ -113,8 +111,10 @@ def _inline(
     """Appends the equations of ``jaxpr`` to ``eqns``.
 
     Args:
-      env: its inputs, and receives its variables. At the top (no ``prefix``) variables stay what they
-        are; a called jaxpr may be called again, so its variables are replaced by new ones.
+      jaxpr: the top, or what an equation calls.
+      env: its inputs, and receives its variables. At the top (no ``prefix``) variables stay what
+        they are; a called jaxpr may be called again, so its variables are replaced by new ones.
+      eqns: the equations so far.
       prefix: name stack of the call, None at the top.
       constants: where constants of called jaxprs go, None to keep calls that have any.
       body: inlines a body.
@@ -179,7 +179,9 @@ def _barrier(
     if isinstance(prevent, bool):
         prevent = (prevent,) * len(operands)
     guarded = [
-        i for i, a in enumerate(operands) if eqn.params["differentiated"] and prevent[i] and isinstance(a, Var)
+        i
+        for i, a in enumerate(operands)
+        if eqn.params["differentiated"] and prevent[i] and isinstance(a, Var)
     ]
     result = list(operands)
     if guarded:

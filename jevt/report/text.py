@@ -30,12 +30,14 @@ def format_summary(trace: Trace) -> str:
     """One line, and one for each warning."""
     counts = summary(trace.plan)
     kinds = ", ".join(f"{n} {kind}" for kind, n in counts["kinds"].items()) or "none"
-    lines = [
+    traced, planned = trace.stages[0].jaxpr.eqns, trace.plan.jaxpr.eqns
+    head = (
         f"# jevt: {trace.name} for {trace.context.platform}, backend {trace.context.backend!r}:"
-        f" {len(trace.stages[0].jaxpr.eqns)} equations traced, {len(trace.plan.jaxpr.eqns)} after the passes;"
+        f" {len(traced)} equations traced, {len(planned)} after the passes;"
         f" {counts['groups']} groups, {counts['triton']} of them Triton kernels ({kinds});"
         f" {trace.milliseconds:.0f} ms"
-    ]
+    )
+    lines = [head]
     lines += [f"# fell back to XLA: {warning}" for warning in trace.warnings]
     return "\n".join(lines)
 
@@ -82,7 +84,8 @@ def write(trace: Trace, directory: pathlib.Path) -> pathlib.Path:
 
 
 def _print(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
 
 
 def _is_same(previous: Stage | None, stage: Stage) -> bool:

@@ -7,7 +7,7 @@ exchanges the tile through shared memory.
 
 from __future__ import annotations
 
-from jevt_kernels.codegen import Printer
+from jevt_kernels.codegen import Printer, power_of_two
 from jevt_kernels.index_map import Space
 from jevt_kernels.spec import Config, KernelSpec
 
@@ -32,11 +32,6 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
             sizes[grow] = min(sizes[grow] * spare, power_of_two(extents[grow]))
         result.setdefault(Config(tuple(zip(names, sizes, strict=True)), num_warps))
     return tuple(result)
-
-
-def power_of_two(extent: int) -> int:
-    """The smallest power of two that is not below ``extent``, at least 1."""
-    return 1 << max(0, extent - 1).bit_length()
 
 
 def blocks_along(space: Space, config: Config, name: str) -> int:

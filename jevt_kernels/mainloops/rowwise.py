@@ -9,8 +9,8 @@ pointwise work is repeated rather than stored.
 from __future__ import annotations
 
 from jevt_kernels import visitor
-from jevt_kernels.codegen import Printer
-from jevt_kernels.mainloops.pointwise import blocks_along, power_of_two
+from jevt_kernels.codegen import Printer, power_of_two
+from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.reduction import hoist, reductions
 from jevt_kernels.spec import Config, KernelSpec
 

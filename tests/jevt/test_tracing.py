@@ -23,7 +23,9 @@ def traced_inside_jit(fun, *args, options=None, **kwargs):
 
 def test_operands_are_constants_then_leaves():
     table = jnp.arange(3.0)
-    traced = traced_inside_jit(lambda p, *, k: p["a"] + table * k, {"a": np.ones(3), "b": 2.0}, k=1.0)
+    traced = traced_inside_jit(
+        lambda p, *, k: p["a"] + table * k, {"a": np.ones(3), "b": 2.0}, k=1.0
+    )
     assert traced.jaxpr.consts == [] and len(traced.operands) == 4 == len(traced.jaxpr.invars)
     assert traced.operands[0] is table
     assert [v.aval.shape for v in traced.jaxpr.invars] == [(3,), (3,), (), ()]

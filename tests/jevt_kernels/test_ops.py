@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import kernel_contract as contract
 import jax
 import jax.numpy as jnp
+import kernel_contract as contract
 import numpy as np
 import pytest
 from jax import lax
@@ -18,7 +19,6 @@ from jax.extend.core import primitives
 from jevt_kernels import interpreter, ops
 from jevt_kernels.ops import OPS, TRITON_TYPES
 from jevt_kernels.reference import reference
-from jevt_kernels.spec import KernelSpec
 
 BFLOAT16 = contract.BFLOAT16
 BOOL = np.dtype(bool)
@@ -147,21 +147,68 @@ def edges(dtype: np.dtype) -> np.ndarray:
 #: Where JAX computes and a kernel does not.
 REFUSED = {("nextafter", "float16"), ("nextafter", "bfloat16")}
 
-#: Equal sizes let the reference reuse what JAX has compiled.
+#: Operands of a kernel have one length.
 SIZE = 1024
 
 
-def wanted(function: Callable[..., Any], *arrays: np.ndarray) -> Any:
-    """What ``jax.jit`` computes; float16 and bfloat16 in float32, rounded once, as XLA fuses them."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Check:
+    """A term of a kernel, and how its value is known otherwise."""
+
+    term: contract.Term
+    function: Callable[..., Any]
+    case: Case
+
+
+def result_type(function: Callable[..., Any], operands: Sequence[Any]) -> np.dtype | None:
+    """The dtype that JAX gives, None where it refuses."""
+    try:
+        with jax.enable_x64(True):
+            return np.dtype(jax.eval_shape(function, *operands).dtype)
+    except TypeError:
+        return None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def expect(checks: tuple[Check, ...], operands: list[list[Any]]) -> list[Any]:
+    """What JAX computes: float16 and bfloat16 in float32, rounded once, as XLA does in fusions."""
+    results = []
+    for check, mine in zip(checks, operands, strict=True):
+        wide = [x.astype(ops.compute_dtype(np.dtype(x.dtype))) for x in mine]
+        results.append(lax.convert_element_type(check.function(*wide), check.term.result))
+    return results
+
+
+def hold(checks: Sequence[Check]) -> None:
+    """Runs the terms as one kernel, interpreted and by reference, against ``jax.jit``."""
+    spec, arrays = contract.pointwise([check.term for check in checks])
     with jax.enable_x64(True):
-        if not any(a.dtype != ops.compute_dtype(a.dtype) for a in arrays):
-            return jax.jit(function)(*arrays)
-        results = jax.jit(function)(*(a.astype(ops.compute_dtype(a.dtype)) for a in arrays))
-        half = ops.is_float(np.dtype(results.dtype))
-        return lax.convert_element_type(results, arrays[-1].dtype) if half else results
+        full = [[np.broadcast_to(x, (SIZE,)) for x in check.term.operands] for check in checks]
+        expected = expect(tuple(checks), full)
+        referred = jax.jit(lambda operands: reference(spec, *operands))(arrays)
+    interpreted = interpreter.run(spec, *arrays)
+    for results in (interpreted, referred):
+        for got, want, check in zip(results, expected, checks, strict=True):
+            types = ", ".join(str(operand.dtype) for operand in check.term.operands)
+            assert_same(got, want, check.case, f"{check.term.op} of {types}")
 
 
-def operands(case: Case, dtype: np.dtype) -> list[np.ndarray]:
+def assert_same(got: Any, expected: Any, case: Case, what: str) -> None:
+    a, b = np.asarray(got), np.asarray(expected)
+    assert (a.dtype, a.shape) == (b.dtype, b.shape), what
+    if not ops.is_float(a.dtype):
+        np.testing.assert_array_equal(a, b, err_msg=what)
+        return
+    units = case.ulps if a.dtype.itemsize > 2 else min(case.ulps, 1)
+    epsilon = float(jnp.finfo(a.dtype).eps) * units
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    np.testing.assert_allclose(x, y, rtol=epsilon, atol=epsilon * 1e-3, err_msg=what)
+    if case.signed_zero:
+        zero = (x == 0) & (y == 0)
+        np.testing.assert_array_equal(np.signbit(x[zero]), np.signbit(y[zero]), err_msg=what)
+
+
+def combinations(case: Case, dtype: np.dtype) -> tuple[np.ndarray, ...]:
     """All combinations of edge values, one array an operand."""
     values = edges(dtype)
     if case.domain and ops.is_float(dtype):
@@ -169,174 +216,122 @@ def operands(case: Case, dtype: np.dtype) -> list[np.ndarray]:
     if case.arity == 3:
         values = values[:: max(1, len(values) // 8)]
     columns = zip(*itertools.product(values, repeat=case.arity), strict=True)
-    return [np.resize(np.array(column, dtype), SIZE) for column in columns]
-
-
-def result_type(function: Callable[..., Any], arrays: list[np.ndarray]) -> np.dtype | None:
-    """The dtype that JAX gives, None where it refuses."""
-    try:
-        with jax.enable_x64(True):
-            return np.dtype(jax.eval_shape(function, *arrays).dtype)
-    except TypeError:
-        return None
-
-
-def combinations() -> list[Any]:
-    found = []
-    for op, case in CASES.items():
-        for dtype in TRITON_TYPES:
-            arrays = operands(case, dtype)
-            if result_type(case.function, arrays) is not None:
-                found.append(pytest.param(op, dtype, id=f"{op}-{dtype.name}"))
-    return found
-
-
-def assert_same(got: Any, expected: Any, ulps: float, signed_zero: bool = False) -> None:
-    a, b = np.asarray(got), np.asarray(expected)
-    assert (a.dtype, a.shape) == (b.dtype, b.shape)
-    if not ops.is_float(a.dtype):
-        np.testing.assert_array_equal(a, b)
-        return
-    # float16 and bfloat16 are computed in float32 and rounded once, here and in XLA.
-    units = ulps if a.dtype.itemsize > 2 else min(ulps, 1)
-    epsilon = float(jnp.finfo(a.dtype).eps) * units
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    np.testing.assert_allclose(x, y, rtol=epsilon, atol=epsilon * 1e-3)
-    if signed_zero:
-        zero = (x == 0) & (y == 0)
-        np.testing.assert_array_equal(np.signbit(x[zero]), np.signbit(y[zero]))
-
-
-def run_both(spec: KernelSpec, arrays: list[np.ndarray]) -> Iterator[tuple[Any, ...]]:
-    yield interpreter.run(spec, *arrays)
-    with jax.enable_x64(True):
-        yield reference(spec, *arrays)
+    return tuple(np.resize(np.array(column, dtype), SIZE) for column in columns)
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize(("op", "dtype"), combinations())
-def test_operation(op: str, dtype: np.dtype) -> None:
+@pytest.mark.parametrize("op", CASES)
+def test_operation(op: str) -> None:
     case = CASES[op]
-    arrays = operands(case, dtype)
-    result = result_type(case.function, arrays)
-    assert result is not None
-    types = (dtype,) * case.arity
-    if (op, dtype.name) in REFUSED:
-        with pytest.raises(ValueError, match="has no Triton form"):
-            ops.check(op, types, result)
-        return
-    ops.check(op, types, result)
-    spec = contract.pointwise(op, [(d, None) for d in types], result, arrays[0].size)
-    expected = wanted(case.function, *arrays)
-    for (got,) in run_both(spec, arrays):
-        assert_same(got, expected, case.ulps, case.signed_zero)
+    checks = []
+    for dtype in TRITON_TYPES:
+        operands = combinations(case, dtype)
+        result = result_type(case.function, operands)
+        if result is None:
+            continue
+        types = (dtype,) * case.arity
+        if (op, dtype.name) in REFUSED:
+            with pytest.raises(ValueError, match="has no Triton form"):
+                ops.check(op, types, result)
+            continue
+        ops.check(op, types, result)
+        checks.append(Check(contract.Term(op, operands, result), case.function, case))
+    hold(checks)
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("target", TRITON_TYPES, ids=lambda d: d.name)
 @pytest.mark.parametrize("source", TRITON_TYPES, ids=lambda d: d.name)
-def test_convert(source: np.dtype, target: np.dtype) -> None:
+def test_convert(source: np.dtype) -> None:
     x = edges(source)
     if ops.is_float(source):
         limits = [float(b) for d in INTEGERS for b in (np.iinfo(d).min, np.iinfo(d).max)]
         near = [v + s for v in limits for s in (-1.0, -0.5, 0.0, 0.5, 1.0)]
         with np.errstate(over="ignore"):
             x = np.concatenate([x, np.array(near).astype(source)])
-    spec = contract.pointwise("convert", [(source, None)], target, x.size)
-    with jax.enable_x64(True):
-        expected = jax.jit(lambda v: lax.convert_element_type(v, target))(x)
-    for (got,) in run_both(spec, [x]):
-        assert_same(got, expected, 0, signed_zero=True)
+    x = np.resize(x, SIZE)
+    hold(
+        [
+            Check(
+                contract.Term("convert", (x,), target),
+                lambda v, target=target: lax.convert_element_type(v, target),
+                exact(lax.convert_element_type),
+            )
+            for target in TRITON_TYPES
+        ]
+    )
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize(
-    ("source", "target"),
-    [
-        pytest.param(s, t, id=f"{s.name}-{t.name}")
-        for s in TRITON_TYPES
-        for t in TRITON_TYPES
-        if s.itemsize == t.itemsize and s != t and BOOL not in (s, t)
-    ],
-)
-def test_bitcast(source: np.dtype, target: np.dtype) -> None:
-    x = contract.random((200,), np.dtype(f"uint{source.itemsize * 8}")).view(source)
-    for dtype in (source, target):  # NaN's payload and tiny numbers are nobody's promise
+@pytest.mark.parametrize("source", [*FLOATS, *INTEGERS], ids=lambda d: d.name)
+def test_bitcast(source: np.dtype) -> None:
+    bits = np.dtype(f"uint{source.itemsize * 8}")
+    x = contract.random((SIZE,), bits).view(source)
+    targets = [d for d in TRITON_TYPES if d.itemsize == source.itemsize and d not in (source, BOOL)]
+    for dtype in (source, *targets):  # NaN's payload and tiny numbers are nobody's promise
         if ops.is_float(dtype):
             with np.errstate(invalid="ignore"):
                 magnitude = np.abs(x.view(dtype).astype(np.float64))
             x = x[magnitude >= float(jnp.finfo(dtype).tiny)]
-    spec = contract.pointwise("bitcast", [(source, None)], target, x.size)
-    for (got,) in run_both(spec, [x]):
-        bits = np.dtype(f"uint{source.itemsize * 8}")
+    x = np.resize(x, SIZE)
+    spec, arrays = contract.pointwise([contract.Term("bitcast", (x,), d) for d in targets])
+    with jax.enable_x64(True):
+        referred = reference(spec, *arrays)
+    for got in (*interpreter.run(spec, *arrays), *referred):
         np.testing.assert_array_equal(np.asarray(got).view(bits), x.view(bits))
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("exponent", [-3, -1, 0, 1, 2, 3, 7, 10])
-@pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS], ids=lambda d: d.name)
-def test_integer_pow(dtype: np.dtype, exponent: int) -> None:
-    if exponent < 0 and not ops.is_float(dtype):
-        pytest.skip("JAX refuses it")
-    x = edges(dtype)
-    spec = contract.pointwise(
-        "integer_pow", [(dtype, None), (np.dtype("int32"), exponent)], dtype, x.size
-    )
-    expected = wanted(lambda v: lax.integer_pow(v, exponent), x)
-    for (got,) in run_both(spec, [x]):
-        assert_same(got, expected, 4)
+def test_integer_pow(exponent: int) -> None:
+    case = Case(lambda x: lax.integer_pow(x, exponent), ulps=4)
+    types = FLOATS if exponent < 0 else [*FLOATS, *INTEGERS]
+    operands = [(np.resize(edges(d), SIZE), np.int32(exponent)) for d in types]
+    terms = [contract.Term("integer_pow", o, d) for o, d in zip(operands, types, strict=True)]
+    hold([Check(term, lambda x, _: case.function(x), case) for term in terms])
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("dtype", TRITON_TYPES, ids=lambda d: d.name)
-@pytest.mark.parametrize("selector", [BOOL, np.dtype("int32")], ids=lambda d: d.name)
-def test_select(selector: np.dtype, dtype: np.dtype) -> None:
-    count = 2 if selector == BOOL else 4
-    values = edges(dtype)
-    which = (np.arange(values.size) % count).astype(selector)
-    cases = [np.roll(values, shift) for shift in range(count)]
-    types = [selector] + [dtype] * count
-    spec = contract.pointwise("select_n", [(d, None) for d in types], dtype, values.size)
-    with jax.enable_x64(True):
-        expected = jax.jit(lax.select_n)(which, *cases)
-    for (got,) in run_both(spec, [which, *cases]):
-        assert_same(got, expected, 0, signed_zero=True)
+@pytest.mark.parametrize("count", [2, 4])
+def test_select(count: int) -> None:
+    which = (np.arange(SIZE) % count).astype(bool if count == 2 else np.int32)
+    checks = []
+    for dtype in TRITON_TYPES:
+        values = np.resize(edges(dtype), SIZE)
+        cases = [np.roll(values, shift) for shift in range(count)]
+        term = contract.Term("select_n", (which, *cases), dtype)
+        checks.append(Check(term, lax.select_n, exact(lax.select_n)))
+    hold(checks)
 
 
 @pytest.mark.interpret
 def test_threefry_bit_for_bit() -> None:
-    k0, k1, x0, x1 = arrays = [contract.random((257,), np.uint32, seed) for seed in range(4)]
-    uint32 = np.dtype("uint32")
-    spec = contract.pointwise("threefry2x32", [(uint32, None)] * 4, uint32, 257)
-    expected = jax.jit(primitives.threefry2x32_p.bind)(k0, k1, x0, x1)
-    for results in run_both(spec, arrays):
+    words = tuple(contract.random((SIZE,), np.uint32, seed) for seed in range(4))
+    term = contract.Term("threefry2x32", words, np.dtype("uint32"))
+    spec, arrays = contract.pointwise([term])
+    expected = jax.jit(primitives.threefry2x32_p.bind)(*words)
+    for results in (interpreter.run(spec, *arrays), reference(spec, *arrays)):
         for got, want in zip(results, expected, strict=True):
             np.testing.assert_array_equal(got, want)
 
 
-def constants(dtype: np.dtype) -> list[Any]:
-    return [value.item() if dtype != BFLOAT16 else float(value) for value in edges(dtype)]
-
-
 @pytest.mark.interpret
 @pytest.mark.parametrize("op", ["add", "sub", "mul", "div", "lt", "eq", "max", "rem", "and"])
-@pytest.mark.parametrize("dtype", TRITON_TYPES, ids=lambda d: d.name)
-def test_constant_on_either_side(op: str, dtype: np.dtype) -> None:
+def test_constant_on_either_side(op: str) -> None:
     """Constants may be printed as bare numbers: they must not change the other operand's type."""
-    case = CASES[op]
-    x = edges(dtype)
-    result = result_type(case.function, [x, x])
-    if result is None:
-        pytest.skip("JAX refuses it")
-    picked = constants(dtype)[:: max(1, x.size // 5)]
-    for value, flip in itertools.product(picked, (False, True)):
-        types = [(dtype, None), (dtype, value)]
-        spec = contract.pointwise(op, types[::-1] if flip else types, result, x.size)
-        scalar = np.array(value, dtype)
-        full = np.full_like(x, scalar)
-        expected = wanted(case.function, *((full, x) if flip else (x, full)))
-        (got,) = interpreter.run(spec, x)
-        assert_same(got, expected, case.ulps)
+    # XLA takes x + 0 for x, whatever the zeros' signs.
+    case = dataclasses.replace(CASES[op], signed_zero=False)
+    checks = []
+    for dtype in TRITON_TYPES:
+        x = np.resize(edges(dtype), SIZE)
+        result = result_type(case.function, [x, x])
+        if result is None:
+            continue
+        for scalar in edges(dtype)[::9]:
+            checks += [
+                Check(contract.Term(op, operands, result), case.function, case)
+                for operands in ((x, scalar), (scalar, x))
+            ]
+    hold(checks)
 
 
 def test_check_names_what_is_wrong() -> None:

@@ -1,7 +1,7 @@
 """Canonical forms of arithmetic: fewer spellings, the same bits.
 
-Every rule here gives the same number for every operand, NaN, infinities and the sign of zero included,
-unless its docstring says otherwise.
+Every rule here gives the same number for every operand, NaN, infinities and the sign of zero
+included, unless its docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from jax.extend.core import JaxprEqn, Literal
 from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom
-from jevt.passes._facts import is_float, kind
+from jevt.passes._facts import is_float, kind, shape_of
 from jevt.passes._rules import Graph, Rules
 
 
 def _negated(atom: Atom, graph: Graph) -> Atom | None:
     """``-atom`` where that costs nothing: of a negation, or of a literal."""
     if isinstance(atom, Literal):
-        value = graph.constant(atom)
-        return None if value is None or not is_float(atom.aval) else graph.literal(-value, atom.aval)
+        value = graph.constant(atom) if is_float(atom.aval) else None
+        return None if value is None else graph.literal(-value, atom.aval)
     eqn = graph.definition(atom, p.neg_p)
     return eqn.invars[0] if eqn is not None else None
 
@@ -38,7 +38,7 @@ def _is(atom: Atom, number: float, graph: Graph) -> bool:
     )
 
 
-def _is_power_of_two(value: np.generic) -> bool:
+def _is_power_of_two(value: Any) -> bool:
     """Whether value and reciprocal are normal powers of two, so that scaling by it is exact."""
     number = float(value)
     if not math.isfinite(number) or number == 0.0:
@@ -50,7 +50,8 @@ def _is_power_of_two(value: np.generic) -> bool:
 
 def _add_any(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     """``add_any x y`` (autodiff's sum of cotangents) = ``add x y``."""
-    return graph.emit(p.add_p, *eqn.invars) if kind(eqn.outvars[0].aval) in ("f", "i", "c") else None
+    is_number = kind(eqn.outvars[0].aval) in ("f", "i", "c")
+    return graph.emit(p.add_p, *eqn.invars) if is_number else None
 
 
 def _add_zero(eqn: JaxprEqn, graph: Graph) -> Atom | None:
@@ -111,7 +112,7 @@ def _mul_one(eqn: JaxprEqn, graph: Graph) -> Atom | None:
             return a
         if _is(b, -1.0, graph) and is_float(a.aval):
             return graph.emit(p.neg_p, a)
-        if _is(b, 0, graph) and kind(a.aval) == "i" and _shape(b) == _shape(eqn.outvars[0]):
+        if _is(b, 0, graph) and kind(a.aval) == "i" and shape_of(b) == shape_of(eqn.outvars[0]):
             return b
     return None
 
@@ -147,7 +148,6 @@ def _scale_of_scale(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     if y is None or c is None or not is_float(eqn.outvars[0].aval):
         return None
     first, second = graph.constant(c), graph.constant(d)
-    assert first is not None and second is not None
     if not (_is_power_of_two(first) or _is_power_of_two(second)):
         return None
     product = float(first) * float(second)
@@ -162,8 +162,8 @@ def _with_literal(eqn: JaxprEqn) -> tuple[Any, Any]:
     a, b = eqn.invars
     if isinstance(a, Literal):
         a, b = b, a
-    is_scaling = isinstance(b, Literal) and not isinstance(a, Literal) and a.aval.dtype == b.aval.dtype
-    return (a, b) if is_scaling and b.aval.shape == () else (None, None)
+    is_scaling = isinstance(b, Literal) and not isinstance(a, Literal) and shape_of(b) == ()
+    return (a, b) if is_scaling else (None, None)
 
 
 def _div_by_constant(eqn: JaxprEqn, graph: Graph) -> Atom | None:
@@ -173,10 +173,9 @@ def _div_by_constant(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     """
     x, y = eqn.invars
     divisor = graph.uniform(y)
-    if divisor is None or not is_float(y.aval) or _shape(x) != _shape(eqn.outvars[0]):
+    if divisor is None or not is_float(y.aval) or shape_of(x) != shape_of(eqn.outvars[0]):
         return None
     value = graph.constant(divisor)
-    assert value is not None
     if float(value) == 1.0:
         return x
     if not _is_power_of_two(value):
@@ -250,8 +249,3 @@ RULES: Rules = {
     p.max_p: (_max_of_lowest,),
     p.min_p: (_max_of_lowest,),
 }
-
-
-def _shape(atom: Atom) -> tuple[int, ...]:
-    aval: Any = atom.aval
-    return aval.shape

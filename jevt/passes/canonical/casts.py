@@ -3,10 +3,11 @@
 ``A → B → C`` is ``A → C`` where B holds every value of A (bfloat16 → float32, float32 → float64,
 int8 → float16, …): the first step changes nothing.
 
-``float32 → bfloat16 → float32`` stays, although XLA's default (``xla_allow_excess_precision``) would
-drop it. Inside a kernel the pair is free and not rounded, as kernels compute bfloat16 in float32; between
-kernels the bfloat16 value is what is stored, in half the bytes, and reading the float32 value in its
-place would make two tensors of one. So dropping it gains nothing and can only cost memory traffic.
+``float32 → bfloat16 → float32`` stays, although XLA's default (``xla_allow_excess_precision``)
+would drop it. Inside a kernel the pair is free and not rounded, as kernels compute bfloat16 in
+float32; between kernels the bfloat16 value is what is stored, in half the bytes, and reading the
+float32 value in its place would make two tensors of one. So dropping it gains nothing and can only
+cost memory traffic.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """The derivative of softplus as ``logistic``.
 
-``jax.nn.softplus``, ``log_sigmoid`` and the sigmoid cross entropies of optax are ``logaddexp(x, 0)``. JAX
-differentiates that into ``exp(x' - y')``, where y is the softplus of x and the primes put 0 for ∞:
+``jax.nn.softplus``, ``log_sigmoid`` and the sigmoid cross entropies of optax are
+``logaddexp(x, 0)``. JAX differentiates that into ``exp(x' - y')``, where y is the softplus of x and
+the primes put 0 for ∞:
 
     y = max(x, 0) + log1p(exp(-|x|))        exp(x - y) = eˣ / (1 + eˣ) = logistic(x)
 
-At x = ∞ both are exp(0 - 0) = 1; at -∞ both are 0; NaN stays NaN. The difference of two rounded numbers,
-whose exponential is taken, has an error of ``ulp(y)``, so ``logistic`` is the more precise of the two, but for
-results below the smallest normal number, which it may round to zero. And it needs no logarithm: a
-gradient without its loss reads x alone.
+At x = ∞ both are exp(0 - 0) = 1; at -∞ both are 0; NaN stays NaN. The difference of two rounded
+numbers, whose exponential is taken, has an error of ``ulp(y)``, so ``logistic`` is the more
+precise of the two, but for results below the smallest normal number, which it may round to zero.
+And it needs no logarithm: a gradient without its loss reads x alone.
 """
 
 from __future__ import annotations
@@ -57,9 +58,7 @@ def _is_softplus(y: Atom, x: Atom, graph: Graph) -> bool:
         negative = exponential and graph.definition(exponential.invars[0], p.neg_p)
         size = negative and graph.definition(negative.invars[0], p.abs_p)
         operands: Any = maximum.invars
-        is_positive_part = any(
-            m is x and _is(n, 0.0, graph) for m, n in (operands, operands[::-1])
-        )
+        is_positive_part = any(m is x and _is(n, 0.0, graph) for m, n in (operands, operands[::-1]))
         if size and is_positive_part:
             return size.invars[0] is x or _is_negation(size.invars[0], x, graph)
     return False

@@ -12,7 +12,7 @@ from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom
-from jevt.passes._facts import follows_nan, is_float, kind
+from jevt.passes._facts import follows_nan, is_float, kind, shape_of
 from jevt.passes._rules import Graph, Rules
 
 
@@ -60,16 +60,17 @@ def _select_nan(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     if test is None or test.invars[0] is not test.invars[1] or len(cases) != 2:
         return None
     tested = test.invars[0]
-    if _shape(tested) != _shape(eqn.outvars[0]) or not is_float(tested.aval):
+    if shape_of(tested) != shape_of(eqn.outvars[0]) or not is_float(tested.aval):
         return None
     follow = all(follows_nan(case, tested, graph.definition) for case in cases)
     return cases[0] if follow else None
 
 
 def _difference_of_selects(eqn: JaxprEqn, graph: Graph) -> Atom | None:
-    """``(c ? y : 0) - (c ? 0 : y) = y`` where ``c = (s ≥ 0)``, s is NaN or at least 0, y is NaN where s is.
+    """``(c ? y : 0) - (c ? 0 : y) = y`` where ``c = (s ≥ 0)`` is false only for NaN, and y is NaN
+    then.
 
-    What differentiating ``|s|`` leaves of a sum of exponentials: where s is NaN, both sides are.
+    What differentiating ``|s|`` leaves of a sum s of exponentials: where s is NaN, both sides are.
     """
     kept, lost = (graph.definition(a, p.select_n_p) for a in eqn.invars)
     if kept is None or lost is None or kept.invars[0] is not lost.invars[0]:
@@ -85,7 +86,7 @@ def _difference_of_selects(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     sure = (
         _is_plus_zero(bound, graph)
         and graph.is_nonnegative(tested)
-        and _shape(tested) == _shape(value)
+        and shape_of(tested) == shape_of(value)
         and follows_nan(value, tested, graph.definition)
     )
     return value if sure else None
@@ -97,7 +98,7 @@ def _is_plus_zero(atom: Atom, graph: Graph) -> bool:
 
 
 def _logic(eqn: JaxprEqn, graph: Graph) -> Atom | None:
-    """``x and x = x``, ``x and True = x``, ``x and False = False``, and the duals; booleans only."""
+    """``x and x = x``, ``x and True = x``, ``x and False = False``, and the duals; of booleans."""
     x, y = eqn.invars
     if kind(x.aval) != "b":
         return None
@@ -123,7 +124,17 @@ def _compare_self(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     if x is not y or kind(x.aval) not in ("i", "b"):
         return None
     value = graph.literal(eqn.primitive in (p.eq_p, p.ge_p, p.le_p), eqn.outvars[0].aval)
-    return graph.full(value, _shape(eqn.outvars[0]))
+    return graph.full(value, shape_of(eqn.outvars[0]))
+
+
+def _is_nan_of_negation(eqn: JaxprEqn, graph: Graph) -> Atom | None:
+    """``isnan(-x) = isnan(|x|) = isnan(x)``, spelled ``x ≠ x``."""
+    x, y = eqn.invars
+    inner = graph.definition(x)
+    if x is not y or inner is None or inner.primitive not in (p.neg_p, p.abs_p):
+        return None
+    (source,) = inner.invars
+    return graph.emit(eqn.primitive, source, source) if is_float(source.aval) else None
 
 
 RULES: Rules = {
@@ -132,10 +143,7 @@ RULES: Rules = {
     p.and_p: (_logic,),
     p.or_p: (_logic,),
     p.not_p: (_not,),
-    **dict.fromkeys((p.eq_p, p.ne_p, p.lt_p, p.le_p, p.gt_p, p.ge_p), (_compare_self,)),
+    p.eq_p: (_compare_self, _is_nan_of_negation),
+    p.ne_p: (_compare_self, _is_nan_of_negation),
+    **dict.fromkeys((p.lt_p, p.le_p, p.gt_p, p.ge_p), (_compare_self,)),
 }
-
-
-def _shape(atom: Atom) -> tuple[int, ...]:
-    aval: Any = atom.aval
-    return aval.shape

@@ -1,4 +1,4 @@
-"""What every pass promises: same values, same types, well-typed jaxprs, nothing left for a second run."""
+"""What every pass promises: same values and types, and nothing left for a second run."""
 
 from __future__ import annotations
 

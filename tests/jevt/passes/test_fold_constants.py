@@ -63,9 +63,13 @@ def test_zeros_of_both_signs_are_told_apart():
     )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8", "uint32", "int32", "bool"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float16", "float32", "int8", "uint32", "int32", "bool"]
+)
 def test_types_stay(dtype):
-    jaxpr = run(lambda x: x == lax.convert_element_type(np.int32(1), dtype), np.ones(2).astype(dtype))
+    jaxpr = run(
+        lambda x: x == lax.convert_element_type(np.int32(1), dtype), np.ones(2).astype(dtype)
+    )
     literal = jaxpr.eqns[-1].invars[1]
     assert isinstance(literal, Literal) and literal.aval.dtype == dtype
     assert jax.core.eval_jaxpr(jaxpr, [], jnp.ones(2, dtype))[0].all()
@@ -84,7 +88,9 @@ def test_weak_types_stay():
 
 def test_large_arrays_stay():
     n = fold_constants.MAX_SIZE
-    assert "iota" in primitives(run(lambda x: x + jnp.sin(jnp.arange(n + 1, dtype=jnp.float32)), np.float32(1)))
+    assert "iota" in primitives(
+        run(lambda x: x + jnp.sin(jnp.arange(n + 1, dtype=jnp.float32)), np.float32(1))
+    )
     assert len(fold_constants.run(jax.make_jaxpr(lambda: jnp.arange(2 * n).sum())()).eqns) == 2
 
 
@@ -99,14 +105,18 @@ def test_random_effects_and_bodies_stay():
 
 
 def test_within_bodies():
-    jaxpr = run(lambda x: lax.scan(lambda c, _: (c * lax.sqrt(np.float32(4)), ()), x, None, length=2)[0], X)
+    jaxpr = run(
+        lambda x: lax.scan(lambda c, _: (c * lax.sqrt(np.float32(4)), ()), x, None, length=2)[0], X
+    )
     body = jaxpr.eqns[0].params["jaxpr"]
     assert primitives(body) == ["mul"] and body.eqns[0].invars[1].val == 2.0
 
 
 def test_surroundings_do_not_matter():
     """Folding runs while a program is being lowered, whatever the user has set."""
-    jaxpr = jax.make_jaxpr(lambda x: x * lax.log(np.float32(-1)) + lax.div(np.float32(1), np.float32(0)))(X)
+    jaxpr = jax.make_jaxpr(
+        lambda x: x * lax.log(np.float32(-1)) + lax.div(np.float32(1), np.float32(0))
+    )(X)
     with (
         jax.debug_nans(True),
         jax.debug_infs(True),

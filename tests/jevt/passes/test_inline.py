@@ -59,7 +59,11 @@ def test_bodies_are_inlined_within_themselves():
         return lax.cond(x > 0, relu, jnp.sin, x)
 
     jaxpr = inlined(f, 1.0)
-    assert [n for n in primitives(jaxpr) if n in ("scan", "while", "cond")] == ["scan", "while", "cond"]
+    assert [n for n in primitives(jaxpr) if n in ("scan", "while", "cond")] == [
+        "scan",
+        "while",
+        "cond",
+    ]
     assert "custom_jvp_call" not in str(jaxpr) and "jit[" not in str(jaxpr)
 
 
@@ -104,7 +108,7 @@ def test_transformation_only_equations_go():
 
 def test_jit_with_options_of_its_own_is_kept_and_entered():
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    placed = jax.jit(lambda x: jax.nn.relu(x), out_shardings=where)
+    placed = jax.jit(jax.nn.relu, out_shardings=where)
     jaxpr = inlined(lambda x: placed(x) + 1.0, 1.0)
     assert primitives(jaxpr) == ["jit", "add"]
     assert primitives(jaxpr.eqns[0].params["jaxpr"]) == ["max"]
@@ -173,8 +177,8 @@ def test_scopes_are_those_of_jax():
         with jax.named_scope("mlp"):
             return jax.checkpoint(layer)(x)
 
-    jaxpr = jax.make_jaxpr(lambda x: block(x))(1.0)
+    jaxpr = jax.make_jaxpr(block)(1.0)
     ours = {str(e.source_info.name_stack) for e in inline.run(jaxpr).eqns}
     assert ours == {"jit(block)/mlp/checkpoint"}
-    text = jax.jit(lambda x: block(x)).lower(1.0).compile().as_text()
+    text = jax.jit(block).lower(1.0).compile().as_text()
     assert "/jit(block)/mlp/checkpoint/sin" in text

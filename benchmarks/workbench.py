@@ -31,7 +31,7 @@ _START_LIMIT_S = 180.0
 
 
 @dataclass(frozen=True)
-class Session:
+class Workbench:
     """A pool of workers, the header of the result files, and the ceilings if measured."""
 
     pool: Pool
@@ -40,7 +40,7 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(
+def open_workbench(
     size: Size,
     *,
     share: bool,
@@ -49,8 +49,8 @@ def open_session(
     torch_python: str | None = None,
     torch_path: str | None = None,
     commit: str | None = None,
-) -> Iterator[Session]:
-    """Starts a session and ends all its workers afterwards, whatever happens."""
+) -> Iterator[Workbench]:
+    """Starts and ends all workers afterwards, whatever happens."""
     scratch = Path(tempfile.mkdtemp(prefix="benchmarks-"))
     flags = _SMOKE_XLA_FLAGS if size == "smoke" else ""
     pool = Pool(
@@ -66,7 +66,7 @@ def open_session(
         for variant in torch:
             versions |= _torch_versions(pool, variant, elsewhere=apart)
         header = Header(hello.device, versions, commit or machine.commit(), machine.now())
-        yield Session(pool, header, ceilings)
+        yield Workbench(pool, header, ceilings)
     finally:
         pool.close()
         shutil.rmtree(scratch, ignore_errors=True)

@@ -119,7 +119,7 @@ def programs(draw: Any, views_of_values: bool = True) -> Program:
         known.append(shape)
         instructions.append(instruction)
 
-    for _ in range(draw(st.integers(1, 8))):
+    for _ in range(draw(st.integers(2, 12))):
         position = draw(st.integers(0, len(known) - 1))
         shape = known[position]
         rank = len(shape)

@@ -18,75 +18,16 @@ those two as one.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from jevt.partition import problem as problems
 from jevt.partition.graph import Graph, Node, shrinks
-from jevt.partition.problem import Label, Problem, Traffic
+from jevt.partition.problem import Problem, Traffic
+from jevt.partition.reach import Links, Reach
+from jevt.partition.spaces import labels_of, places
 
 #: Readers of one tensor beyond this number are paired with their nearest neighbours only.
 _ALL_PAIRS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Reach:
-    """For each node, what depends on it and what it depends on (itself included), as bit masks."""
-
-    below: list[int]
-    above: list[int]
-
-    @classmethod
-    def of(cls, graph: Graph) -> Reach:
-        count = len(graph.nodes)
-        below, above = [0] * count, [0] * count
-        for node in range(count):
-            mask = 1 << node
-            for previous in graph.predecessors[node]:
-                mask |= above[previous]
-            above[node] = mask
-        for node in reversed(range(count)):
-            mask = 1 << node
-            for following in graph.successors[node]:
-                mask |= below[following]
-            below[node] = mask
-        return cls(below, above)
-
-    def between(self, a: int, b: int) -> int:
-        """The nodes on paths from ``a`` to ``b``, 0 if there is none."""
-        return self.below[a] & self.above[b]
-
-
-@dataclasses.dataclass(frozen=True)
-class Links:
-    """Pairs of nodes that may share a group: producer–consumer, and readers of one tensor."""
-
-    edges: frozenset[tuple[int, int]]
-    siblings: frozenset[tuple[int, int]]
-
-    def where(self, possible: Callable[[int, int], bool]) -> Links:
-        """The links for which ``possible`` holds."""
-        return Links(
-            frozenset(e for e in self.edges if possible(*e)),
-            frozenset(e for e in self.siblings if possible(*e)),
-        )
-
-    def adjacency(self, count: int) -> list[list[int]]:
-        """For each node, those that a link joins it with."""
-        result: list[list[int]] = [[] for _ in range(count)]
-        for a, b in (*self.edges, *self.siblings):
-            result[a].append(b)
-            result[b].append(a)
-        return result
-
-    @functools.cached_property
-    def by_first(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-        """The second nodes of edges and of siblings, by the first."""
-        result: tuple[dict[int, list[int]], dict[int, list[int]]] = ({}, {})
-        for pairs, found in zip((self.edges, self.siblings), result, strict=True):
-            for a, b in pairs:
-                found.setdefault(a, []).append(b)
-        return result
 
 
 def split(graph: Graph, reach: Reach) -> tuple[list[list[int]], Links]:
@@ -98,7 +39,11 @@ def split(graph: Graph, reach: Reach) -> tuple[list[list[int]], Links]:
     while True:
         home = {n: index for index, part in enumerate(parts) for n in part}
         outside = [~sum(1 << n for n in part if n not in single) for part in parts]
-        place = _all_places(graph, parts, links)
+        place = {
+            node: firm | inner
+            for part in parts
+            for node, (firm, inner) in places(graph, reach, part, links).items()
+        }
 
         kept = links.where(_Possible(reach, home, outside, place))
         again = problems.components(fusible, kept.adjacency(len(graph.nodes)))
@@ -116,17 +61,16 @@ def pose(graph: Graph, reach: Reach, part: Sequence[int], links: Links, launch: 
     )
     used = sorted({t for n in part for t in (*graph.reads[n], *graph.writes[n])})
     tensors = tuple(_traffic(graph, t, local) for t in used)
-    labels = _labels([graph.nodes[n] for n in part])
-    places = _places(graph, part, labels, links)
+    found = places(graph, reach, part, links)
     return Problem(
         len(part),
         tuple(edges),
         tuple(siblings),
         tuple(_ordered(graph, reach, part, set(edges))),
         tensors,
-        labels,
-        tuple(places[n][0] for n in part),
-        tuple(places[n][1] for n in part),
+        labels_of(graph, part),
+        tuple(found[n][0] for n in part),
+        tuple(found[n][1] for n in part),
         tuple(graph.nodes[n].free for n in part),
         launch,
     )
@@ -159,7 +103,7 @@ def _candidates(graph: Graph, single: set[int]) -> Links:
     for tensor in graph.tensors:
         readers = [c for c in tensor.consumers if c not in single]
         producer = tensor.producer
-        if producer is not None and producer not in single and not graph.nodes[producer].ends:
+        if producer is not None and producer not in single and not tensor.late:
             for reader in readers:
                 if _may_join(graph.nodes[producer], graph.nodes[reader]) and not any(
                     shrinks(graph.jaxpr.eqns[p], tensor.var)
@@ -219,51 +163,6 @@ def _traffic(graph: Graph, index: int, local: dict[int, int]) -> Traffic:
         tuple(amount * weight for _, amount in inner),
         tensor.producer in local and (tensor.escapes or len(inner) < len(tensor.consumers)),
     )
-
-
-def _labels(nodes: Sequence[Node]) -> tuple[Label, ...]:
-    spaces = {(node.size, node.cols) for node in nodes} | {(node.size, 0) for node in nodes}
-    return tuple(Label(size, cols) for size, cols in sorted(spaces))
-
-
-def _places(
-    graph: Graph, part: Sequence[int], labels: Sequence[Label], links: Links
-) -> dict[int, tuple[int, int]]:
-    """For each node, the labels that hold it as a full tile or as rows, and those that hold it as
-    less.
-
-    The latter need all its consumers in the group, so each of them must have a place under the
-    label too.
-    """
-    places: dict[int, tuple[int, int]] = {}
-    for node in reversed(part):
-        this = graph.nodes[node]
-        firm = smaller = 0
-        for bit, label in enumerate(labels):
-            if this.cols:
-                firm |= ((label.size, label.cols) == (this.size, this.cols)) << bit
-            elif this.size == label.size or (label.cols and this.size * label.cols == label.size):
-                firm |= 1 << bit
-            elif this.size < label.size:
-                smaller |= 1 << bit
-        for tensor in graph.writes[node]:
-            if graph.tensors[tensor].escapes:
-                smaller = 0
-            for consumer in graph.tensors[tensor].consumers:
-                known = (node, consumer) in links.edges and consumer in places
-                smaller &= sum(places[consumer]) if known else 0
-        places[node] = firm, smaller
-    return places
-
-
-def _all_places(graph: Graph, parts: Sequence[Sequence[int]], links: Links) -> dict[int, int]:
-    """For each node, all labels of its part that have a place for it."""
-    result: dict[int, int] = {}
-    for part in parts:
-        labels = _labels([graph.nodes[n] for n in part])
-        for node, (firm, inner) in _places(graph, part, labels, links).items():
-            result[node] = firm | inner
-    return result
 
 
 def _ordered(

@@ -54,10 +54,10 @@ def contract(graph: Graph, accepts: Callable[[tuple[int, ...]], bool]) -> Graph:
     for group in members.values():
         parts = [graph.nodes[n] for n in group]
         if len(parts) > 1 and accepts(tuple(p for part in parts for p in part.eqns)):
-            nodes.append(_merge(parts))
+            nodes.append(merge(graph, parts))
         else:
             nodes.extend(parts)
-    return _ordered(graph, nodes)
+    return ordered(graph, nodes)
 
 
 class _Joined:
@@ -68,7 +68,7 @@ class _Joined:
         self.parent = list(range(len(graph.nodes)))
         self.members = [[n] for n in range(len(graph.nodes))]
         self.reduces = [node.kind == "reduction" for node in graph.nodes]
-        self.ends = [node.ends for node in graph.nodes]
+        self.late = {t.var for t in graph.tensors if t.late}
 
     def find(self, node: int) -> int:
         while self.parent[node] != node:
@@ -84,7 +84,6 @@ class _Joined:
         self.members[a].extend(self.members[b])
         self.members[b] = []
         self.reduces[a] = self.reduces[a] or self.reduces[b]
-        self.ends[a] = self.ends[a] or self.ends[b]
 
 
 def _into_producer(joined: _Joined, v: int) -> None:
@@ -104,8 +103,10 @@ def _into_producer(joined: _Joined, v: int) -> None:
         return
     if result.size == 1 and len(result.consumers) > 1:
         return  # readers of one scalar are not counted as connected
-    if joined.ends[joined.find(u)] and not node.free:
-        return  # what is reduced along rows can only be relabelled
+    if operand.var in joined.late:
+        if not node.free:
+            return
+        joined.late.add(result.var)
     joined.join(u, v)
 
 
@@ -145,7 +146,15 @@ def _sees_a_part(graph: Graph, node: int, var: Var) -> bool:
     return any(graphs.shrinks(eqn, var) for eqn in eqns if var in eqn.invars)
 
 
-def _merge(parts: list[Node]) -> Node:
+def merge(graph: Graph, parts: list[Node]) -> Node:
+    """One node in place of several."""
+    ends = {p for part in parts for p in part.ends}
+    late = {v for p in ends for v in graph.jaxpr.eqns[p].outvars}
+    for position in sorted(p for part in parts for p in part.eqns):
+        eqn = graph.jaxpr.eqns[position]
+        if late.intersection(v for v in eqn.invars if isinstance(v, Var)):
+            ends.add(position)
+            late.update(eqn.outvars)
     reductions = [p for p in parts if p.kind == "reduction"]
     kinds = {p.kind for p in parts}
     size = max(p.size for p in parts)
@@ -154,12 +163,12 @@ def _merge(parts: list[Node]) -> Node:
         "reduction" if reductions else "pointwise" if "pointwise" in kinds else "view",
         reductions[0].size if reductions else size,
         reductions[0].cols if reductions else 0,
-        ends=any(p.ends for p in parts),
+        ends=tuple(sorted(ends)),
         free=all(p.free for p in parts),
     )
 
 
-def _ordered(graph: Graph, nodes: list[Node]) -> Graph:
+def ordered(graph: Graph, nodes: list[Node]) -> Graph:
     """The contracted graph with its nodes in an executable order, stable by position."""
     from jevt.partition.order import executable
 

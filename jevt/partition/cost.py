@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
+from typing import Any
 
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Var
@@ -135,9 +136,13 @@ def xla_us(jaxpr: Jaxpr, device: Device, reductions: Collection[int]) -> float:
 
 @dataclasses.dataclass
 class _Fusion:
-    """One kernel of XLA's: how many reductions lie before it, what it reads, runs and writes."""
+    """One kernel of XLA's: how many reductions lie before it, what it reads, runs and writes.
+
+    ``reduced`` is the shape and the axes of its reductions, empty if it has none.
+    """
 
     depth: int
+    reduced: tuple[object, ...]
     operands: dict[Var, None]
     eqns: list[JaxprEqn]
     results: dict[Var, None]
@@ -170,18 +175,31 @@ def _fusions(jaxpr: Jaxpr, reductions: Collection[int]) -> list[_Fusion]:
                     inside.add(source)
                     stack.append(source)
         result.append(
-            _Fusion(here, operands, [jaxpr.eqns[p] for p in sorted(inside)], dict.fromkeys(roots))
+            _Fusion(
+                here,
+                _reduced(eqn) if position in reductions else (),
+                operands,
+                [jaxpr.eqns[p] for p in sorted(inside)],
+                dict.fromkeys(roots),
+            )
         )
     return result
 
 
+def _reduced(eqn: JaxprEqn) -> tuple[object, ...]:
+    operand: Any = eqn.invars[0].aval
+    return operand.shape, tuple(eqn.params.get("axes", ()))
+
+
 def _merged(fusions: list[_Fusion]) -> list[_Fusion]:
-    """Fusions of one depth that share an operand, joined."""
+    """Fusions of one depth that share an operand and reduce alike, joined."""
     result: list[_Fusion] = []
     for fusion in fusions:
         large = {v for v in fusion.operands if graphs.nbytes(v.aval) > 8}
         for other in result:
-            if other.depth == fusion.depth and not large.isdisjoint(other.operands):
+            alike = not other.reduced or not fusion.reduced or other.reduced == fusion.reduced
+            if other.depth == fusion.depth and alike and not large.isdisjoint(other.operands):
+                other.reduced = other.reduced or fusion.reduced
                 other.operands |= fusion.operands
                 other.results |= fusion.results
                 known = {id(e) for e in other.eqns}

@@ -74,8 +74,8 @@ def duplicate(graph: Graph) -> Jaxpr:
 def merge_copies(jaxpr: Jaxpr) -> Jaxpr:
     """A group's jaxpr with one equation in place of copies that ended up in it together.
 
-    Two broadcasts of one value would otherwise run along axes that nothing relates. A copy that is an
-    output stays under its own name; of several, the first stands for the others.
+    Two broadcasts of one value would otherwise run along axes that nothing relates. A copy that is
+    an output stays under its own name; of several, the first stands for the others.
     """
     twins: dict[Var, Var] = {}  # each copy's variable, to the first copy's
     known: dict[tuple[object, ...], list[JaxprEqn]] = {}
@@ -83,18 +83,20 @@ def merge_copies(jaxpr: Jaxpr) -> Jaxpr:
         if eqn.primitive.name in _COPIED:
             operands = [_operand(twins.get(v, v) if isinstance(v, Var) else v) for v in eqn.invars]
             earlier = known.setdefault((eqn.primitive, *operands), [])
-            twin = next((e for e in earlier if e.params == eqn.params), None)
-            if twin is None:
+            first = next((e for e in earlier if e.params == eqn.params), None)
+            if first is None:
                 earlier.append(eqn)
             else:
-                twins[eqn.outvars[0]] = twin.outvars[0]
+                twins[eqn.outvars[0]] = first.outvars[0]
     if not twins:
         return jaxpr
     outputs = {v for v in jaxpr.outvars if isinstance(v, Var)}
     chosen = {twin: twin for twin in twins.values()}
-    for copy, twin in reversed(twins.items()):
-        if copy in outputs and twin not in outputs:
-            chosen[twin] = copy
+    chosen |= {
+        twin: copy
+        for copy, twin in reversed(twins.items())
+        if copy in outputs and twin not in outputs
+    }
     name = {copy: chosen[twin] for copy, twin in twins.items()} | chosen
     eqns: list[JaxprEqn] = []
     for eqn in jaxpr.eqns:

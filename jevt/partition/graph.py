@@ -70,8 +70,8 @@ class Node:
       size: number of points that a kernel has to visit for it.
       cols: length of the rows, 0 without a reduction. A reduction along rows (over all axes but the
         contiguous ones) has the rows that it keeps.
-      ends: is a reduction along rows: its results are only known after the whole kernel, so that
-        nothing in the same group can read them.
+      ends: positions of equations whose results are only known after the whole kernel: reductions
+        along rows and what relabels them. Nothing else in the same group can read these.
       free: only relabels its operand's bytes (a row-major reshape), so that XLA runs it for
         nothing.
       reason: for opaque nodes, why.
@@ -82,7 +82,7 @@ class Node:
     kind: NodeKind
     size: int = 0
     cols: int = 0
-    ends: bool = False
+    ends: tuple[int, ...] = ()
     free: bool = False
     reason: str = ""
     fallback: bool = False
@@ -101,6 +101,7 @@ class Tensor:
       consumers: nodes, ascending, without the producer.
       read_bytes: for each consumer, what it reads of it (a slice reads only a part).
       escapes: is an output of the jaxpr.
+      late: is a result of an equation in ``Node.ends``.
     """
 
     var: Var
@@ -110,6 +111,7 @@ class Tensor:
     consumers: tuple[int, ...]
     read_bytes: tuple[int, ...]
     escapes: bool
+    late: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +190,7 @@ def assemble(jaxpr: Jaxpr, nodes: Sequence[Node]) -> Graph:
                 per_node = read_bytes.setdefault(atom, {})
                 node = owner[position]
                 per_node[node] = max(per_node.get(node, 0), _bytes_read(eqn, atom))
+    late = {v for node in nodes for p in node.ends for v in jaxpr.eqns[p].outvars}
     escaping = {v for v in jaxpr.outvars if isinstance(v, Var)}
     reads: list[list[int]] = [[] for _ in nodes]
     writes: list[list[int]] = [[] for _ in nodes]
@@ -210,6 +213,7 @@ def assemble(jaxpr: Jaxpr, nodes: Sequence[Node]) -> Graph:
                 consumers,
                 tuple(read_bytes[var][n] for n in consumers),
                 var in escaping,
+                var in late,
             )
         )
     edges: list[dict[int, None]] = [{} for _ in nodes]
@@ -285,7 +289,7 @@ def _reduction(position: int, shape: Sequence[int], axes: Sequence[int]) -> Node
     inner = max(a for a, extent in enumerate(shape) if extent > 1)
     if inner in axes:
         return Node((position,), "reduction", size, reduced)
-    return Node((position,), "reduction", size, size // reduced, ends=True)
+    return Node((position,), "reduction", size, size // reduced, ends=(position,))
 
 
 def _relabels(eqn: JaxprEqn, kind: NodeKind) -> bool:

@@ -12,14 +12,16 @@ from jevt import _jaxpr
 from jevt._context import Context
 from jevt.partition import graph as graphs
 from jevt.partition import order, targets
+from jevt.partition.absorb import absorb
 from jevt.partition.build import Build, Builder
 from jevt.partition.build import part as part_of
-from jevt.partition.components import Links, Reach, pose, split
+from jevt.partition.components import pose, split
 from jevt.partition.contract import contract
 from jevt.partition.duplicate import duplicate, merge_copies
 from jevt.partition.graph import Classify, Graph
 from jevt.partition.plan import Plan, Solution
 from jevt.partition.problem import Problem
+from jevt.partition.reach import Links, Reach
 from jevt.partition.solve import Oracle, Outcome, Status, solve
 
 
@@ -70,10 +72,18 @@ class _Run:
         # 1. equations as nodes; what is cheap to make again copied, what stays together joined
         jaxpr = duplicate(graphs.from_jaxpr(jaxpr, self.classify))
         single = self._checked(graphs.from_jaxpr(jaxpr, self.classify))
-        graph = contract(single, lambda positions: self._accepts(single.extract(positions)))
+
+        def accepts(positions: tuple[int, ...]) -> bool:
+            return self._accepts(single.extract(positions))
+
+        graph = contract(single, accepts)
         # 2. components that no good group crosses, each solved
         reach = Reach.of(graph)
         parts, links = split(graph, reach)
+        fewer = absorb(graph, reach, parts, links, accepts)
+        if fewer is not graph:
+            graph, reach = fewer, Reach.of(fewer)
+            parts, links = split(graph, reach)
         launch = round(context.device.triton_launch_us * context.device.bytes_per_us)
         outcomes = [self._solve(graph, reach, part, links, launch) for part in parts]
         # 3. components whose groups form a cycle together, solved as one

@@ -33,9 +33,11 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
     rows, columns = (spec.space.extent(spec.space.tile_axis(name)) for name in ("row", "col"))
     whole = any(isinstance(n, visitor.Reduce) and n.over == "col" for n in spec.tree)
     result: dict[Config, None] = {}
-    for elements, widest in ((4096, 256), (2048, 128), (8192, 512), (4096, 1024)):
+    for elements, widest in ((4096, 64), (4096, 128), (4096, 256), (8192, 512)):
         width = power_of_two(columns)
-        if not whole:
+        if whole:
+            elements //= 2  # a row's intermediates live beside the accumulators
+        else:
             width = min(width, widest)
         height = min(max(1, elements // width), power_of_two(rows))
         warps = min(16, max(1, power_of_two(height * width // _PER_WARP)))

@@ -18,7 +18,7 @@ from jevt_kernels.spec import Config, KernelSpec
 MAX_WHOLE = 32768
 
 #: Elements of a tile that one warp takes.
-_PER_WARP = 512
+_PER_WARP = 1024
 
 
 def configs(spec: KernelSpec) -> tuple[Config, ...]:
@@ -31,7 +31,7 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
             for block, warps in ((4096, 8), (2048, 8), (8192, 16))
         )
     result: dict[Config, None] = {}
-    for elements in (2048, 4096, 1024):
+    for elements in (4096, 2048, 1024):
         height = min(max(1, elements // width), power_of_two(rows))
         warps = min(32, max(1, power_of_two(height * width // _PER_WARP)))
         result.setdefault(Config((("row", height), ("col", width)), warps))

@@ -123,3 +123,18 @@ def test_check_finds_nothing_wrong_with_right_stages(monkeypatch):
 def test_control_flow_has_plans_of_its_own():
     jaxpr, _ = traced("scan")
     assert pipeline.compile(jaxpr, context(jaxpr)).plan.nested
+
+
+@pytest.mark.cuda_lowering
+def test_lowered_for_cuda_on_a_machine_without_a_gpu():
+    f = jevt.jit(lambda x: jax.nn.softmax(x) * 2.0, backend="triton")
+    text = f.trace(jnp.ones((256, 512))).lower(lowering_platforms=("cuda",)).as_text()
+    trace = jevt.last_trace(f)
+    assert trace.context.platform == "cuda"
+    kernels = [g for g in trace.plan.groups if g.target == "triton"]
+    assert [g.name for g in kernels] == list(trace.sources)
+    assert len(kernels) == 1 and text.count("stablehlo.custom_call") == 1
+    assert "@triton.jit" in trace.sources[kernels[0].name]
+    # The same function for this machine's own platform is another compilation.
+    close(f(F32), jax.jit(f.__wrapped__)(F32))
+    assert jevt.last_trace(f).context.platform == jax.default_backend().replace("gpu", "cuda")

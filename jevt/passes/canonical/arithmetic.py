@@ -66,13 +66,27 @@ def _add_zero(eqn: JaxprEqn, graph: Graph) -> Atom | None:
 
 
 def _add_negation(eqn: JaxprEqn, graph: Graph) -> Atom | None:
-    """``x + -y = x - y``, which is how floating-point subtraction is defined."""
+    """``x + -y = x - y``, which is how floating-point subtraction is defined; y may be a view."""
     if not is_float(eqn.outvars[0].aval):
         return None
     x, y = eqn.invars
     for a, b in ((x, y), (y, x)):
-        if (negated := graph.definition(b, p.neg_p)) is not None:
-            return graph.emit(p.sub_p, a, negated.invars[0])
+        if (opposite := _opposite(b, graph)) is not None:
+            return graph.emit(p.sub_p, a, opposite)
+    return None
+
+
+def _opposite(atom: Atom, graph: Graph) -> Atom | None:
+    """The y of ``-y``, or of a view of ``-y``."""
+    eqn = graph.definition(atom)
+    if eqn is None:
+        return None
+    if eqn.primitive is p.neg_p:
+        return eqn.invars[0]
+    if eqn.primitive in (p.broadcast_in_dim_p, p.reshape_p) and len(eqn.invars) == 1:
+        negated = graph.definition(eqn.invars[0], p.neg_p)
+        if negated is not None:
+            return graph.emit(eqn.primitive, negated.invars[0], **eqn.params)
     return None
 
 
@@ -81,10 +95,8 @@ def _sub(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     x, y = eqn.invars
     if _is(y, 0.0, graph):
         return x
-    negated = graph.definition(y, p.neg_p)
-    if negated is not None and is_float(eqn.outvars[0].aval):
-        return graph.emit(p.add_p, x, negated.invars[0])
-    return None
+    opposite = _opposite(y, graph) if is_float(eqn.outvars[0].aval) else None
+    return None if opposite is None else graph.emit(p.add_p, x, opposite)
 
 
 def _neg(eqn: JaxprEqn, graph: Graph) -> Atom | None:
@@ -112,8 +124,8 @@ def _mul_one(eqn: JaxprEqn, graph: Graph) -> Atom | None:
             return a
         if _is(b, -1.0, graph) and is_float(a.aval):
             return graph.emit(p.neg_p, a)
-        if _is(b, 0, graph) and kind(a.aval) == "i" and shape_of(b) == shape_of(eqn.outvars[0]):
-            return b
+        if _is(b, 0, graph) and kind(a.aval) == "i":
+            return graph.full(graph.literal(0, b.aval), shape_of(eqn.outvars[0]))
     return None
 
 

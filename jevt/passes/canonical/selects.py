@@ -6,7 +6,6 @@ The same values for every operand; a rule that needs more than that says what it
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
@@ -107,8 +106,10 @@ def _logic(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     neutral = eqn.primitive is p.and_p
     for a, b in ((x, y), (y, x)):
         constant = graph.constant(b)
+        if constant is not None and bool(constant) is neutral:
+            return a
         if constant is not None:
-            return a if bool(constant) is neutral else b
+            return graph.full(graph.literal(constant, b.aval), shape_of(eqn.outvars[0]))
     return None
 
 

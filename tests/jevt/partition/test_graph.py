@@ -14,9 +14,11 @@ from jevt import _jaxpr
 from jevt.lowering.rules import classify
 from jevt.partition import graph as graphs
 from jevt.partition import order
-from jevt.partition.components import Reach, split
+from jevt.partition.absorb import absorb
+from jevt.partition.components import split
 from jevt.partition.contract import contract
 from jevt.partition.duplicate import duplicate, merge_copies
+from jevt.partition.reach import Reach
 
 X = np.linspace(-1, 1, 512, dtype=np.float32).reshape(8, 64)
 BIAS = np.linspace(0, 1, 64, dtype=np.float32)
@@ -167,6 +169,34 @@ def test_layers_are_components_of_their_own():
     parts, _ = split(graph, Reach.of(graph))
     largest = max(map(len, parts))
     assert sum(len(p) == largest for p in parts) == 5
+
+
+def test_a_leaf_that_two_layers_share_does_not_link_them():
+    def function(x, w):
+        gradient = jnp.tanh(x) * 2
+        product = gradient @ w
+        bias = (gradient * gradient).sum(0)
+        return jnp.sin(product + gradient), bias
+
+    single = graph_of(function, X, np.ones((64, 64), np.float32))
+    graph = contract(single, lambda p: True)
+    reach = Reach.of(graph)
+    parts, links = split(graph, reach)
+    fewer = absorb(graph, reach, parts, links, lambda p: True)
+    assert len(fewer.nodes) == len(graph.nodes) - 1
+    parts, links = split(fewer, Reach.of(fewer))
+    assert not links.edges
+    assert not links.siblings
+
+
+def test_what_is_reduced_along_rows_links_to_nothing_after():
+    def function(x):
+        return jnp.exp(x.sum(0)), jnp.exp(x.sum(1))
+
+    graph = graph_of(function, X)
+    _, links = split(graph, Reach.of(graph))
+    makers = {graph.jaxpr.eqns[graph.nodes[a].eqns[0]].params["axes"] for a, _ in links.edges}
+    assert makers == {(1,)}
 
 
 def test_order_and_cycle():

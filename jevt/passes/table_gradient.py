@@ -1,0 +1,132 @@
+"""The gradient of a lookup in a short table as a matrix product. For GPUs.
+
+Purpose: differentiating ``table[index]`` scatters one row of updates for each index into the table. When
+a table has few rows, thousands of updates meet at each of them, and a GPU's atomic additions wait for one
+another: 16384 rows of 1024 bfloat16 numbers into a table of two rows (BERT's token types) take XLA 55 ms
+on an H200. With T indices and V rows,
+
+    scatter_add(0[V, H], index[T], updates[T, H]) = one_hot(index)[V, T] · updates[T, H]
+
+takes 2·V·T·H operations on the tensor cores and one pass over the updates: 0.07 ms there.
+
+Invariant: the same sums; accumulated in float32 and rounded once, where a scatter rounds every addition,
+and in an order that does not change from run to run. An index outside of the table adds nothing (CLIP:
+to the nearest row), as in the scatter. Left alone: tables of more than ``MAX_ROWS`` rows, for which the
+scatter is faster (of 30528 rows by ten times), and updates other than bfloat16, float16 and float32.
+
+    before  { lambda ; a:i32[64,1] b:bf16[64,8]. let
+                c:bf16[2,8] = broadcast_in_dim 0.0; d:bf16[2,8] = scatter-add c a b in (d,) }
+    after   { lambda ; a:i32[64,1] b:bf16[64,8]. let
+                c:i32[64] = reshape a; d:i32[2,64] = iota[dimension=0]
+                e:i32[2,64] = broadcast_in_dim[broadcast_dimensions=(1,)] c
+                f:bool[2,64] = eq d e; g:bf16[2,64] = convert_element_type f
+                h:f32[2,8] = dot_general[dimension_numbers=(([1], [0]), ([], []))] g b
+                i:bf16[2,8] = convert_element_type h in (i,) }
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import primitives as p
+from jax.lax import GatherScatterMode as Mode
+from jax.lax import Precision
+
+from jevt._jaxpr import Atom
+from jevt.passes._facts import shape_of
+from jevt.passes._rules import Graph, rewrite
+
+#: Longest table. Between 512 rows, where the product is four times faster, and 30528, where it is ten
+#: times slower (both measured on an H200, 16384 indices, rows of 1024), the product's time grows with
+#: the number of rows and the scatter's does not.
+MAX_ROWS = 1024
+
+#: The same for float32, whose products need full precision and run without tensor cores.
+MAX_ROWS_FLOAT32 = 32
+
+#: Fewest updates, in elements; below, a launch costs more than the contention.
+MIN_UPDATES = 1 << 16
+
+
+def run(jaxpr: Jaxpr) -> Jaxpr:
+    """Rewrites the gradients of lookups in short tables, in ``jaxpr`` and in its bodies."""
+    return rewrite(jaxpr, {p.scatter_add_p: (_scatter_add,)})
+
+
+def _scatter_add(eqn: JaxprEqn, graph: Graph) -> Atom | None:
+    table, indices, updates = eqn.invars
+    if graph.constant(table) != 0 or not _adds_rows(eqn):
+        return None
+    out: Any = eqn.outvars[0].aval
+    count = math.prod(shape_of(indices)[:-1])
+    width = math.prod(out.shape[1:])
+    if out.shape[0] > _longest(out.dtype) or count * width < MIN_UPDATES:
+        return None
+    index = _index(eqn.params["mode"], graph.reshape(indices, (count,)), out.shape[0], graph)
+    if index is None:
+        return None
+    return _product(index, graph.reshape(updates, (count, width)), out, graph)
+
+
+def _longest(dtype: Any) -> int:
+    if dtype in (jax.numpy.bfloat16, np.float16):
+        return MAX_ROWS
+    return MAX_ROWS_FLOAT32 if dtype == np.float32 else 0
+
+
+def _adds_rows(eqn: JaxprEqn) -> bool:
+    """Whether each index selects a row, and the updates' leading axes are those of the indices."""
+    _, indices, updates = eqn.invars
+    numbers = eqn.params["dimension_numbers"]
+    leading = len(shape_of(indices)) - 1
+    return (
+        numbers.inserted_window_dims == (0,)
+        and numbers.scatter_dims_to_operand_dims == (0,)
+        and not numbers.operand_batching_dims
+        and shape_of(indices)[-1] == 1
+        and tuple(numbers.update_window_dims) == tuple(range(leading, len(shape_of(updates))))
+        and shape_of(updates)[leading:] == shape_of(eqn.outvars[0])[1:]
+    )
+
+
+def _index(mode: Any, index: Atom, rows: int, graph: Graph) -> Atom | None:
+    aval: Any = index.aval
+    if np.dtype(aval.dtype).itemsize < 4:  # a row's number may not fit
+        index = _convert(index, np.dtype("int32"), graph)
+        aval = index.aval
+    if mode == Mode.CLIP:
+        return graph.emit(
+            p.clamp_p, graph.literal(0, aval), index, graph.literal(rows - 1, aval)
+        )
+    return index if mode in (Mode.FILL_OR_DROP, Mode.PROMISE_IN_BOUNDS) else None
+
+
+def _product(index: Atom, updates: Atom, out: Any, graph: Graph) -> Atom:
+    index_aval: Any = index.aval
+    shape = (out.shape[0], index_aval.shape[0])
+    row = graph.emit(p.iota_p, dtype=index_aval.dtype, shape=shape, dimension=0, sharding=None)
+    chosen = graph.emit(p.eq_p, row, graph.broadcast(index, shape, (1,)))
+    highest = (Precision.HIGHEST, Precision.HIGHEST)
+    total = graph.emit(
+        p.dot_general_p,
+        _convert(chosen, out.dtype, graph),
+        updates,
+        dimension_numbers=(((1,), (0,)), ((), ())),
+        precision=highest if out.dtype == np.float32 else None,
+        preferred_element_type=np.dtype("float32"),
+        out_sharding=None,
+    )
+    return graph.reshape(_convert(total, out.dtype, graph), out.shape)
+
+
+def _convert(atom: Atom, dtype: Any, graph: Graph) -> Atom:
+    aval: Any = atom.aval
+    if aval.dtype == dtype:
+        return atom
+    return graph.emit(
+        p.convert_element_type_p, atom, new_dtype=dtype, weak_type=False, sharding=None
+    )

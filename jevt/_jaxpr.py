@@ -30,7 +30,7 @@ def subjaxprs(eqn: JaxprEqn) -> Iterator[tuple[str, int, Jaxpr]]:
 def map_subjaxprs(eqn: JaxprEqn, function: Callable[[Jaxpr], Jaxpr]) -> JaxprEqn:
     """The equation with ``function`` applied to each of its jaxprs; itself if nothing changed."""
     changed: dict[str, Any] = {}
-    for key, value in eqn.params.items():
+    for key, value in sorted(eqn.params.items()):  # in the order of `subjaxprs`
         if isinstance(value, Jaxpr):
             new: Any = function(value)
             if new is not value:

@@ -14,7 +14,7 @@ from jevt._config import Environment, Options
 from jevt._context import Backend, Context
 from jevt.lowering import emit
 from jevt.partition import Plan, device_model, fallbacks, partition
-from jevt.passes import cse, dce, expose_random_bits, fold_constants, inline
+from jevt.passes import cse, dce, expose_random_bits, fold_constants, inline, table_gradient
 from jevt.report import text
 from jevt.report.trace import Stage, Trace
 from jevt_kernels import launch
@@ -36,6 +36,19 @@ GRAPH_PASSES: tuple[tuple[str, Pass], ...] = (
     # What folding has left without a reader goes.
     ("dce", dce.run),
 )
+
+# After them, for GPUs only: what a CPU would not gain from.
+GPU_PASSES: tuple[tuple[str, Pass], ...] = (
+    # Gradients of lookups in short tables become matrix products.
+    ("table_gradient", table_gradient.run),
+    # What it has left without a reader goes.
+    ("dce", dce.run),
+)
+
+
+def graph_passes(context: Context) -> tuple[tuple[str, Pass], ...]:
+    """The graph passes of one compilation, in order."""
+    return GRAPH_PASSES + (GPU_PASSES if context.platform in ("cuda", "rocm") else ())
 
 
 class StrictError(RuntimeError):
@@ -102,7 +115,7 @@ def compile(  # noqa: A001 - what it is called everywhere
 def _run(jaxpr: Jaxpr, context: Context, name: str) -> Trace:
     # A copy, which shares the equations: a trace that held the cache's key would never be freed.
     stages = [Stage("trace", 0.0, jaxpr.with_consts(jaxpr.consts))]
-    for stage_name, graph_pass in GRAPH_PASSES:
+    for stage_name, graph_pass in graph_passes(context):
         start = time.perf_counter()
         result = graph_pass(stages[-1].jaxpr)
         stages.append(Stage(stage_name, _since(start), result))

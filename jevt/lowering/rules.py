@@ -22,6 +22,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn, Primitive
 from jax.extend.core import primitives as p
 
+from jevt import _jax_internals as internals
 from jevt._jaxpr import aval
 from jevt.lowering.errors import NotFusible
 from jevt_kernels import ops
@@ -137,7 +138,10 @@ REDUCTIONS: dict[Primitive, str] = _table(
     }
 )
 
-SOURCES: dict[Primitive, str] = _table({"iota": "iota"})
+SOURCES: dict[Primitive, str] = {
+    **_table({"iota": "iota"}),
+    internals.iota_2x32_shape_p: "iota_2x32_shape",
+}
 
 #: Primitives that a later mainloop will take; the plan names it.
 _AWAITED: dict[Primitive, str] = _table(
@@ -167,11 +171,19 @@ _AWAITED: dict[Primitive, str] = _table(
     }
 )
 
+#: All primitives that JAX itself exports: without a rule here they are known, and stay with XLA.
+_OF_JAX: frozenset[Primitive] = frozenset(
+    value
+    for module in (p, jax.lax)
+    for name, value in vars(module).items()
+    if name.endswith("_p") and isinstance(value, Primitive)
+)
+
 
 def _dtype(aval: Any) -> np.dtype:
     dtype = getattr(aval, "dtype", None)
     if not isinstance(dtype, np.dtype):
-        raise NotFusible(f"{aval} is not an array of numbers")
+        raise NotFusible(f"{aval} stays with XLA: no array of numbers")
     return dtype
 
 
@@ -182,15 +194,13 @@ def classify(eqn: JaxprEqn) -> Role:
       NotFusible: no mainloop takes it; the message says why.
     """
     primitive = eqn.primitive
-    if (
-        primitive.name == "iota_2x32_shape"
-    ):  # JAX exports it nowhere, so its row is added when first met
-        SOURCES.setdefault(primitive, "iota_2x32_shape")
     if eqn.effects:
         raise NotFusible(f"{primitive.name} has effects, which bound groups")
     if primitive in _AWAITED:
         raise NotFusible(f"no mainloop: {primitive.name} ({_AWAITED[primitive]})")
     if not any(primitive in table for table in (POINTWISE, VIEWS, REDUCTIONS, SOURCES)):
+        if primitive in _OF_JAX or primitive.name.startswith("random_"):
+            raise NotFusible(f"no mainloop: {primitive.name}")
         raise NotFusible(f"unknown primitive {primitive.name!r}")
     for atom in (*eqn.invars, *eqn.outvars):
         check_aval(aval(atom))

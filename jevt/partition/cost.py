@@ -174,15 +174,9 @@ def _fusions(jaxpr: Jaxpr, reductions: Collection[int]) -> list[_Fusion]:
                 elif source not in inside:
                     inside.add(source)
                     stack.append(source)
-        result.append(
-            _Fusion(
-                here,
-                _reduced(eqn) if position in reductions else (),
-                operands,
-                [jaxpr.eqns[p] for p in sorted(inside)],
-                dict.fromkeys(roots),
-            )
-        )
+        reduced = _reduced(eqn) if position in reductions else ()
+        eqns = [jaxpr.eqns[p] for p in sorted(inside)]
+        result.append(_Fusion(here, reduced, operands, eqns, dict.fromkeys(roots)))
     return result
 
 

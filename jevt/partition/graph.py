@@ -312,4 +312,7 @@ def _bytes_read(eqn: JaxprEqn, var: Var) -> int:
 def elements(aval: Any) -> int:
     """Number of elements of an array; axes of unknown size count as 1."""
     shape = getattr(aval, "shape", ())
-    return math.prod(s if isinstance(s, int) else 1 for s in shape)
+    size = math.prod(shape)
+    if isinstance(size, int):
+        return size
+    return math.prod(extent for extent in shape if isinstance(extent, int))

@@ -53,18 +53,23 @@ def partition(
         from jevt.lowering import spec
 
         build = spec.build
-    run = _Run(classify, Builder(build), time.monotonic() + context.partition_seconds)
+    run = _Run(classify, Builder(build), context.partition_seconds)
     plan = run.plan(jaxpr, context)
     return plan if context.fuel is None else targets.limit_fuel(plan, context.fuel)
 
 
 class _Run:
-    """One call of :func:`partition`: its tools, its deadline and what it has already solved."""
+    """One call of :func:`partition`: its tools, its time and what it has already solved.
 
-    def __init__(self, classify: Classify, builder: Builder, deadline: float) -> None:
+    The time counts from the first component on. What comes before is linear in the program, and on a
+    busy machine must not decide how well the components are solved.
+    """
+
+    def __init__(self, classify: Classify, builder: Builder, seconds: float) -> None:
         self.classify = classify
         self.builder = builder
-        self.deadline = deadline
+        self.seconds = seconds
+        self.deadline: float | None = None
         self.solved: dict[Hashable, Outcome] = {}
 
     def plan(self, jaxpr: Jaxpr, context: Context) -> Plan:
@@ -127,6 +132,8 @@ class _Run:
         problem = pose(graph, reach, part, links, launch)
         key = self._key(graph, part, problem)
         if key not in self.solved:
+            if self.deadline is None:
+                self.deadline = time.monotonic() + self.seconds
 
             def positions(local: Sequence[int]) -> list[int]:
                 return [p for n in local for p in graph.nodes[part[n]].eqns]

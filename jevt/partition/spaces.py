@@ -12,6 +12,9 @@ from jevt.partition.graph import Graph
 from jevt.partition.problem import Label
 from jevt.partition.reach import Links, Reach
 
+#: In a component of more nodes, any reduction is taken to be possible: it is about to fall apart.
+_LARGE = 300
+
 
 def labels_of(graph: Graph, part: Sequence[int]) -> tuple[Label, ...]:
     """The spaces that the nodes of a component can give a group."""
@@ -38,7 +41,7 @@ def places(
             reducing.setdefault((graph.nodes[node].size, graph.nodes[node].cols), []).append(node)
 
     def reducible(node: int, label: Label) -> bool:
-        return not label.cols or any(
+        return (not label.cols or len(part) > _LARGE) or any(
             not (reach.between(node, other) | reach.between(other, node)) & ~inside
             for other in reducing[label.size, label.cols]
         )

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -67,38 +68,45 @@ class _Places:
     window: tuple[int, ...]
 
 
+def _places(*axes: Iterable[Any]) -> _Places:
+    return _Places(*(tuple(map(int, group)) for group in axes))
+
+
 def _of_gather(eqn: JaxprEqn) -> _Places:
     d = eqn.params["dimension_numbers"]
-    return _Places(
-        tuple(d.collapsed_slice_dims),
-        tuple(d.start_index_map),
-        tuple(d.operand_batching_dims),
-        tuple(d.start_indices_batching_dims),
-        tuple(d.offset_dims),
+    return _places(
+        d.collapsed_slice_dims,
+        d.start_index_map,
+        d.operand_batching_dims,
+        d.start_indices_batching_dims,
+        d.offset_dims,
     )
 
 
 def _of_scatter(eqn: JaxprEqn) -> _Places:
     d = eqn.params["dimension_numbers"]
-    return _Places(
-        tuple(d.inserted_window_dims),
-        tuple(d.scatter_dims_to_operand_dims),
-        tuple(d.operand_batching_dims),
-        tuple(d.scatter_indices_batching_dims),
-        tuple(d.update_window_dims),
+    return _places(
+        d.inserted_window_dims,
+        d.scatter_dims_to_operand_dims,
+        d.operand_batching_dims,
+        d.scatter_indices_batching_dims,
+        d.update_window_dims,
     )
 
 
 def _rows(operand: Atom, indices: Atom, places: _Places, graph: Graph) -> Atom | None:
-    """For each row of ``operand`` the position in it, None if there is not one for each row."""
+    """For each row of ``operand`` the position in it, None if there is not one for each row.
+
+    Slices must have one element; axes of size 1 that they keep do not matter then.
+    """
     shape, index_shape = shape_of(operand), shape_of(indices)
     rank, components = len(shape), index_shape[-1] if index_shape else 0
     last = rank - 1
-    if last < 1 or places.window or math.prod(index_shape[:-1]) != math.prod(shape[:-1]):
+    if last < 1 or math.prod(index_shape[:-1]) != math.prod(shape[:-1]):
         return None
     if 0 in shape or not jax.dtypes.issubdtype(indices.aval.dtype, np.integer):  # type: ignore[attr-defined]
         return None
-    if places.indexed == places.dropped == (last,) and components == 1:
+    if places.indexed == (last,) and {*places.dropped} <= {last} and components == 1:
         # The rows are batch axes of both.
         along = places.index_batch == tuple(sorted(places.index_batch))
         if not along or places.batch != tuple(range(last)):
@@ -162,7 +170,7 @@ def _gather(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     shape, mode = shape_of(x), eqn.params["mode"]
     if kind(out) not in ("f", "i") or max(shape, default=0) >= 2**31:
         return None
-    if not _is_read_anyway(x, graph):
+    if not _is_read_anyway(x, graph) or any(size != 1 for size in eqn.params["slice_sizes"]):
         return None
     index = _rows(x, indices, _of_gather(eqn), graph)
     if index is None:
@@ -205,8 +213,9 @@ def _scatter_add(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     mode = eqn.params["mode"]
     if kind(out) not in ("f", "i") or graph.constant(x) != 0:
         return None
-    index = _rows(x, indices, _of_scatter(eqn), graph)
-    if index is None:
+    places = _of_scatter(eqn)
+    index = _rows(x, indices, places, graph)
+    if index is None or any(shape_of(updates)[axis] != 1 for axis in places.window):
         return None
     index = _widened(index, graph)
     if mode == Mode.CLIP:

@@ -104,7 +104,9 @@ def test_check_names_the_group_that_differs(monkeypatch, tmp_path):
     monkeypatch.setattr(interpreter, "call", lambda spec, *a: [r + 1 for r in right(spec, *a)])
     x, _, scale = arguments(rows=12, width=40)
     step = jevt.jit(layer_norm, backend="interpret")
-    with pytest.raises(Exception, match=r"group g\d+_rowwise\w*: output 0 of kernel rowwise_\w+ differs"):
+    with pytest.raises(
+        Exception, match=r"group g\d+_rowwise\w*: output 0 of kernel rowwise_\w+ differs"
+    ):
         jax.block_until_ready(step(x, scale))
         jax.effects_barrier()
     assert list(tmp_path.glob("jevt_rowwise_*/reproduce.py"))
@@ -161,7 +163,9 @@ def adamw_step(params, state, grads):
 def test_donated_buffers_are_written_in_place():
     params = {"w": jnp.ones((64, 64)), "b": jnp.ones((64,))}
     state = optax.adamw(1e-3).init(params)
-    trace = jevt.jit(adamw_step, backend="triton", donate_argnums=(0, 1)).explain(params, state, params)
+    trace = jevt.jit(adamw_step, backend="triton", donate_argnums=(0, 1)).explain(
+        params, state, params
+    )
     aliases = [len(e.params["spec"].aliases) for e in kernel_equations(trace)]
     assert sum(aliases) == 6  # parameter and two moments, of two arrays
     kept = jevt.jit(adamw_step, backend="triton").explain(params, state, params)

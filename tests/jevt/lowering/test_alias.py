@@ -1,0 +1,92 @@
+"""Which donated inputs an output may overwrite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import kernel_contract as contract
+import pytest
+
+from jevt.lowering import spec as lowering
+from jevt.lowering.alias import donated_aliases
+from jevt_kernels import interpreter
+from jevt_kernels.spec import Config
+
+X = contract.random((6, 16))
+BIAS = contract.random((16,))
+COLUMN = contract.random((6, 1))
+
+
+def aliases(
+    function: Callable[..., Any], *arrays: Any, free: tuple[int, ...] | None = None
+) -> tuple[tuple[int, int], ...]:
+    jaxpr = contract.group(function, *arrays)
+    spec = lowering.build(jaxpr, "kernel")
+    chosen = range(len(arrays)) if free is None else free
+    return donated_aliases(spec, jaxpr, {jaxpr.invars[i] for i in chosen})
+
+
+def test_an_update_happens_in_place() -> None:
+    assert aliases(lambda w, g: w - 0.1 * g, X, X) == ((0, 0),)
+    assert aliases(lambda w, g: w - 0.1 * g, X, X, free=(1,)) == ((1, 0),)
+    assert aliases(lambda w, g: w - 0.1 * g, X, X, free=()) == ()
+
+
+def test_each_buffer_is_taken_once() -> None:
+    def adam(w: Any, m: Any, g: Any) -> Any:
+        m = 0.9 * m + g
+        return w - m, m
+
+    assert aliases(adam, X, X, X) == ((0, 0), (1, 1))
+    assert aliases(lambda x: (x + 1, x + 2), X) == ((0, 0),)
+
+
+def test_only_equal_types_share() -> None:
+    assert aliases(lambda x: x.astype(jnp.bfloat16), X) == ()
+    assert aliases(lambda x: x.reshape(-1) + 1, X) == ()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x[::-1] + 1,
+        lambda x: x + x[::-1],
+        lambda x: x.T + 1,
+    ],
+)
+def test_other_points_are_not_overwritten(function: Callable[..., Any]) -> None:
+    """Another program instance could read what this one has already written."""
+    assert aliases(function, contract.random((8, 8))) == ()
+
+
+def test_a_value_that_several_warps_read_is_not_overwritten() -> None:
+    def scaled(x: Any, column: Any) -> Any:
+        return x * column + x.sum(1, keepdims=True), column * 0.9
+
+    assert aliases(scaled, X, COLUMN, free=(1,)) == ()
+    assert aliases(scaled, X, COLUMN) == ((0, 0),)
+
+
+def test_whole_rows_happen_in_place() -> None:
+    assert aliases(jax.nn.softmax, X) == ((0, 0),)
+    assert aliases(lambda x, b: x.sum(1, keepdims=True) * x + b, X, BIAS) == ((0, 0),)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("blocks", [None, (("row", 2), ("col", 4))])
+def test_in_place_is_right(blocks: Any) -> None:
+
+    def function(x: Any) -> Any:
+        return jax.nn.softmax(x), x.max(1)
+
+    jaxpr = contract.group(function, X)
+    spec = lowering.build(jaxpr, "kernel")
+    spec = replace(spec, aliases=donated_aliases(spec, jaxpr, set(jaxpr.invars)))
+    assert spec.aliases == ((0, 0),)
+    config = None if blocks is None else Config(blocks)
+    got = interpreter.run(spec, X, config=config)
+    contract.same(got, jax.jit(function)(X))

@@ -1,0 +1,74 @@
+"""Whole training steps of small models: the algebraic passes keep forward, backward and update."""
+
+from __future__ import annotations
+
+import jax
+import jax.extend
+import numpy as np
+import pytest
+import small_models
+from rewriting import ALGEBRA, count, evaluate, relative_norm, rewritten, traced
+from small_models import MODELS
+
+from jevt.passes import expose_random_bits
+
+
+def bodies(jaxpr):
+    yield jaxpr
+    for eqn in jaxpr.eqns:
+        for value in eqn.params.values():
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, jax.extend.core.Jaxpr):
+                    yield from bodies(item)
+
+
+def changes(outs, args) -> np.ndarray:
+    """What a step adds to its state, as one vector: that is where an error would show."""
+    pairs = zip(outs, [*jax.tree.leaves(args), *[None] * len(outs)], strict=False)
+    parts = []
+    for new, old in pairs:
+        if np.issubdtype(np.asarray(new).dtype, np.floating):
+            base = old if np.shape(old) == np.shape(new) else 0.0
+            parts.append((np.asarray(new, np.float64) - np.asarray(base, np.float64)).ravel())
+    return np.concatenate(parts)
+
+
+def before_and_after(name):
+    step, args = MODELS[name]()
+    jaxpr = expose_random_bits.run(traced(step, *args))
+    result = rewritten(ALGEBRA, jaxpr)
+    outs = [evaluate(j, *jax.tree.leaves(args), compiled=True) for j in (jaxpr, result)]
+    return result, *(changes(o, args) for o in outs)
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "mixed_precision"])
+def test_values(name):
+    result, want, got = before_and_after(name)
+    assert relative_norm([got], [want]) < 1e-5
+    for body in bodies(result):
+        for gone in ("integer_pow", "add_any", "squeeze"):
+            assert all(e.primitive.name != gone for e in body.eqns)
+
+
+def test_mixed_precision_is_as_precise():
+    """bfloat16 is rounded where it was, or less: the distance from float32 does not grow."""
+    step, args = small_models.mixed_precision("float32")
+    truth = changes(evaluate(traced(step, *args), *jax.tree.leaves(args), compiled=True), args)
+    _, want, got = before_and_after("mixed_precision")
+    assert relative_norm([got], [truth]) < 1.1 * relative_norm([want], [truth]) < 0.05
+
+
+@pytest.mark.parametrize("name", ["gpt", "conv_net", "mlp_mixer", "two_towers"])
+def test_losses_are_gathered_no_more(name):
+    step, args = MODELS[name]()
+    result = rewritten(ALGEBRA, traced(step, *args))
+    embeddings = {"gpt": 2}.get(name, 0)
+    assert count(result, "gather") == count(result, "scatter-add") == embeddings
+
+
+def test_checkpoint_is_still_recomputed():
+    step, args = MODELS["gpt_checkpointed"]()
+    jaxpr = traced(step, *args)
+    result = rewritten(ALGEBRA, jaxpr)
+    assert count(result, "optimization_barrier") == count(jaxpr, "optimization_barrier") == 2
+    assert count(result, "dot_general") == count(jaxpr, "dot_general")

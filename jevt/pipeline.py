@@ -14,7 +14,17 @@ from jevt._config import Environment, Options
 from jevt._context import Backend, Context
 from jevt.lowering import emit
 from jevt.partition import Plan, device_model, fallbacks, partition
-from jevt.passes import cse, dce, expose_random_bits, fold_constants, inline, table_gradient
+from jevt.passes import (
+    canonicalize,
+    cse,
+    dce,
+    eliminate_reductions,
+    expose_random_bits,
+    fold_constants,
+    inline,
+    one_hot,
+    table_gradient,
+)
 from jevt.report import text
 from jevt.report.trace import Stage, Trace
 from jevt_kernels import launch
@@ -33,7 +43,14 @@ GRAPH_PASSES: tuple[tuple[str, Pass], ...] = (
     ("cse", cse.run),
     # What depends on no input becomes a literal.
     ("fold_constants", fold_constants.run),
-    # What folding has left without a reader goes.
+    # Each thing is said in one way: what autodiff and numerically careful code leave behind goes.
+    ("canonicalize", canonicalize.run),
+    # One element a row, by position, becomes arithmetic on the row.
+    ("one_hot", one_hot.run),
+    # Sums whose value is known, or that a cheaper sum gives, go.
+    ("eliminate_reductions", eliminate_reductions.run),
+    # What the three have made equal is computed once, and what has lost its readers goes.
+    ("cse", cse.run),
     ("dce", dce.run),
 )
 

@@ -134,12 +134,6 @@ def _reduce(node: visitor.Reduce, spec: KernelSpec, value: Any) -> Any:
         shape[axis] = spec.space.sizes[axis]
     full = jnp.broadcast_to(value, shape)
     dtype = compute_dtype(node.dtype)
-    if node.op in ("and", "or"):
-        return _REDUCTIONS[node.op](full, axis=axes, keepdims=True)
     if node.op in ("sum", "prod"):
         return _REDUCTIONS[node.op](full, axis=axes, keepdims=True, dtype=dtype)
-    identity = -jnp.inf if node.op == "max" else jnp.inf
-    if dtype.kind in "iu":
-        info = np.iinfo(dtype)
-        identity = info.min if node.op == "max" else info.max
-    return _REDUCTIONS[node.op](full, axis=axes, keepdims=True, initial=identity).astype(dtype)
+    return _REDUCTIONS[node.op](full, axis=axes, keepdims=True).astype(dtype)

@@ -29,7 +29,7 @@ STEPS = {
     "add_self": lambda x: lax.add(x, lax.neg(x)),
     "expand": lambda x: lax.expand_dims(x, (0,)),
     "expand_last": lambda x: lax.expand_dims(x, (x.ndim,)),
-    "squeeze": lambda x: jnp.squeeze(x),
+    "squeeze": jnp.squeeze,
     "flatten": lambda x: lax.reshape(x, (x.size,)),
     "transpose": lambda x: lax.transpose(x, tuple(reversed(range(x.ndim)))),
     "repeat": lambda x: lax.broadcast_in_dim(x, (2, *x.shape), tuple(range(1, x.ndim + 1))),

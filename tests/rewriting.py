@@ -137,7 +137,15 @@ def before_and_after(cases, passes) -> str:
 
 
 # The parameters that are printed; others depend on JAX's version.
-_PRINTED = ("axes", "broadcast_dimensions", "dimension", "new_dtype", "new_sizes", "permutation", "y")
+_PRINTED = (
+    "axes",
+    "broadcast_dimensions",
+    "dimension",
+    "new_dtype",
+    "new_sizes",
+    "permutation",
+    "y",
+)
 
 
 def text(jaxpr: Jaxpr) -> str:
@@ -151,7 +159,9 @@ def text(jaxpr: Jaxpr) -> str:
         return str(a.val) if isinstance(a, Literal) else names[a]
 
     def typed(v):
-        return "_" if isinstance(v, DropVar) else f"{names[v]}:{v.aval.str_short(short_dtypes=True)}"
+        return (
+            "_" if isinstance(v, DropVar) else f"{names[v]}:{v.aval.str_short(short_dtypes=True)}"
+        )
 
     lines = ["    in   " + " ".join(map(typed, jaxpr.invars))]
     for eqn in jaxpr.eqns:
@@ -159,9 +169,13 @@ def text(jaxpr: Jaxpr) -> str:
         for key in _PRINTED:
             value = eqn.params.get(key)
             if value is not None:
-                params.append(f"{key}={tuple(map(int, value)) if isinstance(value, tuple) else value}")
+                params.append(
+                    f"{key}={tuple(map(int, value)) if isinstance(value, tuple) else value}"
+                )
         given = f"[{' '.join(params)}]" if params else ""
         results = " ".join(map(typed, eqn.outvars))
-        lines.append(f"    {results} = {eqn.primitive}{given} {' '.join(map(atom, eqn.invars))}".rstrip())
+        lines.append(
+            f"    {results} = {eqn.primitive}{given} {' '.join(map(atom, eqn.invars))}".rstrip()
+        )
     lines.append("    out  " + " ".join(map(atom, jaxpr.outvars)))
     return "\n".join(lines)

@@ -64,7 +64,9 @@ class _Block(nn.Module):
     def __call__(self, x):
         size = x.shape[-2]
         h = nn.LayerNorm(dtype=self.dtype)(x)
-        q, k, v = jnp.split(nn.Dense(3 * 16, dtype=self.dtype)(h).reshape(*h.shape[:2], 4, 12), 3, -1)
+        q, k, v = jnp.split(
+            nn.Dense(3 * 16, dtype=self.dtype)(h).reshape(*h.shape[:2], 4, 12), 3, -1
+        )
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / 2.0
         causal = jnp.tril(jnp.ones((size, size), bool))
         scores = jnp.where(causal, scores.astype(jnp.float32), -jnp.inf)
@@ -212,7 +214,10 @@ def two_towers():
     """A contrastive loss: each row of similarities is a cross entropy, and so is each column."""
 
     def loss(params, x, y):
-        a, b = (v @ w / jnp.linalg.norm(v @ w, axis=-1, keepdims=True) for v, w in zip((x, y), params, strict=True))
+        a, b = (
+            v @ w / jnp.linalg.norm(v @ w, axis=-1, keepdims=True)
+            for v, w in zip((x, y), params, strict=True)
+        )
         logits = a @ b.T * 5.0
         labels = jnp.arange(logits.shape[0])
         return _cross_entropy(logits, labels) + _cross_entropy(logits.T, labels)

@@ -61,8 +61,8 @@ def partition(
 class _Run:
     """One call of :func:`partition`: its tools, its time and what it has already solved.
 
-    The time counts from the first component on. What comes before is linear in the program, and on a
-    busy machine must not decide how well the components are solved.
+    The time counts from the first component on. What comes before is linear in the program, and on
+    a busy machine must not decide how well the components are solved.
     """
 
     def __init__(self, classify: Classify, builder: Builder, seconds: float) -> None:

@@ -35,6 +35,8 @@ _KEEPS_NONNEGATIVE: frozenset[Primitive] = frozenset(
     }
 )
 
+_MAY_MAKE_NONNEGATIVE = _ALWAYS_NONNEGATIVE | _KEEPS_NONNEGATIVE | {p.select_n_p}
+
 # NaN wherever one operand is NaN.
 _NAN_STRICT: frozenset[Primitive] = frozenset(
     {
@@ -81,17 +83,17 @@ def makes_nonnegative(eqn: JaxprEqn, asked: Asked) -> bool:
     Integers do not count: their arithmetic wraps, and the absolute value of the smallest is
     negative.
     """
-    aval: Any = eqn.outvars[0].aval
-    if not is_float(aval) or any(kind(a.aval) == "c" for a in eqn.invars):
+    primitive = eqn.primitive
+    if primitive not in _MAY_MAKE_NONNEGATIVE or not is_float(eqn.outvars[0].aval):
         return False
-    if eqn.primitive in _ALWAYS_NONNEGATIVE:
-        return True
-    if eqn.primitive is p.convert_element_type_p:
+    if primitive in _ALWAYS_NONNEGATIVE:
+        return kind(eqn.invars[0].aval) != "c"  # the absolute value of a complex number is real
+    if primitive is p.convert_element_type_p:
         source = eqn.invars[0]
         return kind(source.aval) == "b" or (is_float(source.aval) and asked(source))
-    if eqn.primitive is p.select_n_p:
+    if primitive is p.select_n_p:
         return all(map(asked, eqn.invars[1:]))
-    return eqn.primitive in _KEEPS_NONNEGATIVE and all(map(asked, eqn.invars))
+    return all(map(asked, eqn.invars))
 
 
 def follows_nan(

@@ -69,6 +69,7 @@ class Graph:
         self._rules = rules
         self._definitions: dict[Var, JaxprEqn] = {}
         self._nonnegative: set[Var] = set()
+        self._uniform: dict[Var, Literal] = {}
         self._outputs = {v for v in jaxpr.outvars if isinstance(v, Var)}
         self._readers = _count_readers(jaxpr)
         self._sums: dict[tuple[Var, tuple[int, ...]], Var] = {}
@@ -78,8 +79,12 @@ class Graph:
 
     def definition(self, atom: Atom, primitive: Primitive | None = None) -> JaxprEqn | None:
         """The equation that computes ``atom``; None for inputs, literals, or another primitive."""
-        eqn = self._definitions.get(atom) if isinstance(atom, Var) else None
-        return eqn if eqn is not None and primitive in (None, eqn.primitive) else None
+        if not isinstance(atom, Var):
+            return None
+        eqn = self._definitions.get(atom)
+        if primitive is None or eqn is None:
+            return eqn
+        return eqn if eqn.primitive is primitive else None
 
     def constant(self, atom: Atom) -> Any:
         """The number that every element of ``atom`` is, None if that is not known."""
@@ -91,15 +96,9 @@ class Graph:
 
     def uniform(self, atom: Atom) -> Literal | None:
         """The literal of which ``atom`` is a broadcast, or that it is."""
-        # A broadcast of a cast to varying over mesh axes, or the other way round.
-        for _ in range(2):
-            eqn = self.definition(atom)
-            if eqn is not None and (eqn.primitive is p.broadcast_in_dim_p or _is_pvary(eqn)):
-                atom = eqn.invars[0]
-        aval: Any = atom.aval
-        if not isinstance(atom, Literal) or getattr(aval, "shape", None) != ():
-            return None
-        return atom if isinstance(aval.dtype, np.dtype) else None
+        if isinstance(atom, Var):
+            return self._uniform.get(atom)
+        return atom if _is_number(atom) else None
 
     def is_nonnegative(self, atom: Atom) -> bool:
         """Whether every element is NaN or at least +0.0 (not -0.0)."""
@@ -189,12 +188,21 @@ class Graph:
             self._source = outer
         self.eqns.append(eqn)
         if len(eqn.outvars) == 1:
-            out = eqn.outvars[0]
-            self._definitions[out] = eqn
-            if _facts.makes_nonnegative(eqn, self.is_nonnegative):
-                self._nonnegative.add(out)
-            if eqn.primitive is p.reduce_sum_p and isinstance(eqn.invars[0], Var):
-                self._sums[eqn.invars[0], tuple(eqn.params["axes"])] = out
+            self._note(eqn)
+
+    def _note(self, eqn: JaxprEqn) -> None:
+        """Makes known what the equation computes."""
+        out = eqn.outvars[0]
+        self._definitions[out] = eqn
+        if _facts.makes_nonnegative(eqn, self.is_nonnegative):
+            self._nonnegative.add(out)
+        # A cast to varying over mesh axes has no number of its own either.
+        if eqn.primitive is p.broadcast_in_dim_p or _is_pvary(eqn):
+            value = self.uniform(eqn.invars[0])
+            if value is not None:
+                self._uniform[out] = value
+        elif eqn.primitive is p.reduce_sum_p and isinstance(eqn.invars[0], Var):
+            self._sums[eqn.invars[0], tuple(eqn.params["axes"])] = out
 
     def _try(self, rule: Rule, eqn: JaxprEqn) -> bool:
         mark = len(self.eqns)
@@ -215,6 +223,7 @@ class Graph:
         """Nothing may be found through an equation that is not in the result."""
         (out,) = eqn.outvars
         self._definitions.pop(out, None)
+        self._uniform.pop(out, None)
         self._nonnegative.discard(out)
         if eqn.primitive is p.reduce_sum_p and isinstance(eqn.invars[0], Var):
             key = (eqn.invars[0], tuple(eqn.params["axes"]))
@@ -246,6 +255,11 @@ def _mesh(aval: Any) -> tuple[frozenset[Any], bool]:
     varying = internals.manual_axes_of(aval)
     spec = getattr(aval.sharding, "spec", ())
     return varying, all(entry is None for entry in spec)
+
+
+def _is_number(literal: Literal) -> bool:
+    aval: Any = literal.aval
+    return getattr(aval, "shape", None) == () and isinstance(aval.dtype, np.dtype)
 
 
 def _is_mixed(eqn: JaxprEqn) -> bool:

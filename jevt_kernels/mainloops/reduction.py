@@ -11,6 +11,8 @@ from jevt_kernels.codegen import Printer
 from jevt_kernels.ops import compute_dtype, is_float, triton_type
 from jevt_kernels.spec import UnsupportedKernel
 
+OPERATIONS = ("sum", "prod", "max", "min", "and", "or")
+
 
 @dataclasses.dataclass(frozen=True)
 class Reduction:
@@ -47,10 +49,6 @@ class Reduction:
             return "0"
         if op in ("prod", "and"):
             return "1"
-        if op not in ("max", "min"):
-            raise UnsupportedKernel(
-                f"expected a reduction sum, prod, max, min, and, or; got {op!r}"
-            )
         if is_float(self.dtype):
             return "float('-inf')" if op == "max" else "float('inf')"
         if self.node.dtype == np.dtype(bool):
@@ -126,11 +124,15 @@ def partial_dtype(node: visitor.Reduce) -> np.dtype:
 
 def reductions(printer: Printer, over: str) -> list[Reduction]:
     """The tree's reductions along one tile axis, in order."""
-    return [
-        Reduction(printer, position)
-        for position, node in enumerate(printer.spec.tree)
-        if isinstance(node, visitor.Reduce) and node.over == over
-    ]
+    found = []
+    for position, node in enumerate(printer.spec.tree):
+        if isinstance(node, visitor.Reduce) and node.over == over:
+            if node.op not in OPERATIONS:
+                raise UnsupportedKernel(
+                    f"expected a reduction {', '.join(OPERATIONS)}; got {node.op!r}"
+                )
+            found.append(Reduction(printer, position))
+    return found
 
 
 def hoist(printer: Printer, roots: list[int], axis: str) -> None:

@@ -107,7 +107,7 @@ REFUSALS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     "two reductions": (
         lambda x: x.sum(-1)[..., None] + x.sum((1, 2))[:, None, None] + x,
         (X,),
-        "different axes",
+        "neither the same nor complementary",
     ),
     "repeated reduction": (
         lambda x, y: x.sum(-1)[..., None] + y,
@@ -122,7 +122,7 @@ REFUSALS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     ),
     "no elements": (lambda x: x[:0] + 1, (X,), "without elements"),
     "merged and sliced": (lambda x: x.T.reshape(-1)[3:9] + 1, (SQUARE,), "slice of an axis"),
-    "sizes that do not match": (lambda x: (x + 1).T.reshape(8, -1), (X[0],), "factor into common"),
+    "sizes that do not match": (lambda x: (x + 1).T.reshape(3, -1), (X[0],), "factor into common"),
     "too many operands": (lambda *xs: sum(xs), (BIAS,) * 70, "more than 64 operands"),
 }
 
@@ -181,14 +181,15 @@ def layer(x: Any, residual: Any, scale: Any, bias: Any) -> Any:
     centred = x - mean
     variance = (centred * centred).mean(-1, keepdims=True)
     y = centred * lax.rsqrt(variance + 1e-6) * scale + bias
-    return x, jax.nn.gelu(y).astype(jnp.bfloat16), jax.nn.sigmoid(y)
+    z = jax.nn.gelu(jax.nn.gelu(y))
+    return x, z.astype(jnp.bfloat16), jax.nn.sigmoid(z)
 
 
 def test_building_is_fast() -> None:
     shape = jax.ShapeDtypeStruct((16384, 1024), np.float32)
     vector = jax.ShapeDtypeStruct((1024,), np.float32)
     jaxpr = contract.group(layer, shape, shape, vector, vector)
-    assert len(jaxpr.eqns) >= 30
+    assert len(jaxpr.eqns) >= 34
     seconds = []
     for _ in range(5):
         start = time.process_time()

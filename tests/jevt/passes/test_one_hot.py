@@ -94,7 +94,9 @@ INDICES = [-(2**31), -7, -5, -4, -1, 0, 1, 3, 4, 5, 100, 127, 2**31 - 1]
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32"])
 def test_positions_outside(mode, dtype):
     info = np.iinfo(dtype)
-    indices = np.array([i for i in [*INDICES, 200, 255, 2**32 - 1] if info.min <= i <= info.max], dtype)
+    indices = np.array(
+        [i for i in [*INDICES, 200, 255, 2**32 - 1] if info.min <= i <= info.max], dtype
+    )
     if mode == "promise_in_bounds":
         indices = indices[(indices >= 0) & (indices < 4)]
     x = np.resize(EDGES, (indices.size, 4))
@@ -140,9 +142,15 @@ def test_types(dtype):
 LEFT_ALONE = {
     "embedding": (lambda t, i: t[i], LOGITS, LABELS % 3),
     "embedding_gradient": (jax.grad(lambda t, i: (t[i] ** 2).sum()), LOGITS, LABELS % 3),
-    "of_columns": (lambda x, i: jnp.take_along_axis(jnp.sin(x), i[None], 0), LOGITS, np.array([0, 1, 2, 0, 1])),
+    "of_columns": (
+        lambda x, i: jnp.take_along_axis(jnp.sin(x), i[None], 0),
+        LOGITS,
+        np.array([0, 1, 2, 0, 1]),
+    ),
     "several_a_row": (
-        lambda x, i: jnp.take_along_axis(jnp.sin(x), i, -1), LOGITS, np.array([[0, 1], [1, 1], [3, 2]])
+        lambda x, i: jnp.take_along_axis(jnp.sin(x), i, -1),
+        LOGITS,
+        np.array([[0, 1], [1, 1], [3, 2]]),
     ),
     "of_an_input_alone": (lambda x, i: jnp.take_along_axis(x, i[:, None], -1), LOGITS, LABELS),
     "one_of_a_vector": (lambda x, i: jnp.sin(x)[i], LOGITS[0], np.int32(3)),

@@ -1,0 +1,209 @@
+"""Rowwise kernels: normalisations and their gradients, every reduction, long rows, odd rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import kernel_contract as contract
+import numpy as np
+import pytest
+from jax import lax
+
+from jevt_kernels import codegen, interpreter
+from jevt_kernels.mainloops import rowwise
+from jevt_kernels.ops import TRITON_TYPES, is_float
+from jevt_kernels.reference import reference
+from jevt_kernels.spec import Config, UnsupportedKernel
+
+pytestmark = pytest.mark.interpret
+
+X = contract.random((5, 40))
+SCALE = contract.random((40,), seed=1)
+BIAS = contract.random((40,), seed=2)
+
+#: Several rows a tile, one row a tile, and the looped form with a ragged last block.
+CONFIGS = (None, Config((("row", 1), ("col", 64))), Config((("row", 4), ("col", 16))))
+
+
+def layer_norm(x: Any, scale: Any, bias: Any) -> Any:
+    mean = x.mean(-1, keepdims=True)
+    variance = jnp.square(x - mean).mean(-1, keepdims=True)
+    return (x - mean) * lax.rsqrt(variance + 1e-5) * scale + bias
+
+
+def rms_norm(x: Any, scale: Any) -> Any:
+    return x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale
+
+
+def gradient(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The gradient by the first argument, given the cotangent last."""
+
+    def pulled_back(x: Any, *rest: Any) -> Any:
+        *others, cotangent = rest
+        return jax.vjp(lambda x: function(x, *others), x)[1](cotangent)[0]
+
+    return pulled_back
+
+
+def cross_entropy(logits: Any, one_hot: Any) -> Any:
+    return -(jax.nn.log_softmax(logits) * one_hot).sum(-1)
+
+
+def of_itself(value: Any, x: Any) -> Any:
+    """A reduction of a value that varies along fewer axes than it has, beside its use in full."""
+    return value.sum(1)[:, None] + value * x
+
+
+def same_along_rows(x: Any, b: Any) -> Any:
+    return of_itself(jnp.broadcast_to(b * b, x.shape), x)
+
+
+def same_along_columns(x: Any, c: Any) -> Any:
+    return of_itself(jnp.broadcast_to((c * c)[:, None], x.shape), x) * x.max(1)[:, None]
+
+
+ROWS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "softmax": (jax.nn.softmax, (X,)),
+    "softmax, gradient": (gradient(jax.nn.softmax), (X, X[::-1].copy())),
+    "log_softmax": (jax.nn.log_softmax, (X,)),
+    "log_softmax, gradient": (gradient(jax.nn.log_softmax), (X, X[::-1].copy())),
+    "logsumexp": (lambda x: jax.nn.logsumexp(x, axis=-1), (X,)),
+    "layer norm": (layer_norm, (X, SCALE, BIAS)),
+    "layer norm, gradient": (gradient(layer_norm), (X, SCALE, BIAS, X[::-1].copy())),
+    "RMS norm": (rms_norm, (X, SCALE)),
+    "RMS norm, gradient": (gradient(rms_norm), (X, SCALE, X[::-1].copy())),
+    "cross entropy": (cross_entropy, (X, (X.max(-1, keepdims=True) == X).astype(np.float32))),
+    "statistics": (lambda x: (x.sum(1), x.max(1), x.min(1), jnp.square(x).sum(1)), (X,)),
+    "row and full outputs": (lambda x: (x - x.mean(1, keepdims=True), x.mean(1)), (X,)),
+    "same along rows": (same_along_rows, (X, SCALE)),
+    "same along columns": (same_along_columns, (X, SCALE[:5])),
+    "constant": (lambda x: of_itself(jnp.full((5, 40), 0.5), x), (X,)),
+    "iota": (lambda x: (x * lax.broadcasted_iota(np.float32, x.shape, 1)).sum(1), (X,)),
+    "two trailing axes": (
+        lambda x: (
+            x - x.reshape(5, 5, 8).mean((1, 2))[:, None] + x.reshape(5, 5, 8).max((1, 2))[:, None]
+        ),
+        (X,),
+    ),
+    "axes apart": (lambda x: x.sum((0, 2)), (X.reshape(5, 5, 8),)),
+    "permuted axes": (lambda x: x.transpose(1, 0, 2).sum((1, 2)), (X.reshape(5, 5, 8),)),
+    "everything": (lambda x: x.sum() + x.max() * x.min(), (X,)),
+    "size 1": (lambda x: x.sum(1) + x[:, 0], (X[:, :1],)),
+    "attention mask": (
+        lambda x, m: jax.nn.softmax(jnp.where(m[None, :], x, -1e9)),
+        (X, SCALE > 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_in_every_form(name: str) -> None:
+    function, arrays = ROWS[name]
+    configs: list[Config | None] = [None]
+    spec = contract.build(function, *arrays)
+    if spec.mainloop == "rowwise":
+        configs += [*CONFIGS, *rowwise.configs(spec)]
+    contract.check(function, *arrays, configs=dict.fromkeys(configs))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, contract.BFLOAT16], ids=str)
+@pytest.mark.parametrize("name", ["softmax", "layer norm", "RMS norm, gradient", "statistics"])
+def test_half_precision(name: str, dtype: Any) -> None:
+    """Inputs and outputs are rounded, nothing between."""
+    function, arrays = ROWS[name]
+    halves = [a.astype(dtype) for a in arrays]
+    spec = contract.build(function, *halves)
+    exact = jax.jit(function)(*(a.astype(np.float32) for a in halves))
+    for config in CONFIGS:
+        for got, want in zip(
+            interpreter.run(spec, *halves, config=config), jax.tree.leaves(exact), strict=True
+        ):
+            assert got.dtype == dtype
+            error = np.linalg.norm(got.astype(np.float32) - want) / np.linalg.norm(want)
+            assert error < (5e-3 if dtype == contract.BFLOAT16 else 6e-4)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 1000, 30528, 131072])
+def test_lengths(columns: int) -> None:
+    x = contract.random((1 if columns > 1000 else 3, columns))
+    spec = contract.check(lambda x: (jax.nn.softmax(x), x.sum(1)), x)
+    text = codegen.generate(spec).text
+    assert ("for start in range" in text) == (columns > rowwise.MAX_WHOLE)
+
+
+def test_many_rows() -> None:
+    x = contract.random((301, 3))
+    contract.check(jax.nn.softmax, x, configs=(None, Config((("row", 64), ("col", 4)))))
+
+
+EDGES = np.array(
+    [
+        [np.nan, 1, 2, 3],
+        [np.inf, 1, 2, 3],
+        [-np.inf, 1, 2, 3],
+        [np.inf, -np.inf, 0, 1],
+        [-np.inf, -np.inf, -np.inf, -np.inf],
+        [0, -0.0, 0, 0],
+        [1e38, 1e38, 1e38, 1e38],
+        [1, 2, 3, np.nan],
+        [-1, -2, -3, -4],
+    ],
+    np.float32,
+)
+
+
+@pytest.mark.parametrize("config", [None, Config((("row", 2), ("col", 2)))])
+@pytest.mark.parametrize("columns", [3, 4])
+def test_infinities_and_nan(columns: int, config: Config | None) -> None:
+    """In a masked tile and in a full one; the identity must not leak."""
+
+    def everything(x: Any) -> Any:
+        return x.sum(1), x.max(1), x.min(1), x.prod(1), jax.nn.softmax(x), x > x.max(1)[:, None]
+
+    contract.check(everything, EDGES[:, :columns].copy(), configs=(config,))
+
+
+@pytest.mark.parametrize("dtype", TRITON_TYPES, ids=lambda d: d.name)
+@pytest.mark.parametrize("op", ["sum", "prod", "max", "min"])
+def test_reductions(op: str, dtype: np.dtype) -> None:
+    if dtype == np.dtype(bool) and op in ("sum", "prod"):
+        pytest.skip("JAX converts booleans before it adds them")
+    x = contract.random((5, 13), dtype)
+    if is_float(dtype):
+        x = (np.abs(x.astype(np.float64)) + 0.5).astype(dtype)
+    spec = contract.reduction(op, dtype, 5, 13)
+    wide = x.astype(np.float64) if is_float(dtype) else x
+    expected = getattr(wide, op)(1, **({} if op in ("max", "min") else {"dtype": wide.dtype}))
+    with contract.types_of(x), np.errstate(over="ignore"):
+        expected = expected.astype(dtype)
+        contract.same(reference(spec, x), [expected])
+    for config in (None, Config((("row", 2), ("col", 4)))):
+        contract.same(interpreter.run(spec, x, config=config), [expected])
+
+
+@pytest.mark.parametrize("op", ["and", "or"])
+def test_boolean_reductions(op: str) -> None:
+    x = np.array([[True] * 13, [False] * 13, [True] * 12 + [False], [False] * 12 + [True]])
+    spec = contract.reduction(op, np.dtype(bool), 4, 13)
+    expected = x.all(1) if op == "and" else x.any(1)
+    contract.same(reference(spec, x), [expected])
+    for config in (None, Config((("row", 2), ("col", 4)))):
+        contract.same(interpreter.run(spec, x, config=config), [expected])
+
+
+def test_all_and_any_of_a_comparison() -> None:
+    contract.check(lambda x: ((x > 0).all(1), (x > 2).any(1), jnp.isfinite(x).all(1)), X)
+
+
+def test_wide_sums_keep_their_width() -> None:
+    x = contract.random((3, 50), np.int64)
+    contract.check(lambda x: x.sum(1) + x.max(1), x)
+    contract.check(lambda x: jnp.square(x).sum(1), contract.random((3, 50), np.float64))
+
+
+def test_unknown_reduction_is_named() -> None:
+    with pytest.raises(UnsupportedKernel, match="expected a reduction sum.*got 'xor'"):
+        codegen.generate(contract.reduction("xor", np.dtype("int32"), 4, 8))

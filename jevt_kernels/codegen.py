@@ -129,11 +129,13 @@ class Printer:
     def wide(self) -> bool:
         """Whether offsets need 64 bits."""
         spans = [t.size for t in (*self.spec.inputs, *self.spec.outputs)]
-        for node in self.spec.tree:
-            if isinstance(node, visitor.Iota):
-                spans.append(max(map(abs, node.index.span(self.spec.space))))
+        spans += [
+            max(map(abs, node.index.span(self.spec.space)))
+            for node in self.spec.tree
+            if isinstance(node, visitor.Iota)
+        ]
+        spans += [self.spec.space.extent(t) for t in self.spec.space.tile]
         slack = math.prod(block for _, block in self.config.blocks)
-        spans.append(max((self.spec.space.extent(t) for t in self.spec.space.tile), default=0))
         return max(spans, default=0) + slack > _INT32_MAX
 
     def slot(self, position: int) -> str:
@@ -228,7 +230,8 @@ class Printer:
                 address = self.address(node.index)
                 if not self.dependencies[position]:
                     return self._full(address, node.dtype)
-                return f"({address}).to({triton_type(node.dtype)})"
+                number = address if address.isidentifier() else f"({address})"
+                return f"{number}.to({triton_type(node.dtype)})"
             case visitor.Compute():
                 return self._compute(node)
             case visitor.Reduce():

@@ -80,6 +80,20 @@ def layer_norm_gradient(x: Any, mean: Any, rstd: Any, scale: Any, dy: Any) -> An
     return ((d - first - normal * second) * rstd[:, None]).astype(x.dtype)
 
 
+def layer_norm_all_gradients(x: Any, mean: Any, rstd: Any, scale: Any, dy: Any) -> Any:
+    """By the input, the scale and the bias."""
+    wide, slope = x.astype(np.float32), dy.astype(np.float32)
+    normal = (wide - mean[:, None]) * rstd[:, None]
+    dx = layer_norm_gradient(x, mean, rstd, scale, dy)
+    return dx, (slope * normal).sum(0), slope.sum(0)
+
+
+def bias_gradient(x: Any, dy: Any) -> Any:
+    """Through a relu."""
+    d = jnp.where(x > 0, dy, 0)
+    return d, d.astype(np.float32).sum(0)
+
+
 def integers(x: Any, y: Any) -> Any:
     return lax.div(x, y), lax.rem(x, y), lax.shift_left(x, y), x.astype(np.float32) > 0
 
@@ -109,6 +123,15 @@ GALLERY: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
     "rowwise_layer_norm_gradient": (
         layer_norm_gradient,
+        (
+            tensor(16384, 1024, dtype=BFLOAT16),
+            *(tensor(16384), tensor(16384), tensor(1024)),
+            tensor(16384, 1024, dtype=BFLOAT16),
+        ),
+    ),
+    "columnwise_bias_gradient": (bias_gradient, (tensor(16384, 4096, dtype=BFLOAT16),) * 2),
+    "columnwise_layer_norm_gradients": (
+        layer_norm_all_gradients,
         (
             tensor(16384, 1024, dtype=BFLOAT16),
             *(tensor(16384), tensor(16384), tensor(1024)),

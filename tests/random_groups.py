@@ -1,7 +1,7 @@
 """Random groups of equations: pointwise operations, views and reductions on small integer arrays.
 
-Integers, because their arithmetic is exact in any order: a kernel is either right or wrong. A program
-runs on NumPy or is traced by JAX.
+Integers, because their arithmetic is exact in any order: a kernel is either right or wrong. A
+program runs on NumPy or is traced by JAX.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax import lax
 
 MAX_SIZE = 400
 
-#: An instruction appends one value to the list of values that it is given, with NumPy's or JAX's functions.
+#: Makes one more value from those known so far, with NumPy's or JAX's functions.
 type Instruction = Callable[[Any, list[Any]], Any]
 
 

@@ -1,12 +1,12 @@
 """Columnwise kernels: reductions along ``row``, beside whatever a rowwise or pointwise kernel does.
 
-The gradients of biases and of normalisation parameters, and BatchNorm's statistics, are sums along all
-rows of values that are made from a few large tensors. A program walks many blocks of rows, stores full
-tiles on the way, and keeps one accumulator tile for each reduction; what it leaves is a partial result,
-and ``jevt_kernels.partials`` combines those of all programs in a fixed order.
+The gradients of biases and of normalisation parameters, and BatchNorm's statistics, are sums along
+all rows of values that are made from a few large tensors. A program walks many blocks of rows,
+stores full tiles on the way, and keeps one accumulator tile for each reduction; what it leaves is a
+partial result, and ``jevt_kernels.partials`` combines those of all programs in a fixed order.
 
-With reductions along ``col`` too (a layer norm's input gradient beside its parameters' gradients), the
-tile holds whole rows; otherwise wide rows are cut into blocks of columns.
+With reductions along ``col`` too (a layer norm's input gradient beside its parameters' gradients),
+the tile holds whole rows; otherwise wide rows are cut into blocks of columns.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def emit(printer: Printer) -> int:
     row_blocks = blocks_along(space, config, "row")
     if along_columns and (column_blocks > 1 or config.block("col") > MAX_WHOLE):
         raise UnsupportedKernel(
-            f"rows of {space.extent(space.tile_axis('col'))} elements do not fit on chip beside sums along rows"
+            f"rows of {space.extent(space.tile_axis('col'))} elements do not fit on chip "
+            "beside sums along rows"
         )
     programs = min(row_blocks, max(1, ROW_PROGRAMS // column_blocks))
     printer.constants()

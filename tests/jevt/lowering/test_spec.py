@@ -120,6 +120,11 @@ REFUSALS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
         (SQUARE,),
         "a diagonal",
     ),
+    "diagonal inside a reduction": (
+        lambda x: (lambda i: (i == i.T).sum(1) * x[0])(lax.broadcasted_iota(np.int32, (12, 12), 0)),
+        (SQUARE,),
+        "a diagonal",
+    ),
     "no elements": (lambda x: x[:0] + 1, (X,), "without elements"),
     "merged and sliced": (lambda x: x.T.reshape(-1)[3:9] + 1, (SQUARE,), "slice of an axis"),
     "sizes that do not match": (lambda x: (x + 1).T.reshape(3, -1), (X[0],), "factor into common"),

@@ -65,7 +65,7 @@ def test_a_slice_reads_only_its_part():
 def test_broadcasts_are_copied_to_their_readers():
     def function(x, y, b):
         wide = jnp.broadcast_to(b, x.shape)
-        return x * wide, jnp.tanh(y - wide), x @ wide.T
+        return x * wide, jnp.tanh(y - wide), x.T @ wide
 
     graph = graph_of(function, X, X, BIAS)
     jaxpr = duplicate(graph)

@@ -15,7 +15,7 @@ type Status = Literal["trivial", "optimal", "feasible", "greedy"]
 #: Solves of one component, each with the cuts that the refusals before it gave.
 _ROUNDS = 16
 #: Deterministic seconds for one component, all rounds together.
-_DETERMINISTIC = 0.5
+_DETERMINISTIC = 1.0
 #: Above this number of membership variables the program is not built: greedy has to do.
 _LARGEST = 8000
 

@@ -1,5 +1,6 @@
 """jevt: a training-fusion compiler for JAX. ``@jevt.jit`` replaces ``@jax.jit`` on a train step."""
 
+import jevt_kernels as _kernels  # noqa: F401  (checks the Python version)
 from jevt._api import explain as explain
 from jevt._api import jit as jit
 from jevt._api import last_trace as last_trace

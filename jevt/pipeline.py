@@ -147,7 +147,7 @@ def _run(jaxpr: Jaxpr, context: Context, name: str) -> Trace:
 
     start = time.perf_counter()
     plan = partition(program, context)
-    stages.append(Stage("partition", _since(start), program))
+    stages.append(Stage("partition", _since(start), plan.jaxpr))
 
     start = time.perf_counter()
     lowered, plan = emit.lower(plan, context)

@@ -1,4 +1,4 @@
-"""The only file that touches private parts of JAX, jax-triton and Triton.
+"""The only file of ``jevt_kernels`` that touches private parts of JAX, jax-triton and Triton.
 
 Supported: JAX 0.11 and 0.12, Triton 3.6 to 3.9, jax-triton 0.4. The combination JAX 0.11.2, Triton
 3.8 and jax-triton 0.4.1 needs no mend; for the others, :func:`import_jax_triton` applies these,

@@ -179,6 +179,10 @@ def call(
             "Triton was imported with TRITON_INTERPRET=1, so it cannot compile for a GPU. Unset "
             "the variable, or use jevt_kernels.interpreter (jevt.jit(backend='interpret'))."
         )
+    # jaxlib fills the kernel's pointers from operands and then results, in order, and knows nothing
+    # of aliases: results that share an operand's buffer, which have no pointer, must come last.
+    aliased = {output: position for position, output in spec.aliases}
+    order = sorted(range(len(spec.outputs)), key=lambda output: output in aliased)
     with warnings.catch_warnings():
         # The replacement, Ref arguments, needs a discharge pass around every lowering rule.
         # Should another thread leave this filter installed, it still hides this one message only.
@@ -188,17 +192,21 @@ def call(
         results = jax_triton.triton_call(
             *operands,
             kernel=load(source),
-            out_type=tuple(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in kernel_spec.outputs),
+            out_type=tuple(
+                jax.ShapeDtypeStruct(o.shape, o.dtype)
+                for o in (kernel_spec.outputs[output] for output in order)
+            ),
             grid=(source.grid,),
             name=spec.name if name is None else name,
             num_warps=source.config.num_warps,
             num_stages=source.config.num_stages,
             compute_capability=compute_capability,
             backend_options=compat.backend_options(compute_capability),
-            input_output_aliases=dict(spec.aliases),
+            input_output_aliases={aliased[o]: i for i, o in enumerate(order) if o in aliased},
             cost_estimate=cost_estimate(spec),
         )
-    return partials.combine(spec, source, results)
+    in_place = [results[order.index(output)] for output in range(len(order))]
+    return partials.combine(spec, source, in_place)
 
 
 def cost_estimate(spec: KernelSpec) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The second stage of reductions along rows.
 
-A kernel that reduces along rows leaves one partial result for each program that walks a part of the rows.
-The order in which they are combined is fixed, so results are the same bits from run to run.
+A kernel that reduces along rows leaves one partial result for each program that walks a part of the
+rows. The order in which they are combined is fixed, so results are the same bits from run to run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ _METHODS = {"sum": "sum", "prod": "prod", "max": "max", "min": "min", "or": "max
 
 
 def written(spec: KernelSpec, source: Source) -> KernelSpec:
-    """The spec with the outputs that the kernel itself writes: partial results where there are some."""
+    """The spec with the outputs that the kernel itself writes.
+
+    They are partial results where there are some.
+    """
     outputs = list(spec.outputs)
     for partial in source.partials:
         shape = (partial.programs, *spec.outputs[partial.output].shape)
@@ -26,7 +29,10 @@ def written(spec: KernelSpec, source: Source) -> KernelSpec:
 
 
 def combine(spec: KernelSpec, source: Source, results: Sequence[Any]) -> tuple[Any, ...]:
-    """The kernel's outputs from what it has written: NumPy arrays of NumPy arrays, JAX's of JAX's."""
+    """The kernel's outputs from what it has written.
+
+    NumPy arrays of NumPy arrays, JAX's of JAX's.
+    """
     outputs = list(results)
     for partial in source.partials:
         values = outputs[partial.output]

@@ -13,7 +13,6 @@ from benchmarks.options import Options
 from benchmarks.shapes import RESNET, ResnetShape
 from benchmarks.workload import Tree, Workload, sgd_step, training_state
 
-
 # Initial scale of the last BatchNorm of a block. With 1, gradients of an untrained net are so
 # sensitive that bfloat16's rounding alone changes them by their own size, and nothing can be
 # checked; the customary 0 would hide the block's own gradients.

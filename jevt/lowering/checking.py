@@ -74,8 +74,9 @@ def _compare(
         if not error <= tolerance:
             folder = write_reproduction(spec, [np.asarray(i) for i in inputs])
             raise KernelMismatch(
-                f"group {group}: output {position} of kernel {spec.name} differs from its own equations by "
-                f"{error:.2e} (relative norm), expected at most {tolerance:.0e}.\n{jaxpr}\n"
+                f"group {group}: output {position} of kernel {spec.name} differs from its own "
+                f"equations by {error:.2e} (relative norm), expected at most {tolerance:.0e}.\n"
+                f"{jaxpr}\n"
                 f"To reproduce: python {folder / 'reproduce.py'}"
             )
 
@@ -86,7 +87,8 @@ def write_reproduction(spec: KernelSpec, inputs: Sequence[np.ndarray]) -> Path:
     if parent:
         Path(parent).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"jevt_{spec.name}_", dir=parent))
-    # numpy's file format does not know bfloat16, so arrays travel as bytes; the spec has their types.
+    # numpy's file format does not know bfloat16, so arrays travel as bytes; the spec has their
+    # types.
     np.savez(folder / "inputs.npz", *[np.frombuffer(i.tobytes(), np.uint8) for i in inputs])
     (folder / "kernel.py.txt").write_text(launch.source_for(spec, None).text)
     (folder / "reproduce.py").write_text(_SCRIPT.format(spec=repr(spec)))
@@ -118,5 +120,6 @@ inputs = [
     for i, t in enumerate(spec.inputs)
 ]
 for position, (got, want) in enumerate(zip(launch.run(spec, *inputs), reference(spec, *inputs))):
-    print(f"output {{position}}: relative error {{relative_error(np.asarray(got), np.asarray(want)):.3e}}")
+    error = relative_error(np.asarray(got), np.asarray(want))
+    print(f"output {{position}}: relative error {{error:.3e}}")
 '''

@@ -82,8 +82,8 @@ def lower(plan: Plan, context: Context, *, top: bool = True) -> tuple[Jaxpr, Pla
       top: whether ``plan.jaxpr`` is the whole program, whose donated inputs may be overwritten.
 
     Returns:
-      The jaxpr, and the plan as it was really carried out: a group whose kernel failed to compile has
-      gone back to XLA, with the reason, and a warning was given.
+      The jaxpr, and the plan as it was really carried out: a group whose kernel failed to compile
+      has gone back to XLA, with the reason, and a warning was given.
     """
     bodies: dict[tuple[int, int], Jaxpr] = {}
     nested: list[tuple[tuple[int, int], Plan]] = []
@@ -103,6 +103,7 @@ def lower(plan: Plan, context: Context, *, top: bool = True) -> tuple[Jaxpr, Pla
 
 
 def donated_inputs(jaxpr: Jaxpr, context: Context) -> frozenset[Var]:
+    """The inputs of the program whose buffers its caller gives up."""
     if len(context.donated) != len(jaxpr.invars):
         return frozenset()
     return frozenset(v for v, d in zip(jaxpr.invars, context.donated, strict=True) if d)
@@ -120,7 +121,7 @@ def _confirm(group: Group, plan: Plan, context: Context) -> Group:
     assert group.spec is not None
     try:
         _compile(group.spec, context.device.compute_capability)
-    except Exception as error:  # whatever the compiler stack raises, the program must still run
+    except Exception as error:  # noqa: BLE001 - whatever the compiler stack raises, the program must still run
         first_line = (str(error).splitlines() or [""])[0]
         reason = f"kernel did not compile: {type(error).__name__}: {first_line}"
         warnings.warn(f"jevt: group {group.name} runs through XLA: {reason}", stacklevel=2)

@@ -2,4 +2,7 @@
 
 
 class NotFusible(Exception):
-    """An equation, or a set of them, cannot be one kernel; the message is the reason for the plan."""
+    """An equation, or a set of them, cannot be one kernel.
+
+    The message is the reason for the plan.
+    """

@@ -1,4 +1,4 @@
-"""Names of kernels: the same for equal kernels, and telling where in the user's model they come from."""
+"""Names of kernels: the same for equal kernels, and telling where in the model they come from."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from jevt_kernels.spec import KernelSpec
 def canonical(spec: KernelSpec, jaxpr: Jaxpr, stacks: Sequence[NameStack]) -> KernelSpec:
     """The spec under its final name, ``<mainloop>_<scope>_<digest>``, with the jaxpr as comment.
 
-    The name depends only on what is computed and on the innermost common scope without its layer number,
-    so that 24 equal layers share one compilation.
+    The name depends only on what is computed and on the innermost common scope without its layer
+    number, so that 24 equal layers share one compilation.
     """
     anonymous = dataclasses.replace(spec, name="", comment="")
     digest = hashlib.sha256(repr(anonymous).encode()).hexdigest()[:8]

@@ -192,10 +192,12 @@ def assemble(jaxpr: Jaxpr, nodes: Sequence[Node]) -> Graph:
                 per_node[node] = max(per_node.get(node, 0), _bytes_read(eqn, atom))
     late = {v for node in nodes for p in node.ends for v in jaxpr.eqns[p].outvars}
     escaping = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    # In order of definition: a set's order would differ between equal layers, and from run to run.
+    defined = [v for eqn in jaxpr.eqns for v in eqn.outvars if v in escaping]
     reads: list[list[int]] = [[] for _ in nodes]
     writes: list[list[int]] = [[] for _ in nodes]
     tensors: list[Tensor] = []
-    for var in dict.fromkeys([*read_bytes, *escaping]) if escaping else read_bytes:
+    for var in dict.fromkeys([*read_bytes, *defined]):
         source = producer.get(var)
         consumers = tuple(sorted(n for n in read_bytes.get(var, ()) if n != source))
         if not consumers and (source is None or var not in escaping):

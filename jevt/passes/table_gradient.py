@@ -1,18 +1,19 @@
 """The gradient of a lookup in a short table as a matrix product. For GPUs.
 
-Purpose: differentiating ``table[index]`` scatters one row of updates for each index into the table. When
-a table has few rows, thousands of updates meet at each of them, and a GPU's atomic additions wait for one
-another: 16384 rows of 1024 bfloat16 numbers into a table of two rows (BERT's token types) take XLA 55 ms
-on an H200. With T indices and V rows,
+Purpose: differentiating ``table[index]`` scatters one row of updates for each index into the table.
+When a table has few rows, thousands of updates meet at each of them, and a GPU's atomic additions
+wait for one another: 16384 rows of 1024 bfloat16 numbers into a table of two rows (BERT's token
+types) take XLA 55 ms on an H200. With T indices and V rows,
 
     scatter_add(0[V, H], index[T], updates[T, H]) = one_hot(index)[V, T] · updates[T, H]
 
 takes 2·V·T·H operations on the tensor cores and one pass over the updates: 0.07 ms there.
 
-Invariant: the same sums; accumulated in float32 and rounded once, where a scatter rounds every addition,
-and in an order that does not change from run to run. An index outside of the table adds nothing (CLIP:
-to the nearest row), as in the scatter. Left alone: tables of more than ``MAX_ROWS`` rows, for which the
-scatter is faster (of 30528 rows by ten times), and updates other than bfloat16, float16 and float32.
+Invariant: the same sums; accumulated in float32 and rounded once, where a scatter rounds every
+addition, and in an order that does not change from run to run. An index outside of the table adds
+nothing (CLIP: to the nearest row), as in the scatter. Left alone: tables of more than ``MAX_ROWS``
+rows, for which the scatter is faster (of 30528 rows by ten times), and updates other than bfloat16,
+float16 and float32.
 
     before  { lambda ; a:i32[64,1] b:bf16[64,8]. let
                 c:bf16[2,8] = broadcast_in_dim 0.0; d:bf16[2,8] = scatter-add c a b in (d,) }
@@ -40,9 +41,9 @@ from jevt._jaxpr import Atom
 from jevt.passes._facts import shape_of
 from jevt.passes._rules import Graph, rewrite
 
-#: Longest table. Between 512 rows, where the product is four times faster, and 30528, where it is ten
-#: times slower (both measured on an H200, 16384 indices, rows of 1024), the product's time grows with
-#: the number of rows and the scatter's does not.
+#: Longest table. Between 512 rows, where the product is four times faster, and 30528, where it is
+#: ten times slower (both measured on an H200, 16384 indices, rows of 1024), the product's time
+#: grows with the number of rows and the scatter's does not.
 MAX_ROWS = 1024
 
 #: The same for float32, whose products need full precision and run without tensor cores.
@@ -99,9 +100,7 @@ def _index(mode: Any, index: Atom, rows: int, graph: Graph) -> Atom | None:
         index = _convert(index, np.dtype("int32"), graph)
         aval = index.aval
     if mode == Mode.CLIP:
-        return graph.emit(
-            p.clamp_p, graph.literal(0, aval), index, graph.literal(rows - 1, aval)
-        )
+        return graph.emit(p.clamp_p, graph.literal(0, aval), index, graph.literal(rows - 1, aval))
     return index if mode in (Mode.FILL_OR_DROP, Mode.PROMISE_IN_BOUNDS) else None
 
 

@@ -21,7 +21,7 @@ class Stage:
     Attributes:
       name: of the pass, or "trace", "partition", "lower".
       milliseconds: wall time that it took; 0 for "trace", which JAX did.
-      jaxpr: its result; for "partition" the program that was partitioned.
+      jaxpr: its result; for "partition" the plan's, with the copies that it made.
     """
 
     name: str

@@ -45,6 +45,7 @@ def test_stages():
     assert all(stage.milliseconds > 0 for stage in trace.stages[1:])
     assert trace.milliseconds == sum(s.milliseconds for s in trace.stages)
     assert isinstance(trace.plan, Plan) and trace.plan.groups
+    assert trace.stage("partition").jaxpr is trace.plan.jaxpr
     assert trace.lowered is trace.stage("lower").jaxpr
     last = max(i for i, name in enumerate(names) if name == "dce")
     assert trace.stage("dce") is trace.stages[last]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import traceback
 from collections.abc import Callable
@@ -59,7 +60,7 @@ def test_lowering_for_cuda() -> None:
     )
     (line,) = [line for line in text.splitlines() if "custom_call" in line]
     assert "@triton_kernel_call_ffi" in line
-    assert "output_tuple_indices = [0], operand_index = 1" in line
+    assert "output_tuple_indices = [1], operand_index = 1" in line
     assert "bytes_accessed\\22: 4800" in line
 
 
@@ -181,3 +182,15 @@ def test_call_among_other_operations() -> None:
     x, y = operands()
     updated = 2 * y + np.tanh(x + 1)
     np.testing.assert_allclose(step(x, y), updated * np.sign(updated) + y, atol=1e-5)
+
+
+@pytest.mark.cuda_lowering
+def test_results_in_place_come_after_those_with_pointers() -> None:
+    spec, source = tanh_add()
+    call = functools.partial(launch.call, spec, source=source, compute_capability=90)
+    x, y = operands()
+    (eqn,) = jax.make_jaxpr(call)(x, y).eqns
+    assert dict(eqn.params["input_output_aliases"]) == {1: 1}  # the second result, though output 0
+    text = jax.jit(call).trace(x, y).lower(lowering_platforms=("cuda",)).as_text()
+    assert "operand_index = 1" in text
+    assert "output_tuple_indices = [1]" in text

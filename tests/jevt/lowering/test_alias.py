@@ -42,7 +42,11 @@ def test_each_buffer_is_taken_once() -> None:
         return w - m, m
 
     assert aliases(adam, X, X, X) == ((0, 0), (1, 1))
-    assert aliases(lambda x: (x + 1, x + 2), X) == ((0, 0),)
+    assert aliases(lambda x, y: (x + y, x - y), X, X) == ((0, 0), (1, 1))
+
+
+def test_all_outputs_share_or_none() -> None:
+    assert aliases(lambda x: (x + 1, x + 2), X) == ()
 
 
 def test_only_equal_types_share() -> None:
@@ -67,8 +71,11 @@ def test_a_value_that_several_warps_read_is_not_overwritten() -> None:
     def scaled(x: Any, column: Any) -> Any:
         return x * column + x.sum(1, keepdims=True), column * 0.9
 
-    assert aliases(scaled, X, COLUMN, free=(1,)) == ()
-    assert aliases(scaled, X, COLUMN) == ((0, 0),)
+    def full(x: Any, column: Any) -> Any:
+        return x * column + x.sum(1, keepdims=True)
+
+    assert aliases(scaled, X, COLUMN) == ()
+    assert aliases(full, X, COLUMN) == ((0, 0),)
 
 
 def test_whole_rows_happen_in_place() -> None:

@@ -104,11 +104,15 @@ def test_check_names_the_group_that_differs(monkeypatch, tmp_path):
     monkeypatch.setattr(interpreter, "call", lambda spec, *a: [r + 1 for r in right(spec, *a)])
     x, _, scale = arguments(rows=12, width=40)
     step = jevt.jit(layer_norm, backend="interpret")
+
+    def run_to_the_end():
+        jax.block_until_ready(step(x, scale))
+        jax.effects_barrier()
+
     with pytest.raises(
         Exception, match=r"group g\d+_rowwise\w*: output 0 of kernel rowwise_\w+ differs"
     ):
-        jax.block_until_ready(step(x, scale))
-        jax.effects_barrier()
+        run_to_the_end()
     assert list(tmp_path.glob("jevt_rowwise_*/reproduce.py"))
     assert list(tmp_path.glob("jevt_rowwise_*/inputs.npz"))
 

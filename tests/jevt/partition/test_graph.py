@@ -207,6 +207,19 @@ def test_order_and_cycle():
     assert order.quotient([[0, 2], [1]], [[1], [2], []]) == [[1], [0]]
 
 
+def test_tensors_that_only_leave_are_in_order_of_definition():
+    """Whatever the order of the outputs: equal layers have equal problems."""
+
+    def function(x):
+        return tuple(jnp.sin(x * float(n)) for n in range(2, 40))
+
+    for order_of_outputs in (tuple, lambda results: results[::-1]):
+        graph = graph_of(lambda x, f=order_of_outputs: f(function(x)), X)
+        leaving = [t.producer for t in graph.tensors if t.escapes and not t.consumers]
+        assert len(leaving) == 38
+        assert leaving == sorted(leaving)
+
+
 def test_uses_name_the_output():
     jaxpr, _ = trace(lambda x: (jnp.sin(x), jnp.sin(x) + 1), X)
     found = graphs.uses(jaxpr)

@@ -13,12 +13,6 @@ from benchmarks.options import Options
 from benchmarks.shapes import RESNET, ResnetShape
 from benchmarks.workload import Tree, Workload, sgd_step, training_state
 
-# Initial scale of the last BatchNorm of a block. With 1, gradients of an untrained net are so
-# sensitive that bfloat16's rounding alone changes them by their own size, and nothing can be
-# checked; the customary 0 would hide the block's own gradients.
-RESIDUAL_SCALE = 0.2
-
-
 class Bottleneck(nn.Module):
     """1×1, 3×3 (strided), 1×1 convolutions with BatchNorm, a shortcut, ReLU; NHWC."""
 
@@ -32,7 +26,7 @@ class Bottleneck(nn.Module):
         features = 4 * self.width
         y = nn.relu(batch_norm(o)(conv(self.width, 1, 1, o)(x)))
         y = nn.relu(batch_norm(o)(conv(self.width, 3, self.stride, o)(y)))
-        y = batch_norm(o, RESIDUAL_SCALE)(conv(features, 1, 1, o)(y))
+        y = batch_norm(o)(conv(features, 1, 1, o)(y))
         if x.shape != y.shape:
             x = batch_norm(o)(conv(features, 1, self.stride, o)(x))
         return nn.relu(x + y)
@@ -71,7 +65,7 @@ def conv(features: int, width: int, stride: int, options: Options) -> nn.Conv:
     )
 
 
-def batch_norm(options: Options, scale: float = 1.0) -> nn.BatchNorm:
+def batch_norm(options: Options) -> nn.BatchNorm:
     """BatchNorm with batch statistics; parameters and running statistics are float32."""
     return nn.BatchNorm(
         use_running_average=False,
@@ -79,7 +73,6 @@ def batch_norm(options: Options, scale: float = 1.0) -> nn.BatchNorm:
         epsilon=1e-5,
         dtype=options.dtype,
         param_dtype=jnp.float32,
-        scale_init=nn.initializers.constant(scale),
     )
 
 

@@ -92,8 +92,8 @@ def test_in_place_is_right(blocks: Any) -> None:
 
     jaxpr = contract.group(function, X)
     spec = lowering.build(jaxpr, "kernel")
-    spec = replace(spec, aliases=donated_aliases(spec, jaxpr, set(jaxpr.invars)))
-    assert spec.aliases == ((0, 0),)
+    # A mixture, which `donated_aliases` does not choose but kernels can do.
+    spec = replace(spec, aliases=((0, 0),))
     config = None if blocks is None else Config(blocks)
     got = interpreter.run(spec, X, config=config)
     contract.same(got, jax.jit(function)(X))

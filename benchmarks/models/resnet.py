@@ -13,6 +13,7 @@ from benchmarks.options import Options
 from benchmarks.shapes import RESNET, ResnetShape
 from benchmarks.workload import Tree, Workload, sgd_step, training_state
 
+
 class Bottleneck(nn.Module):
     """1×1, 3×3 (strided), 1×1 convolutions with BatchNorm, a shortcut, ReLU; NHWC."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -19,34 +18,9 @@ import numpy as np
 import optax
 from jax.extend.core import Jaxpr
 
-from jevt.passes import (
-    canonicalize,
-    cse,
-    dce,
-    eliminate_reductions,
-    expose_random_bits,
-    fold_constants,
-    inline,
-    one_hot,
-)
+from jevt.pipeline import GRAPH_PASSES
 
 WIDTH, HEADS, TOKENS, BATCH, WORDS = 32, 4, 8, 2, 50
-
-PASSES: tuple[tuple[str, Callable[[Jaxpr], Jaxpr]], ...] = (
-    ("inline", inline.run),
-    ("random_bits", expose_random_bits.run),
-    ("dce", dce.run),
-    ("cse", cse.run),
-    ("fold_constants", fold_constants.run),
-    ("dce", dce.run),
-    ("canonicalize", canonicalize.run),
-    ("one_hot", one_hot.run),
-    ("eliminate_reductions", eliminate_reductions.run),
-    ("canonicalize", canonicalize.run),
-    ("fold_constants", fold_constants.run),
-    ("cse", cse.run),
-    ("dce", dce.run),
-)
 
 
 class Layer(nn.Module):
@@ -109,7 +83,7 @@ def main(layers: int = 24) -> float:
     jaxpr = joint_graph(layers)
     print(f"{'traced':22} {'':>9} {len(jaxpr.eqns):6} equations {_reductions(jaxpr):4} reductions")
     total = 0.0
-    for name, graph_pass in PASSES:
+    for name, graph_pass in GRAPH_PASSES:
         start = time.process_time()
         jaxpr = graph_pass(jaxpr)
         seconds = time.process_time() - start

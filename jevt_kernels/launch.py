@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jevt_kernels import compat, partials
+from jevt_kernels import compat, ops, partials
 from jevt_kernels.compat import UnsupportedDevice
 from jevt_kernels.spec import Config, KernelSpec, Source, TensorType, UnsupportedKernel
 from jevt_kernels.visitor import Compute, Reduce
@@ -29,22 +29,8 @@ from jevt_kernels.visitor import Compute, Reduce
 # The x dimension of a CUDA grid, which is the only one that generated kernels use.
 MAXIMUM_GRID = 2**31 - 1
 
-# Triton's names of element types. Others (complex, 4-bit, 8-bit floats) have no kernels.
-TRITON_NAMES = {
-    "bool": "i1",
-    "int8": "i8",
-    "int16": "i16",
-    "int32": "i32",
-    "int64": "i64",
-    "uint8": "u8",
-    "uint16": "u16",
-    "uint32": "u32",
-    "uint64": "u64",
-    "float16": "fp16",
-    "bfloat16": "bf16",
-    "float32": "fp32",
-    "float64": "fp64",
-}
+# How Triton abbreviates the names of its types in signatures.
+_ABBREVIATIONS = {"int": "i", "uint": "u", "bfloat": "bf", "float": "fp"}
 
 
 def triton_name(dtype: np.dtype) -> str:
@@ -53,12 +39,12 @@ def triton_name(dtype: np.dtype) -> str:
     Raises:
       UnsupportedKernel: if kernels do not support the dtype.
     """
-    try:
-        return TRITON_NAMES[dtype.name]
-    except KeyError:
-        raise UnsupportedKernel(
-            f"expected an operand of type {', '.join(TRITON_NAMES)}, got {dtype.name}"
-        ) from None
+    if dtype not in ops.TRITON_TYPES:
+        names = ", ".join(known.name for known in ops.TRITON_TYPES)
+        raise UnsupportedKernel(f"expected an operand of type {names}, got {dtype.name}")
+    name = ops.TRITON_TYPES[dtype].removeprefix("tl.")
+    kind = name.rstrip("0123456789")
+    return _ABBREVIATIONS[kind] + name.removeprefix(kind)
 
 
 @functools.cache

@@ -90,13 +90,17 @@ def lower(plan: Plan, context: Context, *, top: bool = True) -> tuple[Jaxpr, Pla
     for key, body in plan.nested:
         bodies[key], carried_out = lower(body, context, top=False)
         nested.append((key, carried_out))
-    groups = tuple(_confirm(group, plan, context) for group in plan.groups)
-    plan = dataclasses.replace(plan, groups=groups, nested=tuple(nested))
     donated = donated_inputs(plan.jaxpr, context) if top else frozenset[Var]()
+    free = _free_at(plan, donated)
+    groups = tuple(
+        _confirm(group, plan, inputs, context)
+        for group, inputs in zip(plan.groups, free, strict=True)
+    )
+    plan = dataclasses.replace(plan, groups=groups, nested=tuple(nested))
     eqns: list[JaxprEqn] = []
-    for position, group in enumerate(groups):
+    for group in groups:
         if group.target == "triton":
-            eqns.append(_kernel_equation(plan, position, donated, context))
+            eqns.append(_kernel_equation(plan, group, context))
         else:
             eqns.extend(_with_bodies(plan.jaxpr.eqns[i], i, bodies) for i in group.eqns)
     return plan.jaxpr.replace(eqns=eqns), plan
@@ -109,18 +113,34 @@ def donated_inputs(jaxpr: Jaxpr, context: Context) -> frozenset[Var]:
     return frozenset(v for v, d in zip(jaxpr.invars, context.donated, strict=True) if d)
 
 
-def _confirm(group: Group, plan: Plan, context: Context) -> Group:
-    """The group with its kernel's final name, or left to XLA if the kernel does not compile."""
+def _free_at(plan: Plan, donated: frozenset[Var]) -> list[frozenset[Var]]:
+    """For each group, the donated inputs that it is the last to read."""
+    last: dict[Var, int] = {}
+    for position, group in enumerate(plan.groups):
+        last.update((v, position) for v in group.jaxpr.invars if v in donated)
+    for atom in plan.jaxpr.outvars:
+        if isinstance(atom, Var):
+            last.pop(atom, None)
+    free: list[set[Var]] = [set() for _ in plan.groups]
+    for var, position in last.items():
+        free[position].add(var)
+    return [frozenset(f) for f in free]
+
+
+def _confirm(group: Group, plan: Plan, free: frozenset[Var], context: Context) -> Group:
+    """The group with its final kernel, or left to XLA if that does not compile.
+
+    Final means named, and with outputs in place where they may be: what is compiled here is run.
+    """
     if group.target != "triton" or group.spec is None:
         return group
-    group = dataclasses.replace(
-        group, spec=canonical(group.spec, group.jaxpr, _stacks(plan, group))
-    )
+    spec = canonical(group.spec, group.jaxpr, _stacks(plan, group))
+    spec = dataclasses.replace(spec, aliases=donated_aliases(spec, group.jaxpr, free))
+    group = dataclasses.replace(group, spec=spec)
     if context.platform != "cuda":
         return group
-    assert group.spec is not None
     try:
-        _compile(group.spec, context.device.compute_capability)
+        _compile(spec, context.device.compute_capability)
     except Exception as error:  # noqa: BLE001 - whatever the compiler stack raises, the program must still run
         first_line = (str(error).splitlines() or [""])[0]
         reason = f"kernel did not compile: {type(error).__name__}: {first_line}"
@@ -143,20 +163,10 @@ def _stacks(plan: Plan, group: Group) -> list[source_info_util.NameStack]:
     return [plan.jaxpr.eqns[i].source_info.name_stack for i in group.eqns]
 
 
-def _kernel_equation(
-    plan: Plan, position: int, donated: frozenset[Var], context: Context
-) -> JaxprEqn:
-    group = plan.groups[position]
-    assert group.spec is not None
-    spec = group.spec
-    if donated:
-        later = _used_later(plan, position)
-        spec = dataclasses.replace(
-            spec, aliases=donated_aliases(spec, group.jaxpr, donated - later)
-        )
+def _kernel_equation(plan: Plan, group: Group, context: Context) -> JaxprEqn:
     params = {
         "jaxpr": group.jaxpr,
-        "spec": spec,
+        "spec": group.spec,
         "interpret": context.backend == "interpret",
         "capability": context.device.compute_capability,
         "check": group.name if context.check else "",
@@ -167,13 +177,6 @@ def _kernel_equation(
     return new_jaxpr_eqn(
         group.jaxpr.invars, group.jaxpr.outvars, kernel_p, params, no_effects, source, last.ctx
     )
-
-
-def _used_later(plan: Plan, position: int) -> frozenset[Var]:
-    used = {v for v in plan.jaxpr.outvars if isinstance(v, Var)}
-    for group in plan.groups[position + 1 :]:
-        used.update(group.jaxpr.invars)
-    return frozenset(used)
 
 
 def _with_bodies(eqn: JaxprEqn, position: int, bodies: Mapping[tuple[int, int], Jaxpr]) -> JaxprEqn:

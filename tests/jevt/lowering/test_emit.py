@@ -213,3 +213,18 @@ def test_dropout_bits_are_those_of_jax_random():
     (equation,) = kernel_equations(jevt.last_trace(step))
     operations = [n.op for n in equation.params["spec"].tree if isinstance(n, visitor.Compute)]
     assert "threefry2x32" in operations
+
+
+@pytest.mark.cuda_lowering
+def test_what_is_compiled_beforehand_is_what_runs(monkeypatch):
+    """Outputs in place change a kernel's text, so they are settled before it is tried."""
+    tried = []
+    compile_kernel = emit._compile
+    monkeypatch.setattr(emit, "_compile", lambda s, c: (tried.append(s), compile_kernel(s, c)))
+    params = {"w": jnp.ones((64, 64)), "b": jnp.ones((64,))}
+    state = optax.adamw(1e-3).init(params)
+    step = jevt.jit(adamw_step, backend="triton", donate_argnums=(0, 1))
+    _, trace = lower_for_cuda(step, params, state, params)
+    run = [e.params["spec"] for e in kernel_equations(trace)]
+    assert any(spec.aliases for spec in run)
+    assert run == tried == [g.spec for g in trace.plan.groups if g.target == "triton"]

@@ -149,9 +149,11 @@ def _confirm(group: Group, plan: Plan, free: frozenset[Var], context: Context) -
     return group
 
 
+@functools.lru_cache(maxsize=4096)
 def _compile(spec: KernelSpec, compute_capability: int) -> None:
     """Compiles a kernel by lowering a program that only calls it; jax-triton keeps the binary.
 
+    Once for equal kernels: a deep model has hundreds of groups and a few dozen kernels.
     Lowering inside the real program would be too late to take another decision.
     """
     operands = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in spec.inputs]

@@ -28,9 +28,9 @@ from jevt_kernels.spec import KernelSpec as KernelSpec
 from jevt_kernels.spec import Source as Source
 from jevt_kernels.spec import TensorType as TensorType
 from jevt_kernels.spec import UnsupportedKernel as UnsupportedKernel
-from jevt_kernels.visitor import Accumulator as Accumulator
 from jevt_kernels.visitor import Compute as Compute
 from jevt_kernels.visitor import Constant as Constant
+from jevt_kernels.visitor import Contract as Contract
 from jevt_kernels.visitor import Iota as Iota
 from jevt_kernels.visitor import Load as Load
 from jevt_kernels.visitor import Reduce as Reduce

@@ -238,8 +238,8 @@ class Printer:
                 raise UnsupportedKernel(
                     f"mainloop {self.spec.mainloop!r} holds no reduction along {node.over!r}"
                 )
-            case visitor.Accumulator():
-                raise UnsupportedKernel(f"mainloop {self.spec.mainloop!r} has no accumulator")
+            case visitor.Contract():
+                raise UnsupportedKernel(f"mainloop {self.spec.mainloop!r} holds no matrix product")
             case visitor.Store():
                 raise AssertionError("stores are roots, they have no value")
 

@@ -93,8 +93,8 @@ def _evaluate(
             )
             outputs[node.output] = flat.reshape(outputs[node.output].shape)
             return None
-        case visitor.Accumulator():
-            raise NotImplementedError("mainloops with an accumulator bring their own reference")
+        case visitor.Contract():
+            return _contract(node, spec, values)
 
 
 def _broadcast_shape(target: tuple[int, ...], source: tuple[int, ...]) -> tuple[int, ...]:
@@ -137,3 +137,29 @@ def _reduce(node: visitor.Reduce, spec: KernelSpec, value: Any) -> Any:
     if node.op in ("sum", "prod"):
         return _REDUCTIONS[node.op](full, axis=axes, keepdims=True, dtype=dtype)
     return _REDUCTIONS[node.op](full, axis=axes, keepdims=True).astype(dtype)
+
+
+def _contract(node: visitor.Contract, spec: KernelSpec, values: list[Any]) -> Any:
+    space = spec.space
+    contracted = space.tile_axis(node.over).axes
+    operands, labels = [], []
+    for position in (node.lhs, node.rhs):
+        value = values[position].astype(_own_dtype(spec, position))
+        shape = tuple(
+            space.sizes[axis] if axis in contracted else size
+            for axis, size in enumerate(value.shape)
+        )
+        kept = [axis for axis, size in enumerate(shape) if size != 1]
+        operands.append(jnp.broadcast_to(value, shape).reshape([shape[axis] for axis in kept]))
+        labels.append(kept)
+    free = sorted({*labels[0], *labels[1]} - {*contracted})
+    product = jnp.einsum(
+        operands[0],
+        labels[0],
+        operands[1],
+        labels[1],
+        free,
+        precision=visitor.PRECISIONS[node.precision],
+        preferred_element_type=node.dtype,
+    )
+    return product.reshape([n if axis in free else 1 for axis, n in enumerate(space.sizes)])

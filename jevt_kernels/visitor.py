@@ -3,12 +3,12 @@
 Grammar (static single assignment: an operand is the position of an earlier node)::
 
     tree := node*
-    node := Accumulator(dtype)                    the mainloop's tile
-          | Load(input, index)                    full, row, column or scalar: the map says which
+    node := Load(input, index)                    full, row, column or scalar: the map says which
           | Constant(value, dtype)
           | Iota(index, dtype)                    the value of an index map, as a number
           | Compute(op, operands, dtype, result)  an operation of ``jevt_kernels.ops``
           | Reduce(op, operand, over)             along the tile axis named ``over``
+          | Contract(lhs, rhs, over)              the matrix product along ``over``
           | Store(output, operand, index)
 
 The tree is what EVT (ASPLOS 2024, section 4) calls the epilogue visitor tree; its row, column and
@@ -25,13 +25,6 @@ import numpy as np
 from jevt_kernels.index_map import IndexMap, Space
 
 type Dtype = np.dtype
-
-
-@dataclasses.dataclass(frozen=True)
-class Accumulator:
-    """The tile that the mainloop produces."""
-
-    dtype: Dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +72,39 @@ class Reduce:
 
 
 @dataclasses.dataclass(frozen=True)
+class Contract:
+    """A matrix product: the sum over tile axis ``over`` of ``lhs`` times ``rhs``.
+
+    The operands may be any trees: what ``lhs`` and ``rhs`` are made of is the kernel's prologue,
+    what is made of the product its epilogue. Both are rounded to their own type, which is one and
+    the same, before they are multiplied, and the products are added up in ``dtype``.
+
+    Attributes:
+      lhs: position of a node that varies along ``batch``, ``m`` and ``over`` at most.
+      rhs: position of a node that varies along ``batch``, ``n`` and ``over`` at most.
+      over: name of the contracted tile axis, ``"k"``.
+      dtype: of the sum: float32 of bfloat16, float16 and float32 operands, float64 of float64,
+        int32 of int8.
+      precision: how float32 operands are multiplied, a key of :data:`PRECISIONS`; ``"ieee"`` for
+        all other types.
+    """
+
+    lhs: int
+    rhs: int
+    over: str
+    dtype: Dtype
+    precision: str = "ieee"
+
+
+#: How float32 numbers are multiplied in a :class:`Contract`; ``jax.lax.Precision``'s name of it.
+PRECISIONS: dict[str, str] = {
+    "ieee": "highest",  # every bit
+    "tf32x3": "high",  # three products of parts with 10 bits of mantissa
+    "tf32": "default",  # operands rounded to 10 bits of mantissa
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Store:
     """Writes ``operand`` to kernel output ``output`` at ``index``."""
 
@@ -87,7 +113,7 @@ class Store:
     index: IndexMap
 
 
-type Node = Accumulator | Load | Constant | Iota | Compute | Reduce | Store
+type Node = Load | Constant | Iota | Compute | Reduce | Contract | Store
 type Tree = tuple[Node, ...]
 
 
@@ -98,18 +124,23 @@ def operands(node: Node) -> tuple[int, ...]:
             return node.operands
         case Reduce() | Store():
             return (node.operand,)
+        case Contract():
+            return (node.lhs, node.rhs)
         case _:
             return ()
 
 
 def dependencies(tree: Tree, space: Space) -> tuple[frozenset[str], ...]:
-    """For each node, the names of the tile axes along which its value varies."""
+    """For each node, the names of the tile axes along which its value varies.
+
+    A matrix product varies along every axis but the contracted one: it is a full tile.
+    """
     everything = frozenset(tile_axis.name for tile_axis in space.tile)
     result: list[frozenset[str]] = []
     for node in tree:
         match node:
-            case Accumulator():
-                varies = everything
+            case Contract():
+                varies = everything - {node.over}
             case Load() | Iota():
                 varies = frozenset(t.name for t in space.tile if node.index.depends_on(t))
             case Reduce():
@@ -121,9 +152,9 @@ def dependencies(tree: Tree, space: Space) -> tuple[frozenset[str], ...]:
 
 
 def levels(tree: Tree) -> tuple[int, ...]:
-    """For each node, the number of reductions on its longest path from a leaf."""
+    """For each node, the number of reductions and contractions on its longest path from a leaf."""
     result: list[int] = []
     for node in tree:
         below = max((result[o] for o in operands(node)), default=0)
-        result.append(below + isinstance(node, Reduce))
+        result.append(below + isinstance(node, Reduce | Contract))
     return tuple(result)

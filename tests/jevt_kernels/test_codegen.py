@@ -22,7 +22,7 @@ from jevt_kernels.index_map import IndexMap
 from jevt_kernels.mainloops import MAINLOOPS
 from jevt_kernels.ops import TRITON_TYPES
 from jevt_kernels.spec import Config, KernelSpec, UnsupportedKernel
-from jevt_kernels.visitor import Accumulator, Load, Reduce, Store
+from jevt_kernels.visitor import Contract, Load, Reduce, Store
 
 BFLOAT16 = contract.BFLOAT16
 
@@ -186,8 +186,8 @@ X = Load(0, IndexMap((8, 1)))
     [
         (dataclasses.replace(matrix(), mainloop="gemm"), "expected a mainloop of .*, got 'gemm'"),
         (
-            matrix(Accumulator(FLOAT), Store(0, 0, IndexMap((1, 0)))),
-            "mainloop 'rowwise' has no accumulator",
+            matrix(X, Contract(0, 0, "col", FLOAT), Store(0, 1, IndexMap((1, 0)))),
+            "mainloop 'rowwise' holds no matrix product",
         ),
         (
             matrix(X, Reduce("sum", 0, "row", FLOAT), Store(0, 1, IndexMap((0, 1)))),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import gemm_kernels
 import jax
 import kernel_contract as contract
 import numpy as np
@@ -13,7 +15,7 @@ from jevt_kernels import interpreter
 from jevt_kernels.index_map import IndexMap, Space, TileAxis
 from jevt_kernels.reference import addresses, reference
 from jevt_kernels.spec import KernelSpec, TensorType
-from jevt_kernels.visitor import Accumulator, Compute, Constant, Iota, Load, Reduce, Store
+from jevt_kernels.visitor import Compute, Constant, Iota, Load, Reduce, Store
 
 FLOAT = np.dtype("float32")
 X = contract.random((4, 8))
@@ -70,8 +72,54 @@ def test_addresses() -> None:
 def test_errors() -> None:
     with pytest.raises(TypeError, match="kernel 'reference': expected inputs"):
         reference(SPEC, X)
-    with pytest.raises(NotImplementedError, match="bring their own reference"):
-        reference(dataclasses.replace(SPEC, tree=(Accumulator(FLOAT),)), X, X[0])
     narrow = dataclasses.replace(SPEC, tree=(SPEC.tree[0], Store(0, 0, IndexMap((1, 0)))))
     with pytest.raises(ValueError, match="does not fit a store"):
         reference(narrow, X, X[0])
+
+
+LETTERS = ("bmk", "mk", "bkm", "kmb", "k", "b", "m")
+
+
+@pytest.mark.parametrize("rhs", ["bkn", "nk", "kn", "nbk"])
+@pytest.mark.parametrize("lhs", LETTERS)
+def test_products(lhs: str, rhs: str) -> None:
+    """Whatever axes an operand lacks: it is the same along them."""
+    spec = gemm_kernels.product((2, 3, 4, 5), np.float32, lhs, rhs)
+    x, y = (contract.random(t.shape, seed=i) for i, t in enumerate(spec.inputs))
+    full = {"b": 2, "m": 3, "n": 4, "k": 5}
+    ones = np.ones([full[a] for a in "bmnk"])
+    want = np.einsum(f"{lhs},{rhs},bmnk->bmn", x, y, ones)
+    (got,) = reference(spec, x, y)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "result"),
+    [("bfloat16", "float32"), ("float16", "float32"), ("float64", "float64"), ("int8", "int32")],
+)
+def test_products_of_other_types(dtype: str, result: str) -> None:
+    spec = gemm_kernels.product((1, 3, 4, 5), dtype)
+    x, y = (contract.random(t.shape, dtype, i) for i, t in enumerate(spec.inputs))
+    with contract.types_of(x):
+        (got,) = reference(spec, x, y)
+    assert got.dtype == result
+    exact = x.astype(result) @ y.astype(result)
+    np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_operands_of_a_product_are_rounded() -> None:
+    b = gemm_kernels.Builder(1, 1, 1, 2)
+    third = b.add(Constant(3.0, FLOAT))
+    x = b.load("bmk", FLOAT)
+    lhs = b.add(Compute("div", (x, third), contract.BFLOAT16))
+    b.store(b.contract(lhs, b.load("bkn", contract.BFLOAT16), FLOAT), "bmn", FLOAT)
+    one: Any = np.ones((1, 1, 2), np.float32)
+    (got,) = reference(b.spec(), one, one.reshape(1, 2, 1).astype(contract.BFLOAT16))
+    assert float(got[0, 0, 0]) == 2 * float(np.float32(1 / 3).astype(contract.BFLOAT16))
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 4, 0), (1, 1, 1, 1), (2, 0, 3, 4)])
+def test_products_of_few_elements(sizes: tuple[int, int, int, int]) -> None:
+    spec = gemm_kernels.product(sizes, np.float32)
+    x, y = (contract.random(t.shape, seed=i) for i, t in enumerate(spec.inputs))
+    np.testing.assert_allclose(reference(spec, x, y)[0], x @ y, rtol=1e-6)

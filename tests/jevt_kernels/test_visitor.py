@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gemm_kernels
 import numpy as np
 
 from jevt_kernels import visitor
 from jevt_kernels.index_map import IndexMap, Space, TileAxis
-from jevt_kernels.visitor import Accumulator, Compute, Constant, Iota, Load, Reduce, Store
+from jevt_kernels.visitor import Compute, Constant, Iota, Load, Reduce, Store
 
 FLOAT = np.dtype("float32")
 SPACE = Space((4, 8), (TileAxis("row", (0,)), TileAxis("col", (1,))))
@@ -34,7 +35,6 @@ def test_dependencies() -> None:
         *(row, frozenset(), row, col, row | col),
         *(row | col, row),
     )
-    assert visitor.dependencies((Accumulator(FLOAT),), SPACE) == (row | col,)
 
 
 def test_a_reduction_forgets_its_own_axis_only() -> None:
@@ -50,3 +50,13 @@ def test_operands() -> None:
     assert [visitor.operands(node) for node in TREE] == [
         *((), (0,), (0, 1), (2,), (), (), (4, 5), (), (6, 7), (8,), (3,))
     ]
+
+
+def test_a_product_varies_along_all_but_the_contracted_axis() -> None:
+    b = gemm_kernels.Builder(2, 3, 1, 5)
+    lhs, rhs = b.load("mk", FLOAT), b.load("bk", FLOAT)
+    value = b.contract(lhs, rhs, FLOAT)
+    spec = b.spec()
+    assert visitor.dependencies(spec.tree, spec.space)[value] == {"batch", "m", "n"}
+    assert visitor.operands(spec.tree[value]) == (lhs, rhs)
+    assert visitor.levels(spec.tree) == (0, 0, 1)

@@ -102,6 +102,14 @@ class Printer:
         self._indent += 1
         self._scopes.append({})
 
+    def open_loop(self, variable: str, start: str, stop: int, step: str) -> None:
+        """Starts a loop whose loads are issued ``num_stages`` steps ahead."""
+        stages = self.config.num_stages
+        if stages > 1:
+            self.open(f"for {variable} in tl.range({start}, {stop}, {step}, num_stages={stages}):")
+        else:
+            self.open(f"for {variable} in range({start}, {stop}, {step}):")
+
     def close(self) -> None:
         self._indent -= 1
         self._scopes.pop()

@@ -107,6 +107,11 @@ def _float_call(function: str) -> Emit:
     return _call(f"libdevice.{function}")
 
 
+def _erfc(args: tuple[Arg, ...], dtype: np.dtype) -> str:
+    library = "libdevice" if dtype == np.dtype("float64") else "dm"
+    return f"{library}.erfc({args[0].text})"
+
+
 def _extremum(function: str) -> Emit:
     def emit(args: tuple[Arg, ...], dtype: np.dtype) -> str:
         x, y = args[0].text, args[1].text
@@ -273,7 +278,7 @@ OPS: dict[str, Op] = {
     "eq": _row(_infix("=="), lax.eq, literals=True),
     "erf": _row(_call("tl.erf"), lax.erf),
     "erf_inv": _row(_float_call("erfinv"), lax.erf_inv),
-    "erfc": _row(_float_call("erfc"), lax.erfc),
+    "erfc": _row(_erfc, lax.erfc),
     "exp": _row(_call("tl.exp"), lax.exp),
     "exp2": _row(_call("tl.exp2"), lax.exp2),
     "expm1": _row(_float_call("expm1"), lax.expm1),

@@ -37,12 +37,15 @@ class Config:
     Attributes:
       blocks: tile sizes by tile-axis name, powers of two.
       num_warps: warps in a thread block.
-      num_stages: software-pipelining depth of loops.
+      num_stages: software-pipelining depth of loops: the loads of so many steps are under way.
+      programs: most program instances of a kernel that can walk several tiles in each; 0 for one
+        tile an instance.
     """
 
     blocks: tuple[tuple[str, int], ...]
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 1
+    programs: int = 0
 
     def block(self, name: str) -> int:
         return dict(self.blocks)[name]

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer
+from jevt_kernels.mainloops.pipelining import stages
 from jevt_kernels.mainloops.pointwise import blocks_along, power_of_two
-from jevt_kernels.mainloops.reduction import hoist, reductions
+from jevt_kernels.mainloops.reduction import before_reductions, hoist, reductions
 from jevt_kernels.ops import TRITON_TYPES
 from jevt_kernels.spec import Config, KernelSpec, Partial, UnsupportedKernel
 
@@ -25,23 +26,24 @@ MAX_WHOLE = 8192
 #: the order of summation, so it does not depend on the device.
 ROW_PROGRAMS = 528
 
-_PER_WARP = 512
+_PER_WARP = 1024
 
 
 def configs(spec: KernelSpec) -> tuple[Config, ...]:
     """Configurations worth trying, the preferred one first."""
     rows, columns = (spec.space.extent(spec.space.tile_axis(name)) for name in ("row", "col"))
     whole = any(isinstance(n, visitor.Reduce) and n.over == "col" for n in spec.tree)
+    width = power_of_two(columns)
     result: dict[Config, None] = {}
-    for elements, widest in ((4096, 64), (4096, 128), (4096, 256), (8192, 512)):
-        width = power_of_two(columns)
-        if whole:
-            elements //= 2  # a row's intermediates live beside the accumulators
-        else:
-            width = min(width, widest)
-        height = min(max(1, elements // width), power_of_two(rows))
-        warps = min(16, max(1, power_of_two(height * width // _PER_WARP)))
-        result.setdefault(Config((("row", height), ("col", width)), warps))
+    # A row on chip for each warp, its intermediates beside the accumulators; else short blocks of
+    # columns, so that the partial results are few.
+    shapes = ((1024, width), (2048, width)) if whole else ((2048, 64), (2048, 256), (4096, 128))
+    for elements, widest in shapes:
+        across = min(width, widest)
+        down = min(max(1, elements // across), power_of_two(rows))
+        blocks = (("row", down), ("col", across))
+        warps = min(16, max(1, down * across // _PER_WARP))
+        result.setdefault(Config(blocks, warps, stages(spec, "row", dict(blocks))))
     return tuple(result)
 
 
@@ -68,11 +70,9 @@ def emit(printer: Printer) -> int:
         reduction.start()
     partial_stores = {s for r in along_rows for s in _stores_of(printer, r.position)}
     stores = [s for s in printer.stores() if s not in partial_stores]
-    roots = [r.node.operand for r in (*along_rows, *along_columns)]
-    roots += [o for s in stores for o in visitor.operands(printer.spec.tree[s])]
-    hoist(printer, [r for r in roots if printer.levels[r] == 0], "row")
+    hoist(printer, before_reductions(printer), "row")
 
-    printer.open(f"for block in range(part, {row_blocks}, {programs}):")
+    printer.open_loop("block", "part", row_blocks, str(programs))
     printer.tile_index("row", "block * BLOCK_ROW")
     for reduction in along_columns:
         reduction.finish(reduction.masked())

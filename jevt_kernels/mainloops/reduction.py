@@ -135,6 +135,15 @@ def reductions(printer: Printer, over: str) -> list[Reduction]:
     return found
 
 
+def before_reductions(printer: Printer) -> list[int]:
+    """The nodes whose values need no reduction."""
+    return [
+        position
+        for position, node in enumerate(printer.spec.tree)
+        if printer.levels[position] == 0 and not isinstance(node, visitor.Store)
+    ]
+
+
 def hoist(printer: Printer, roots: list[int], axis: str) -> None:
     """Prints, before a loop along ``axis``, what its values need that does not vary along it.
 

@@ -10,15 +10,24 @@ from __future__ import annotations
 
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer, power_of_two
+from jevt_kernels.mainloops.pipelining import stages
 from jevt_kernels.mainloops.pointwise import blocks_along
-from jevt_kernels.mainloops.reduction import hoist, reductions
+from jevt_kernels.mainloops.reduction import before_reductions, hoist, reductions
 from jevt_kernels.spec import Config, KernelSpec
 
 #: Widest row, padded to a power of two, that is held on chip.
 MAX_WHOLE = 32768
 
-#: Elements of a tile that one warp takes.
+#: Elements of a row, padded, that one warp takes: a row that a single warp holds is reduced without
+#: shared memory, and small blocks come and go without waiting for each other.
 _PER_WARP = 1024
+
+#: From this many 32-bit values of loaded tensors a thread on, so few blocks fit on a multiprocessor
+#: that loads have to be issued ahead; with 16-bit tensors only, wider ones keep memory busy anyway.
+_MANY_REGISTERS = 96
+
+#: Blocks that walk the rows then, eight on each of 132 multiprocessors.
+_PROGRAMS = 1056
 
 
 def configs(spec: KernelSpec) -> tuple[Config, ...]:
@@ -30,29 +39,56 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
             Config((("row", 1), ("col", block)), warps)
             for block, warps in ((4096, 8), (2048, 8), (8192, 16))
         )
-    result: dict[Config, None] = {}
-    for elements in (4096, 2048, 1024):
-        height = min(max(1, elements // width), power_of_two(rows))
-        warps = min(32, max(1, power_of_two(height * width // _PER_WARP)))
-        result.setdefault(Config((("row", height), ("col", width)), warps))
-    return tuple(result)
+    warps = min(32, max(1, width // _PER_WARP))
+    height = min(max(1, _PER_WARP // width), power_of_two(rows))
+    blocks = (("row", height), ("col", width))
+    result = [Config(blocks, warps), Config(blocks, min(32, 2 * warps))]
+    tiles, registers = _loads(spec, width // (32 * warps))
+    if tiles and height * width <= _PER_WARP and rows > 4 * _PROGRAMS:
+        ahead = (("row", 2 if tiles == 1 and width == _PER_WARP else height), ("col", width))
+        walking = Config(ahead, warps, stages(spec, "row", dict(ahead)), _PROGRAMS)
+        result.insert(0 if registers >= _MANY_REGISTERS else 1, walking)
+    return tuple(dict.fromkeys(result))
+
+
+def _loads(spec: KernelSpec, per_thread: int) -> tuple[int, int]:
+    """Full tiles that are loaded, and the registers that they and the vectors along columns take.
+
+    Both are 0 where a full tile's elements are wider than 16 bits.
+    """
+    loads = {node for node in spec.tree if isinstance(node, visitor.Load)}
+    row, col = (spec.space.tile_axis(name) for name in ("row", "col"))
+    along = [load for load in loads if load.index.depends_on(col)]
+    tiles = [load for load in along if load.index.depends_on(row)]
+    if any(spec.inputs[tile.input].dtype.itemsize > 2 for tile in tiles):
+        return 0, 0
+    return len(tiles), len(along) * per_thread
 
 
 def emit(printer: Printer) -> int:
-    """Prints the body; one program instance a block of rows."""
+    """Prints the body; a program instance walks one block of rows, or several."""
     space, config = printer.spec.space, printer.config
+    row_blocks = blocks_along(space, config, "row")
     printer.constants()
     printer.line(f"pid = {printer.program_id()}")
-    printer.tile_index("row", "pid * BLOCK_ROW")
-    if blocks_along(space, config, "col") <= 1:
-        _emit_whole(printer)
-    else:
+    if blocks_along(space, config, "col") > 1:
+        printer.tile_index("row", "pid * BLOCK_ROW")
         _emit_looped(printer)
-    return blocks_along(space, config, "row")
+        return row_blocks
+    printer.tile_index("col", "")
+    if not config.programs or row_blocks <= config.programs:
+        printer.tile_index("row", "pid * BLOCK_ROW")
+        _emit_whole(printer)
+        return row_blocks
+    hoist(printer, before_reductions(printer), "row")
+    printer.open_loop("block", "pid", row_blocks, str(config.programs))
+    printer.tile_index("row", "block * BLOCK_ROW")
+    _emit_whole(printer)
+    printer.close()
+    return config.programs
 
 
 def _emit_whole(printer: Printer) -> None:
-    printer.tile_index("col", "")
     for reduction in reductions(printer, "col"):
         reduction.finish(reduction.masked())
     printer.store_all(printer.stores())
@@ -66,7 +102,7 @@ def _emit_looped(printer: Printer) -> None:
         for reduction in here:
             reduction.start()
             hoist(printer, [reduction.node.operand], "col")
-        printer.open(f"for start in range(0, {columns}, BLOCK_COL):")
+        printer.open_loop("start", "0", columns, "BLOCK_COL")
         printer.tile_index("col", "start")
         for reduction in here:
             reduction.accumulate()
@@ -80,7 +116,7 @@ def _emit_looped(printer: Printer) -> None:
     printer.store_all(narrow)
     wide = [s for s in stores if s not in narrow]
     if wide:
-        printer.open(f"for start in range(0, {columns}, BLOCK_COL):")
+        printer.open_loop("start", "0", columns, "BLOCK_COL")
         printer.tile_index("col", "start")
         printer.store_all(wide)
         printer.close()

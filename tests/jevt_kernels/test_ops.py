@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -329,6 +330,17 @@ def test_integer_pow(exponent: int) -> None:
     operands = [(np.resize(edges(d), SIZE), np.int32(exponent)) for d in types]
     terms = [contract.Term("integer_pow", o, d) for o, d in zip(operands, types, strict=True)]
     hold([Check(term, lambda x, _: case.function(x), case) for term in terms])
+
+
+@pytest.mark.interpret
+def test_erfc_is_accurate_everywhere() -> None:
+    x = np.concatenate([np.linspace(-6, 9, 4001), [0.0, -0.0, 30.0, -30.0]]).astype(np.float32)
+    spec = contract.build(lax.erfc, x)
+    exact = np.array([math.erfc(value) for value in x.tolist()])
+    (got,) = interpreter.run(spec, x)
+    near = x < 3
+    np.testing.assert_allclose(got[near], exact[near], rtol=2e-6)
+    np.testing.assert_allclose(got[~near], exact[~near], rtol=1e-5)
 
 
 @pytest.mark.interpret

@@ -24,8 +24,14 @@ X = contract.random((5, 40))
 SCALE = contract.random((40,), seed=1)
 BIAS = contract.random((40,), seed=2)
 
-#: Several rows a tile, one row a tile, and the looped form with a ragged last block.
-CONFIGS = (None, Config((("row", 1), ("col", 64))), Config((("row", 4), ("col", 16))))
+#: Several rows a tile, one row a tile, several tiles a program with a ragged last one, and the
+#: looped form with a ragged last block.
+CONFIGS = (
+    None,
+    Config((("row", 1), ("col", 64))),
+    Config((("row", 2), ("col", 64)), num_stages=3, programs=2),
+    Config((("row", 4), ("col", 16))),
+)
 
 
 def layer_norm(x: Any, scale: Any, bias: Any) -> Any:
@@ -132,6 +138,31 @@ def test_lengths(columns: int) -> None:
     spec = contract.check(lambda x: (jax.nn.softmax(x), x.sum(1)), x)
     text = codegen.generate(spec).text
     assert ("for start in range" in text) == (columns > rowwise.MAX_WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "walks"),
+    [
+        ("layer norm, gradient", contract.BFLOAT16, True),
+        ("layer norm, gradient", np.float32, False),
+        ("softmax", contract.BFLOAT16, False),
+    ],
+)
+def test_loads_are_issued_ahead_where_few_blocks_fit(name: str, dtype: Any, walks: bool) -> None:
+    function, arrays = ROWS[name]
+    shapes = [(16384, 1024) if a.ndim == 2 else (1024,) for a in arrays]
+    with contract.types_of(*arrays):
+        spec = contract.build(function, *(jax.ShapeDtypeStruct(s, dtype) for s in shapes))
+    text = codegen.generate(spec).text
+    assert ("in tl.range(pid, 16384, 1056, num_stages=" in text) == walks
+
+
+def test_what_does_not_vary_along_rows_is_loaded_once() -> None:
+    config = Config((("row", 1), ("col", 64)), num_stages=3, programs=2)
+    text = codegen.generate(contract.build(layer_norm, X, SCALE, BIAS), config).text
+    before, _, loop = text.partition("for block")
+    assert before.count("tl.load") == 2
+    assert loop.count("tl.load") == 1
 
 
 def test_many_rows() -> None:

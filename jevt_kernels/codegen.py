@@ -4,15 +4,18 @@ A mainloop (``jevt_kernels.mainloops``) decides how tiles are walked; the :class
 prints index arithmetic, masks and nodes, the same for every mainloop. Generated code keeps these
 names:
 
-* ``x0, x1, …`` inputs, ``y0, y1, …`` outputs, ``v<position>`` the value of a node;
+* ``x0, x1, …`` inputs, ``y0, y1, …`` outputs, ``v<position>`` the value of a node (``a<position>``
+  and ``b<position>`` in the operands of a matrix product);
 * ``<axis>`` the linear index along a tile axis (``i``, ``row``, ``col``), ``<axis>_ok`` its mask;
 * ``BLOCK_<AXIS>`` the tile size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -20,6 +23,7 @@ from jevt_kernels import visitor
 from jevt_kernels.index_map import IndexMap, TileAxis
 from jevt_kernels.ops import OPS, TRITON_TYPES, Arg, compute_dtype, is_float, triton_type
 from jevt_kernels.spec import Config, KernelSpec, Partial, Source, UnsupportedKernel
+from jevt_kernels.view import View, dimension
 
 _HEADER = """\
 import triton
@@ -60,15 +64,18 @@ def generate(spec: KernelSpec, config: Config | None = None) -> Source:
             f"expected a mainloop of {sorted(MAINLOOPS)}, got {spec.mainloop!r}"
         )
     mainloop = MAINLOOPS[spec.mainloop]
-    config = _fitted(config or mainloop.configs(spec)[0], spec)
+    config = _fitted(config or mainloop.configs(spec)[0], spec, mainloop.SMALLEST_BLOCK)
     printer = Printer(spec, config)
     grid = mainloop.emit(printer)
     return Source(printer.text(), spec.name, grid, config, tuple(printer.partials))
 
 
-def _fitted(config: Config, spec: KernelSpec) -> Config:
+def _fitted(config: Config, spec: KernelSpec, smallest: int) -> Config:
     extents = {t.name: spec.space.extent(t) for t in spec.space.tile}
-    blocks = tuple((n, min(block, power_of_two(extents[n]))) for n, block in config.blocks)
+    blocks = tuple(
+        (name, min(block, max(smallest, power_of_two(extents[name]))))
+        for name, block in config.blocks
+    )
     return dataclasses.replace(config, blocks=blocks)
 
 
@@ -85,7 +92,9 @@ class Printer:
         self.config = config
         self.dependencies = visitor.dependencies(spec.tree, spec.space)
         self.levels = visitor.levels(spec.tree)
-        self.rank = len(spec.space.tile)
+        self.view = View(tuple(dimension(t.name) for t in spec.space.tile))
+        #: For variables of tile axes that a loop walks: the index in the tile, the tile's start.
+        self.steps: dict[str, tuple[str, str]] = {}
         self._lines: list[str] = []
         self._indent = 1
         self._scopes: list[dict[object, str]] = [{}]
@@ -114,6 +123,20 @@ class Printer:
         self._indent -= 1
         self._scopes.pop()
 
+    @contextlib.contextmanager
+    def viewing(self, view: View) -> Iterator[None]:
+        """Prints values for another tile; those known are known under its own names only."""
+        outer, self.view = self.view, view
+        yield
+        self.view = outer
+
+    @contextlib.contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Names bound inside are forgotten afterwards."""
+        self._scopes.append({})
+        yield
+        self._scopes.pop()
+
     def text(self) -> str:
         inputs = [f"x{i}" for i in range(len(self.spec.inputs))]
         aliased = {output for _, output in self.spec.aliases}
@@ -124,7 +147,8 @@ class Printer:
 
     def bind(self, key: object, expression: str, name: str) -> str:
         """The name of ``expression``, printed once a scope."""
-        for scope in self._scopes:
+        key = (self.view.prefix, key)
+        for scope in reversed(self._scopes):
             if key in scope:
                 return scope[key]
         self.line(f"{name} = {expression}")
@@ -136,7 +160,8 @@ class Printer:
     @property
     def wide(self) -> bool:
         """Whether offsets need 64 bits."""
-        spans = [t.size for t in (*self.spec.inputs, *self.spec.outputs)]
+        spans = [t.size for t in self.spec.inputs]
+        spans += [t.size * self._parts(o) for o, t in enumerate(self.spec.outputs)]
         spans += [
             max(map(abs, node.index.span(self.spec.space)))
             for node in self.spec.tree
@@ -146,23 +171,53 @@ class Printer:
         slack = math.prod(block for _, block in self.config.blocks)
         return max(spans, default=0) + slack > _INT32_MAX
 
-    def slot(self, position: int) -> str:
-        """The subscript that puts a one-dimensional range at its place in the tile."""
-        if self.rank == 1:
-            return ""
-        return "[" + ", ".join(":" if p == position else "None" for p in range(self.rank)) + "]"
+    def _parts(self, output: int) -> int:
+        """An upper bound of the partial results that the kernel leaves of an output."""
+        parts = self.config.splits
+        for node in self.spec.tree:
+            if isinstance(node, visitor.Store) and node.output == output:
+                source = self.spec.tree[node.operand]
+                while isinstance(source, visitor.Reduce):
+                    extent = self.spec.space.extent(self.spec.space.tile_axis(source.over))
+                    parts *= -(-extent // self.config.block(source.over))
+                    source = self.spec.tree[source.operand]
+        return parts
+
+    def lanes(self, name: str) -> str:
+        """Positions in the tile along a tile axis."""
+        dimension = self.view.find(name)
+        assert dimension is not None
+        return f"tl.arange(0, {dimension.size}){self.view.slot(name)}"
 
     def tile_index(self, name: str, start: str) -> None:
         """Prints the linear index and the mask of a tile axis, whose blocks start at ``start``."""
-        position = [t.name for t in self.spec.space.tile].index(name)
-        tile_axis = self.spec.space.tile[position]
-        arange = f"tl.arange(0, BLOCK_{name.upper()}){self.slot(position)}"
+        lanes, variable = self.lanes(name), self.view.variable(name)
         if self.wide and "pid" not in start:  # program_id() is wide already
-            arange += ".to(tl.int64)"
-        self.line(f"{name} = {start} + {arange}" if start else f"{name} = {arange}")
+            lanes += ".to(tl.int64)"
+        self.line(f"{variable} = {start} + {lanes}" if start else f"{variable} = {lanes}")
+        self._tile_mask(name)
+
+    def stepped_index(self, name: str, start: str) -> None:
+        """:meth:`tile_index` in a loop along the axis, ``<variable>_lane`` printed before it.
+
+        In the address of a tensor that is regular along the axis, ``start`` is the last term: what
+        comes before it is the same in each step, and Triton's compiler takes it out of the loop.
+        """
+        variable = self.view.variable(name)
+        self.line(f"{variable} = {start} + {variable}_lane")
+        self._tile_mask(name)
+        self.steps[variable] = (f"{variable}_lane", start)
+
+    def lane_index(self, name: str) -> None:
+        """Prints ``<variable>_lane`` for :meth:`stepped_index`."""
+        wide = ".to(tl.int64)" if self.wide else ""
+        self.line(f"{self.view.variable(name)}_lane = {self.lanes(name)}{wide}")
+
+    def _tile_mask(self, name: str) -> None:
+        tile_axis = self.spec.space.tile_axis(name)
         if self.masked(tile_axis):
-            extent = self.spec.space.extent(tile_axis)
-            self.line(f"{name}_ok = {name} < {extent}")
+            variable = self.view.variable(name)
+            self.line(f"{variable}_ok = {variable} < {self.spec.space.extent(tile_axis)}")
 
     def constants(self) -> None:
         """Prints the tile sizes."""
@@ -173,19 +228,25 @@ class Printer:
         return "tl.program_id(0).to(tl.int64)" if self.wide else "tl.program_id(0)"
 
     def masked(self, tile_axis: TileAxis) -> bool:
+        if self.view.find(tile_axis.name) is None:
+            return False
         return self.spec.space.extent(tile_axis) % self.config.block(tile_axis.name) != 0
 
     def mask(self, names: frozenset[str]) -> str:
         """The conjunction of the masks of these tile axes, "" when none is needed."""
         tile_axes = [t for t in self.spec.space.tile if t.name in names and self.masked(t)]
-        return " & ".join(f"{t.name}_ok" for t in tile_axes)
+        return " & ".join(f"{self.view.variable(t.name)}_ok" for t in tile_axes)
 
     def address(self, index: IndexMap) -> str:
         """The value of an index map at the tile's points, without parentheses."""
         terms: list[str] = []
+        last: list[str] = []
         for tile_axis in self.spec.space.tile:
             for digit in index.digits(self.spec.space, tile_axis):
-                name = tile_axis.name
+                name = self.view.variable(tile_axis.name)
+                if name in self.steps and (digit.divisor, digit.modulus) == (1, None):
+                    name, start = self.steps[name]
+                    last.append(_times(start, digit.stride))
                 if digit.divisor != 1:
                     name = self.bind(
                         (name, "div", digit.divisor),
@@ -198,10 +259,10 @@ class Printer:
                         f"{name} % {digit.modulus}",
                         f"{name}_m{digit.modulus}",
                     )
-                terms.append(name if digit.stride == 1 else f"{name} * {digit.stride}")
+                terms.append(_times(name, digit.stride))
         if index.offset or not terms:
             terms.append(str(index.offset))
-        return " + ".join(terms)
+        return " + ".join(terms + last)
 
     # Nodes
 
@@ -210,22 +271,22 @@ class Printer:
 
     def value(self, position: int) -> str:
         """The name that holds a node's value; prints it with what it needs if not yet there."""
-        key = ("value", position)
-        for scope in self._scopes:
+        key = (self.view.prefix, ("value", position))
+        for scope in reversed(self._scopes):
             if key in scope:
                 return scope[key]
         expression = self._expression(position)
         if expression.isidentifier():  # a conversion that changes nothing inside a kernel
             self._scopes[-1][key] = expression
             return expression
-        name = f"v{position}"
+        name = f"{self.view.prefix}{position}"
         self.line(f"{name} = {expression}")
         self._scopes[-1][key] = name
         return name
 
     def set_value(self, position: int, name: str) -> None:
         """Declares that ``name`` holds the node's value in the present scope."""
-        self._scopes[-1][("value", position)] = name
+        self._scopes[-1][(self.view.prefix, ("value", position))] = name
 
     def _expression(self, position: int) -> str:
         node = self.spec.tree[position]
@@ -253,20 +314,19 @@ class Printer:
 
     def _full(self, text: str, dtype: np.dtype) -> str:
         """A number as a tile of one element."""
-        return f"tl.full({self._unit_shape()}, {text}, {triton_type(dtype)})"
-
-    def _unit_shape(self) -> str:
-        return (
-            "(" + ", ".join("1" for _ in range(self.rank)) + ("," if self.rank == 1 else "") + ")"
-        )
+        return f"tl.full({self.view.shape()}, {text}, {triton_type(dtype)})"
 
     def _load(self, node: visitor.Load, varies: frozenset[str]) -> str:
         dtype = self.spec.inputs[node.input].dtype
+        text = self.load_stored(node, varies)
+        return text if compute_dtype(dtype) == dtype else f"{text}.to({triton_type(dtype)})"
+
+    def load_stored(self, node: visitor.Load, varies: frozenset[str]) -> str:
+        """Elements of the type in which memory holds them; 0 beyond the ends of axes."""
         arguments = [f"x{node.input} + {self.address(node.index)}"]
         if mask := self.mask(varies):
             arguments += [f"mask={mask}", "other=0"]
-        text = f"tl.load({', '.join(arguments)})"
-        return text if compute_dtype(dtype) == dtype else f"{text}.to({triton_type(dtype)})"
+        return f"tl.load({', '.join(arguments)})"
 
     def _compute(self, node: visitor.Compute) -> str:
         op = OPS[node.op]
@@ -286,9 +346,10 @@ class Printer:
                 args.append(Arg(self.value(operand), dtype))
         if op.results == 1:
             return op.emit(tuple(args), node.dtype)
-        key = (node.op, node.operands)
-        names = [f"v{'_'.join(map(str, node.operands))}_r{r}" for r in range(op.results)]
-        for scope in self._scopes:
+        key = (self.view.prefix, (node.op, node.operands))
+        stem = self.view.prefix + "_".join(map(str, node.operands))
+        names = [f"{stem}_r{r}" for r in range(op.results)]
+        for scope in reversed(self._scopes):
             if key in scope:
                 return names[node.result]
         self.line(f"{', '.join(names)} = {op.emit(tuple(args), node.dtype)}")
@@ -316,25 +377,57 @@ class Printer:
     def store(self, position: int) -> None:
         node = self.spec.tree[position]
         assert isinstance(node, visitor.Store)
-        varies = frozenset(t.name for t in self.spec.space.tile if node.index.depends_on(t))
-        if not self.dependencies[node.operand] <= varies:
-            raise UnsupportedKernel(f"output {node.output} does not follow every axis of its value")
+        varies = self.stored_along(node)
         dtype = self.spec.outputs[node.output].dtype
         value = self.value(node.operand)
         if compute_dtype(dtype) != dtype:
             value = f"{value}.to({TRITON_TYPES[dtype]})"
         aliased = {output: source for source, output in self.spec.aliases}
         pointer = f"x{aliased[node.output]}" if node.output in aliased else f"y{node.output}"
-        address = self.address(node.index)
-        if address.isdecimal():  # a single element, whose value may be a block of one
-            address = f"tl.full({self._unit_shape()}, {address}, tl.int32)"
-        arguments = [f"{pointer} + {address}", value]
+        arguments = [f"{pointer} + {self.store_address(node)}", value]
         if mask := self.mask(varies):
             arguments.append(f"mask={mask}")
         self.line(f"tl.store({', '.join(arguments)})")
 
+    def stored_along(self, node: visitor.Store) -> frozenset[str]:
+        """The tile axes along which a store, or the value that it writes, varies.
+
+        Raises:
+          UnsupportedKernel: if the value has more elements than the store.
+        """
+        follows = frozenset(t.name for t in self.spec.space.tile if node.index.depends_on(t))
+        varies = self.dependencies[node.operand]
+        for name in varies - follows:
+            if self.spec.space.extent(self.spec.space.tile_axis(name)) > 1:
+                raise UnsupportedKernel(
+                    f"output {node.output} does not follow every axis of its value"
+                )
+        return varies | follows
+
+    def store_address(self, node: visitor.Store) -> str:
+        """The address of a store, of the shape of what it writes."""
+        address = self.address(node.index)
+        # An axis of one element has no part in the address, but the tile is longer than that.
+        follows = {t.name for t in self.spec.space.tile if node.index.depends_on(t)}
+        terms = [
+            dimension.variable
+            for dimension in self.view.dimensions
+            if dimension.name in self.dependencies[node.operand] - follows
+        ]
+        if address == "0" and terms:
+            return " + ".join(terms)
+        if not terms and follows.isdisjoint(self.view.names):
+            # A single element, whose value may be a block of one.
+            zero = f"tl.full({self.view.shape()}, {{}}, tl.int32)"
+            return zero.format(address) if address.isdecimal() else f"{zero.format(0)} + {address}"
+        return " + ".join((address, *terms))
+
     def stores(self) -> list[int]:
         return [i for i, node in enumerate(self.spec.tree) if isinstance(node, visitor.Store)]
+
+
+def _times(name: str, stride: int) -> str:
+    return name if stride == 1 else f"{name} * {stride}"
 
 
 def literal(value: bool | int | float, dtype: np.dtype) -> str:

@@ -232,6 +232,22 @@ def interpreting() -> bool:
     return not isinstance(language.cdiv, jit.JITFunction)
 
 
+def _dot_of_bfloat16(interpreter: Any) -> Callable[..., Any]:
+    """The interpreter's matrix product, which would multiply the bits of bfloat16 as integers."""
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, lhs: Any, rhs: Any, accumulator: Any, *precision: Any) -> Any:
+        if not (lhs.dtype.scalar.is_bf16() and lhs.data.dtype == np.uint16):
+            return original(self, lhs, rhs, accumulator, *precision)
+        # A bfloat16 is the upper half of a float32.
+        x, y = ((h.data.astype(np.uint32) << 16).view(np.float32) for h in (lhs, rhs))
+        sums = np.matmul(x, y, dtype=accumulator.data.dtype) + accumulator.data
+        return interpreter.TensorHandle(sums, accumulator.dtype.scalar)
+
+    create_dot.original = original  # type: ignore[attr-defined]
+    return create_dot
+
+
 def supply_interpreter_functions(functions: Mapping[str, Callable[..., np.ndarray]]) -> None:
     """Makes libdevice callable in the interpreter, which has no external functions of its own.
 
@@ -257,6 +273,7 @@ def supply_interpreter_functions(functions: Mapping[str, Callable[..., np.ndarra
         return interpreter.TensorHandle(np.asarray(data).astype(dtype), result.scalar)
 
     interpreter.InterpreterBuilder.create_extern_elementwise = create_extern_elementwise
+    interpreter.InterpreterBuilder.create_dot = _dot_of_bfloat16(interpreter)
     for name, member in inspect.getmembers(libdevice):
         if core.is_builtin(member):
             bound = functools.partial(member, _semantic=interpreter.interpreter_semantic)

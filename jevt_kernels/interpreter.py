@@ -4,8 +4,9 @@ Every program instance is executed by NumPy, one after another: slow, but it che
 and arithmetic of the very source that a GPU runs. PyTorch is not needed.
 
 The interpreter computes bfloat16 wrongly: arithmetic works on raw bits, and float32 is truncated to
-bfloat16, where a GPU rounds to nearest even. Generated kernels compute in float32, so what remains
-is an error of one unit in the last place where bfloat16 is stored.
+bfloat16, where a GPU rounds to nearest even. Matrix products are mended (``jevt_kernels.compat``),
+everything else computes in float32, so what remains is an error of one unit in the last place where
+a value is rounded to bfloat16.
 """
 
 from __future__ import annotations

@@ -21,10 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jevt_kernels import compat, ops, partials
+from jevt_kernels import compat, ops, partials, visitor
 from jevt_kernels.compat import UnsupportedDevice
 from jevt_kernels.spec import Config, KernelSpec, Source, TensorType, UnsupportedKernel
-from jevt_kernels.visitor import Compute, Reduce
 
 # The x dimension of a CUDA grid, which is the only one that generated kernels use.
 MAXIMUM_GRID = 2**31 - 1
@@ -198,14 +197,21 @@ def call(
 def cost_estimate(spec: KernelSpec) -> dict[str, int]:
     """Bytes moved and operations executed by one launch, in the form that jax-triton passes to XLA.
 
-    An operation of the visitor tree counts once a point of the space; operations on values that do
-    not vary along every axis are therefore overestimated, and a looped kernel's second read of its
-    operands is not counted.
+    An operation of the visitor tree counts once a point of the axes along which its operands vary,
+    a matrix product twice a point. What a kernel reads or computes more than once is not counted.
     """
-    operations = sum(isinstance(node, Compute | Reduce) for node in spec.tree)
+    dependencies = visitor.dependencies(spec.tree, spec.space)
+    extents = {t.name: spec.space.extent(t) for t in spec.space.tile}
+    flops = 0
+    for node in spec.tree:
+        if isinstance(node, visitor.Contract):
+            flops += 2 * spec.space.size
+        elif isinstance(node, visitor.Compute | visitor.Reduce):
+            axes = frozenset().union(*(dependencies[o] for o in visitor.operands(node)))
+            flops += math.prod(extents[name] for name in axes)
     return {
         "bytes_accessed": sum(operand.nbytes for operand in (*spec.inputs, *spec.outputs)),
-        "flops": operations * math.prod(spec.space.sizes),
+        "flops": flops,
     }
 
 

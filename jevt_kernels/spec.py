@@ -40,12 +40,20 @@ class Config:
       num_stages: software-pipelining depth of loops: the loads of so many steps are under way.
       programs: most program instances of a kernel that can walk several tiles in each; 0 for one
         tile an instance.
+      group: of matrix products: rows of tiles that are walked column by column, so that the
+        operands of tiles computed at the same time stay in the L2 cache.
+      splits: of matrix products: parts of the contracted axis, each summed by a program of its own.
+      subtiles: of matrix products: parts of a tile for which the epilogue runs one after the other,
+        a power of two.
     """
 
     blocks: tuple[tuple[str, int], ...]
     num_warps: int = 4
     num_stages: int = 1
     programs: int = 0
+    group: int = 8
+    splits: int = 1
+    subtiles: int = 1
 
     def block(self, name: str) -> int:
         return dict(self.blocks)[name]

@@ -3,7 +3,6 @@
 They are not in the product: kernels do not need them to run, only to be compared exactly.
 ``test_interpreter_mends.py`` shows for each that it is needed.
 
-- ``create_dot``: ``tl.dot`` of bfloat16 multiplies the raw bits.
 - ``cast_impl``, ``create_fp_to_fp``: float32 is truncated to bfloat16 instead of rounded to nearest
   even; other types are converted to and from the raw bits.
 - ``_patch_lang_tensor``: Triton 3.6 makes an integer of an array with one element, which NumPy 2.5
@@ -24,7 +23,6 @@ from triton.runtime import interpreter
 _BUILDER = interpreter.InterpreterBuilder
 
 _originals: dict[str, Any] = {
-    "create_dot": _BUILDER.create_dot,
     "cast_impl": _BUILDER.cast_impl,
     "create_fp_to_fp": _BUILDER.create_fp_to_fp,
     "_patch_lang_tensor": interpreter._patch_lang_tensor,
@@ -52,13 +50,6 @@ def _convert(source: Any, target: Any) -> Any:
     return interpreter.TensorHandle(data, target.scalar)
 
 
-def _create_dot(self: Any, a: Any, b: Any, accumulator: Any, *precision: Any) -> Any:
-    if not _is_bfloat16(a.dtype):
-        return _originals["create_dot"](self, a, b, accumulator, *precision)
-    product = np.matmul(_values(a), _values(b), dtype=accumulator.data.dtype)
-    return interpreter.TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
-
-
 def _cast_impl(self: Any, source: Any, target: Any) -> Any:
     if _is_bfloat16(source.dtype) != _is_bfloat16(target):
         return _convert(source, target)
@@ -78,7 +69,6 @@ def _patch_lang_tensor(tensor: Any, *scope: Any) -> None:
 
 
 _mends: dict[str, Any] = {
-    "create_dot": _create_dot,
     "cast_impl": _cast_impl,
     "create_fp_to_fp": _create_fp_to_fp,
     "_patch_lang_tensor": _patch_lang_tensor,

@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import Protocol
 
 from jevt_kernels.codegen import Printer
-from jevt_kernels.mainloops import columnwise, pointwise, rowwise
+from jevt_kernels.mainloops import columnwise, gemm, pointwise, rowwise
 from jevt_kernels.spec import Config, KernelSpec
 
 
 class Mainloop(Protocol):
-    """What a module of this package offers."""
+    """What a module of this package offers.
+
+    Attributes:
+      SMALLEST_BLOCK: the least size of a block, however short its axis is.
+    """
+
+    SMALLEST_BLOCK: int
 
     def configs(self, spec: KernelSpec) -> tuple[Config, ...]:
         """Configurations worth trying, the preferred one first."""
@@ -25,4 +31,5 @@ MAINLOOPS: dict[str, Mainloop] = {
     "pointwise": pointwise,
     "rowwise": rowwise,
     "columnwise": columnwise,
+    "gemm": gemm,
 }

@@ -15,9 +15,15 @@ from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer
 from jevt_kernels.mainloops.pipelining import stages
 from jevt_kernels.mainloops.pointwise import blocks_along, power_of_two
-from jevt_kernels.mainloops.reduction import before_reductions, hoist, reductions
-from jevt_kernels.ops import TRITON_TYPES
-from jevt_kernels.spec import Config, KernelSpec, Partial, UnsupportedKernel
+from jevt_kernels.mainloops.reduction import (
+    before_reductions,
+    hoist,
+    reductions,
+    store_partial,
+)
+from jevt_kernels.spec import Config, KernelSpec, UnsupportedKernel
+
+SMALLEST_BLOCK = 1
 
 #: Widest row, padded to a power of two, of a tile that holds whole rows and accumulators.
 MAX_WHOLE = 8192
@@ -83,18 +89,8 @@ def emit(printer: Printer) -> int:
 
     for reduction in along_rows:
         for store in _stores_of(printer, reduction.position):
-            node = printer.spec.tree[store]
-            assert isinstance(node, visitor.Store)
-            output = printer.spec.outputs[node.output]
-            value = f"{reduction.along(reduction.accumulator)}.to({TRITON_TYPES[reduction.dtype]})"
-            address = f"part * {output.size} + {printer.address(node.index)}"
-            mask = printer.mask(frozenset({"col"}))
-            printer.line(
-                f"tl.store(y{node.output} + {address}, {value}{f', mask={mask}' if mask else ''})"
-            )
-            printer.partials.append(
-                Partial(node.output, programs, reduction.node.op, reduction.dtype)
-            )
+            value = reduction.along(reduction.accumulator)
+            store_partial(printer, reduction, store, value, "part", programs)
     return programs * column_blocks
 
 

@@ -11,6 +11,8 @@ from jevt_kernels.codegen import Printer, power_of_two
 from jevt_kernels.index_map import Space
 from jevt_kernels.spec import Config, KernelSpec
 
+SMALLEST_BLOCK = 1
+
 
 def configs(spec: KernelSpec) -> tuple[Config, ...]:
     """Configurations worth trying, the preferred one first."""

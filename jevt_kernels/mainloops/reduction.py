@@ -8,15 +8,15 @@ import numpy as np
 
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer
-from jevt_kernels.ops import compute_dtype, is_float, triton_type
-from jevt_kernels.spec import UnsupportedKernel
+from jevt_kernels.ops import TRITON_TYPES, compute_dtype, is_float, triton_type
+from jevt_kernels.spec import Partial, UnsupportedKernel
 
 OPERATIONS = ("sum", "prod", "max", "min", "and", "or")
 
 
 @dataclasses.dataclass(frozen=True)
 class Reduction:
-    """One :class:`~jevt_kernels.visitor.Reduce` node of a two-dimensional tile.
+    """One :class:`~jevt_kernels.visitor.Reduce` node.
 
     Attributes:
       printer: of the kernel.
@@ -62,17 +62,18 @@ class Reduction:
         value = printer.value(node.operand)
         if self.dtype != compute_dtype(printer.node_dtype(node.operand)):
             value = f"{value}.to({triton_type(self.dtype)})"
-        if printer.dependencies[node.operand] != {"row", "col"}:
-            value = f"tl.broadcast_to({value}, (BLOCK_ROW, BLOCK_COL))"
+        varies = printer.dependencies[node.operand]
+        if node.over not in varies:
+            value = f"tl.broadcast_to({value}, {printer.view.shape(varies | {node.over})})"
         if mask := printer.mask(frozenset({node.over})):
             value = f"tl.where({mask}, {value}, {self.identity})"
         return value
 
     def start(self) -> None:
         """Prints the accumulator, a tile of identities."""
+        shape = self.printer.view.shape(self.printer.view.names)
         self.printer.line(
-            f"{self.accumulator} = "
-            f"tl.full((BLOCK_ROW, BLOCK_COL), {self.identity}, {triton_type(self.dtype)})"
+            f"{self.accumulator} = tl.full({shape}, {self.identity}, {triton_type(self.dtype)})"
         )
 
     def accumulate(self) -> None:
@@ -101,7 +102,7 @@ class Reduction:
 
     def along(self, tile: str) -> str:
         """The reduction of a tile of the partial type, as an expression of that type."""
-        axis = 1 if self.node.over == "col" else 0
+        axis = self.printer.view.position(self.node.over)
         floating = is_float(self.dtype)
         match self.node.op:
             case "sum":
@@ -115,6 +116,30 @@ class Reduction:
                 if floating:
                     return f"tl.reduce({tile}, {axis}, dm.nan_{name}, keep_dims=True)"
                 return f"tl.{name}({tile}, axis={axis}, keep_dims=True)"
+
+
+def store_partial(
+    printer: Printer, reduction: Reduction, store: int, value: str, part: str, programs: int
+) -> None:
+    """Prints the store of a reduction's partial result, of its partial type.
+
+    Args:
+      printer: of the kernel.
+      reduction: what the store writes.
+      store: position of the store.
+      value: the partial result, without the dimension that was reduced.
+      part: number of this program's part, as an atom.
+      programs: number of parts.
+    """
+    node = printer.spec.tree[store]
+    assert isinstance(node, visitor.Store)
+    mask = printer.mask(printer.stored_along(node))
+    address = f"{part} * {printer.spec.outputs[node.output].size} + {printer.store_address(node)}"
+    value = f"{value}.to({TRITON_TYPES[reduction.dtype]})"
+    printer.line(f"tl.store(y{node.output} + {address}, {value}{f', mask={mask}' if mask else ''})")
+    partial = Partial(node.output, programs, reduction.node.op, reduction.dtype)
+    if partial not in printer.partials:
+        printer.partials.append(partial)
 
 
 def partial_dtype(node: visitor.Reduce) -> np.dtype:
@@ -147,8 +172,8 @@ def before_reductions(printer: Printer) -> list[int]:
 def hoist(printer: Printer, roots: list[int], axis: str) -> None:
     """Prints, before a loop along ``axis``, what its values need that does not vary along it.
 
-    Results of reductions count as known: whoever calls this has printed those it needs, or prints
-    them inside the loop together with what depends on them.
+    Results of reductions and products count as known: whoever calls this has printed those it
+    needs, or prints them inside the loop together with what depends on them.
     """
     needed: set[int] = set()
     stack = list(roots)
@@ -156,10 +181,11 @@ def hoist(printer: Printer, roots: list[int], axis: str) -> None:
         position = stack.pop()
         if position not in needed:
             needed.add(position)
-            if not isinstance(printer.spec.tree[position], visitor.Reduce):
+            if not isinstance(printer.spec.tree[position], visitor.Reduce | visitor.Contract):
                 stack.extend(visitor.operands(printer.spec.tree[position]))
     for position in sorted(needed):
         node = printer.spec.tree[position]
         fixed = axis not in printer.dependencies[position]
-        if fixed and not isinstance(node, (visitor.Constant, visitor.Reduce)):
+        known = isinstance(node, visitor.Constant | visitor.Reduce | visitor.Contract)
+        if fixed and not known:
             printer.value(position)

@@ -15,6 +15,8 @@ from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.reduction import before_reductions, hoist, reductions
 from jevt_kernels.spec import Config, KernelSpec
 
+SMALLEST_BLOCK = 1
+
 #: Widest row, padded to a power of two, that is held on chip.
 MAX_WHOLE = 32768
 

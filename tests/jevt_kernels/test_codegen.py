@@ -184,7 +184,7 @@ X = Load(0, IndexMap((8, 1)))
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (dataclasses.replace(matrix(), mainloop="gemm"), "expected a mainloop of .*, got 'gemm'"),
+        (dataclasses.replace(matrix(), mainloop="loop"), "expected a mainloop of .*, got 'loop'"),
         (
             matrix(X, Contract(0, 0, "col", FLOAT), Store(0, 1, IndexMap((1, 0)))),
             "mainloop 'rowwise' holds no matrix product",

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import gemm_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +46,18 @@ def test_source_without_its_entry() -> None:
     _, source = tanh_add()
     with pytest.raises(ValueError, match="expected the generated module to define 'other'"):
         launch.load(Source(source.text, "other", 1, source.config))
+
+
+def test_cost_of_a_product() -> None:
+    spec = gemm_kernels.product((2, 3, 4, 5), np.float32)
+    assert launch.cost_estimate(spec) == {
+        "bytes_accessed": 4 * 2 * (3 * 5 + 5 * 4 + 3 * 4),
+        "flops": 2 * 2 * 3 * 4 * 5,
+    }
+    spec = gemm_kernels.every_reduction((2, 3, 4, 5))
+    # Three reductions of the product or of its sums, and three operations on one row.
+    reductions = 2 * 3 * 4 + 2 * 4 + 2 * 3 * 4
+    assert launch.cost_estimate(spec)["flops"] == 2 * 120 + reductions + 4 + 4 + 1
 
 
 def test_parameters() -> None:

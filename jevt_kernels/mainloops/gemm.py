@@ -1,0 +1,222 @@
+"""Matrix products with a visitor tree before and after.
+
+A program computes one tile of the product, of BLOCK_M rows and BLOCK_N columns, in a loop along
+``k`` whose loads are pipelined. Operands are addressed by strides, so any layout is read where it
+lies. What the operands are made of is computed on the loaded tiles, in float32, and rounded to the
+operands' type as a stored tensor would be; what is made of the product is computed on its tile.
+
+Reductions of the result leave a partial result for each tile. A product with few tiles and a long
+``k`` (a weight gradient) can be split: the programs of a tile add up parts of ``k``, and
+``jevt_kernels.partials`` adds up theirs, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from jevt_kernels import visitor
+from jevt_kernels.codegen import Printer
+from jevt_kernels.mainloops import gemm_configs, product
+from jevt_kernels.mainloops.pointwise import blocks_along
+from jevt_kernels.mainloops.product import Product
+from jevt_kernels.mainloops.reduction import Reduction, hoist, store_partial
+from jevt_kernels.ops import TRITON_TYPES, compute_dtype, triton_type
+from jevt_kernels.spec import Partial, UnsupportedKernel
+from jevt_kernels.view import View, dimension
+
+#: Triton multiplies no smaller tiles of every type.
+SMALLEST_BLOCK = 32
+
+configs = gemm_configs.configs
+
+_M, _N = dimension("m"), dimension("n")
+_LHS = View((_M, dimension("k", "lhs_k")), prefix="a")
+_RHS = View((dimension("k", "rhs_k"), _N), prefix="b")
+_RESULT = View((_M, _N))
+
+
+def emit(printer: Printer) -> int:
+    """Prints the body; a program instance a tile and split."""
+    found = product.find(printer.spec)
+    splits = printer.config.splits
+    if splits > 1 and not product.is_plain(printer.spec, found):
+        raise UnsupportedKernel("a product with an epilogue cannot be split along its k axis")
+    printer.constants()
+    programs = _coordinates(printer, found)
+    with printer.viewing(_RESULT):
+        printer.tile_index("m", "pid_m * BLOCK_M")
+        printer.tile_index("n", "pid_n * BLOCK_N")
+    _accumulate(printer, found)
+    if splits > 1:
+        with printer.viewing(_RESULT):
+            _store_parts(printer, found)
+    else:
+        _epilogue(printer, found)
+    return programs
+
+
+def _coordinates(printer: Printer, found: Product) -> int:
+    """Prints which tile the program computes; returns the number of programs."""
+    config, line = printer.config, printer.line
+    rows, columns = (blocks_along(printer.spec.space, config, name) for name in ("m", "n"))
+    tiles = rows * columns
+    line(f"pid = {printer.program_id()}")
+    if found.batch > 1:
+        line(f"batch = pid // {tiles * config.splits}")
+    if config.splits > 1:
+        line(f"part_pid = pid // {tiles} % {config.splits}")
+    if found.batch > 1 or config.splits > 1:
+        line(f"tile_pid = pid % {tiles}")
+    else:
+        line("tile_pid = pid")
+    group = min(config.group, rows)
+    if columns == 1 or group == 1:
+        line(f"pid_m = tile_pid // {columns}")
+        line(f"pid_n = tile_pid % {columns}")
+    elif rows % group == 0:
+        line(f"pid_m = tile_pid // {group * columns} * {group} + tile_pid % {group}")
+        line(f"pid_n = tile_pid % {group * columns} // {group}")
+    else:
+        line(f"first = tile_pid // {group * columns} * {group}")
+        line(f"height = min({rows} - first, {group})")
+        line(f"pid_m = first + tile_pid % {group * columns} % height")
+        line(f"pid_n = tile_pid % {group * columns} // height")
+    return found.batch * config.splits * tiles
+
+
+def _accumulate(printer: Printer, found: Product) -> None:
+    """Prints the loop along ``k``."""
+    node, config = found.node, printer.config
+    dtype = triton_type(node.dtype)
+    printer.line(f"acc = tl.zeros((BLOCK_M, BLOCK_N), {dtype})")
+    printer.set_value(found.position, "acc")
+    if not found.k:
+        return
+    sides = ((_LHS, node.lhs), (_RHS, node.rhs))
+    for view, root in sides:
+        with printer.viewing(view):
+            printer.lane_index("k")
+            hoist(printer, [root], "k")
+    steps = blocks_along(printer.spec.space, config, "k")
+    bounds = f"0, {found.k}"
+    if config.splits > 1:
+        length = -(-steps // config.splits) * config.block("k")
+        printer.line(f"first_k = part_pid * {length}")
+        bounds = f"first_k, min(first_k + {length}, {found.k})"
+    printer.open(f"for start in range({bounds}, BLOCK_K):")
+    start = "start"
+    if printer.wide:
+        start = "wide_start"
+        printer.line("wide_start = tl.cast(start, tl.int64)")
+    operands = []
+    for view, root in sides:
+        with printer.viewing(view):
+            printer.stepped_index("k", start)
+            operands.append(_operand(printer, found, root))
+    precision = f', input_precision="{node.precision}"' if found.dtype.name == "float32" else ""
+    printer.line(f"acc = tl.dot({', '.join(operands)}, acc{precision}, out_dtype={dtype})")
+    printer.close()
+    printer.steps.clear()
+
+
+def _operand(printer: Printer, found: Product, root: int) -> str:
+    """Prints a tile of an operand, of the operand's own type, 0 beyond the end of ``k``."""
+    node, view = printer.spec.tree[root], printer.view
+    varies = printer.dependencies[root]
+    name = f"{view.prefix}_tile"
+    if isinstance(node, visitor.Load) and view.names <= varies:
+        printer.line(f"{name} = {printer.load_stored(node, varies)}")
+        return name
+    value = printer.value(root)
+    if not view.names <= varies:
+        value = f"tl.broadcast_to({value}, {view.shape(view.names)})"
+    if mask := printer.mask(frozenset({"k"})):
+        value = f"tl.where({mask}, {value}, 0)"
+    if compute_dtype(found.dtype) != found.dtype:
+        value = f"{value}.to({TRITON_TYPES[found.dtype]})"
+    printer.line(f"{name} = {value}")
+    return name
+
+
+def _store_parts(printer: Printer, found: Product) -> None:
+    """Prints the stores of the sum over a part of ``k``."""
+    for position in printer.stores():
+        node = printer.spec.tree[position]
+        assert isinstance(node, visitor.Store)
+        varies = printer.stored_along(node)
+        size = printer.spec.outputs[node.output].size
+        arguments = [f"y{node.output} + part_pid * {size} + {printer.store_address(node)}", "acc"]
+        if mask := printer.mask(varies):
+            arguments.append(f"mask={mask}")
+        printer.line(f"tl.store({', '.join(arguments)})")
+        splits = printer.config.splits
+        printer.partials.append(Partial(node.output, splits, "sum", found.node.dtype))
+
+
+def _epilogue(printer: Printer, found: Product) -> None:
+    tree, subtiles = printer.spec.tree, printer.config.subtiles
+    reduced = [s for s in printer.stores() if _is_reduced(printer, s)]
+    stores = [s for s in printer.stores() if s not in reduced]
+    if subtiles == 1:
+        with printer.viewing(_RESULT):
+            _finish(printer, stores, reduced)
+        return
+    if subtiles & (subtiles - 1) or printer.config.block("n") // subtiles < 16:
+        raise UnsupportedKernel(f"tiles {printer.config.blocks} have no {subtiles} parts along n")
+    if any(isinstance(node, visitor.Reduce) and node.over == "n" for node in tree):
+        raise UnsupportedKernel("a reduction along n needs the whole tile at once")
+    with printer.viewing(_RESULT):
+        hoist(printer, [o for s in printer.stores() for o in visitor.operands(tree[s])], "n")
+    names = _split(printer, "acc", subtiles)
+    size = f"BLOCK_N // {subtiles}"
+    for number, name in enumerate(names):
+        view = View((_M, dimension("n", f"n{number}", size)))
+        with printer.viewing(view), printer.forgetting():
+            printer.set_value(found.position, name)
+            printer.tile_index("n", f"pid_n * BLOCK_N + {number} * ({size})")
+            _finish(printer, stores, reduced)
+
+
+def _split(printer: Printer, name: str, parts: int) -> list[str]:
+    """Prints the division of a tile of the result into parts along ``n``; returns their names."""
+    tiles = [name]
+    count = 1
+    while count < parts:
+        count *= 2
+        halves = []
+        for tile in tiles:
+            pair = [f"{tile}_{half}" for half in (0, 1)]
+            shape = f"(BLOCK_M, 2, BLOCK_N // {count})"
+            printer.line(
+                f"{', '.join(pair)} = tl.split(tl.permute(tl.reshape({tile}, {shape}), (0, 2, 1)))"
+            )
+            halves += pair
+        tiles = halves
+    return tiles
+
+
+def _is_reduced(printer: Printer, store: int) -> bool:
+    (operand,) = visitor.operands(printer.spec.tree[store])
+    return isinstance(printer.spec.tree[operand], visitor.Reduce)
+
+
+def _finish(printer: Printer, stores: list[int], reduced: list[int]) -> None:
+    """Prints the stores of a tile and the partial results of its reductions."""
+    tree, space, config = printer.spec.tree, printer.spec.space, printer.config
+    for position in sorted(frozenset().union(*(product.parts_of(tree, s) for s in reduced))):
+        if isinstance(tree[position], visitor.Reduce):
+            reduction = Reduction(printer, position)
+            reduction.finish(reduction.masked())
+    printer.store_all(stores)
+    for store in reduced:
+        (root,) = visitor.operands(tree[store])
+        over = set()
+        position = root
+        while isinstance(node := tree[position], visitor.Reduce):
+            over.add(node.over)
+            position = node.operand
+        rows, columns = (blocks_along(space, config, name) for name in ("m", "n"))
+        part, programs = {
+            ("m",): ("pid_m", rows),
+            ("n",): ("pid_n", columns),
+            ("m", "n"): (f"(pid_m * {columns} + pid_n)", rows * columns),
+        }[tuple(sorted(over))]
+        store_partial(printer, Reduction(printer, root), store, f"v{root}", part, programs)

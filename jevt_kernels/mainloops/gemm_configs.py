@@ -1,0 +1,176 @@
+"""Which tiles are worth trying for a matrix product, in the order of a simple model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from jevt_kernels import visitor
+from jevt_kernels.codegen import power_of_two
+from jevt_kernels.mainloops import product
+from jevt_kernels.mainloops.product import Product
+from jevt_kernels.spec import Config, KernelSpec
+
+#: Multiprocessors of the GPU that the model has in mind, an H100.
+MULTIPROCESSORS = 132
+
+#: Multiply-adds per second of one of its multiprocessors with 16-bit operands, as tiles attain it.
+_RATE = 2.6e12
+
+#: Bytes of partial results that all multiprocessors together move in a second, and the seconds that
+#: a second launch takes.
+_BANDWIDTH = 2.5e12
+_LAUNCH = 3e-6
+
+#: Seconds that a program takes beside its loop: at least, and for each element of its tile.
+_PROGRAM = 1e-6
+_PLAIN_ELEMENT = 0.3e-10
+_ELEMENT = 2e-10
+
+#: Elements of the result in a thread's registers from which on one program fills a multiprocessor,
+#: so that nothing hides its epilogue, and registers for more than a plain epilogue are wanting.
+_MANY = 128
+
+#: A multiprocessor reads a tile's operands from the L2 cache: of a tile of m × n, the share of time
+#: that is not spent on that is 1 / (1 + _READS · (1/m + 1/n)).
+_READS = 40.0
+
+_SPLITS = (2, 4, 8, 16, 32)
+
+#: Least length of a part of the contracted axis.
+_SHORTEST_PART = 512
+
+#: Rows, columns, warps and stages of a tile, for operands of 16 bits and blocks of 64 along k.
+_TENSOR_CORE_TILES = (
+    (128, 256, 8, 4),
+    (128, 256, 8, 3),
+    (256, 128, 8, 3),
+    (128, 128, 8, 3),
+    (128, 128, 4, 4),
+    (128, 128, 4, 3),
+    (64, 256, 4, 4),
+    (64, 128, 4, 4),
+    (128, 64, 4, 4),
+    (64, 64, 4, 4),
+    (64, 32, 4, 5),
+    (32, 64, 4, 5),
+)
+
+#: The same where no tensor core helps, for blocks of 32 along k: float32 to the last bit, float64.
+_PLAIN_TILES = ((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 2, 3))
+
+#: Shared memory of a thread block.
+_SHARED_BYTES = 227 * 1024
+
+
+def configs(spec: KernelSpec) -> tuple[Config, ...]:
+    """Configurations worth trying, the preferred one first.
+
+    Raises:
+      UnsupportedKernel: if the mainloop cannot generate the kernel.
+    """
+    found = product.find(spec)
+    plain = product.is_plain(spec, found)
+    loaded = all(
+        isinstance(spec.tree[operand], visitor.Load) for operand in visitor.operands(found.node)
+    )
+    divisible = not any(isinstance(n, visitor.Reduce) and n.over == "n" for n in spec.tree)
+    seconds: dict[Config, float] = {}
+    largest = _largest_tile(spec, found)
+    for config in _tiles(found):
+        held = _held(config)
+        if config.block("m") * config.block("n") > largest:
+            continue
+        candidates = [config] if held < _MANY or (plain and loaded) else []
+        if plain:
+            candidates += [
+                dataclasses.replace(config, splits=splits)
+                for splits in _SPLITS
+                if candidates and found.k >= splits * _SHORTEST_PART
+            ]
+        elif divisible and loaded and config.block("n") >= 128:
+            candidates.append(dataclasses.replace(config, subtiles=2))
+        for candidate in candidates:
+            seconds.setdefault(candidate, _seconds(found, candidate, plain))
+    best = min(seconds.values())
+    return tuple(
+        config
+        for config, cost in sorted(seconds.items(), key=lambda item: item[1])
+        if cost <= 2 * best
+    )
+
+
+def shared_bytes(found: Product, config: Config) -> int:
+    """Shared memory that the operands of a loop take."""
+    m, n, k = (config.block(name) for name in ("m", "n", "k"))
+    return (m + n) * k * found.dtype.itemsize * config.num_stages
+
+
+def _tiles(found: Product) -> list[Config]:
+    extents = {"m": found.m, "n": found.n, "k": found.k}
+    tensor_cores = found.dtype.itemsize < 4 or found.node.precision != "ieee"
+    along_k = 128 // found.dtype.itemsize if tensor_cores else 32
+    result: dict[Config, None] = {}
+    for m, n, warps, stages in _TENSOR_CORE_TILES if tensor_cores else _PLAIN_TILES:
+        blocks = tuple(
+            (name, min(block, max(32, power_of_two(extents[name]))))
+            for name, block in (("m", m), ("n", n), ("k", along_k))
+        )
+        config = Config(blocks, warps, stages)
+        if config.block("m") * config.block("n") < 2048 * warps:
+            config = dataclasses.replace(config, num_warps=4)
+        if shared_bytes(found, config) <= _SHARED_BYTES:
+            result.setdefault(config)
+    return list(result)
+
+
+def _largest_tile(spec: KernelSpec, found: Product) -> int:
+    """Elements of a tile that leave registers for the rest of the program."""
+    if found.dtype == np.dtype("float64"):
+        return 64 * 64
+    if found.dtype == np.dtype("int8"):
+        return 128 * 128
+    if _vector_bytes(spec, found) < 4:
+        return 64 * 64  # copies of 2 bytes go through registers, on their way to shared memory
+    return 256 * 128
+
+
+def _vector_bytes(spec: KernelSpec, found: Product) -> int:
+    """Bytes of the widest access, at most 16, by which every large operand can be loaded."""
+    widths = [16]
+    dependencies = visitor.dependencies(spec.tree, spec.space)
+    for position in product.parts_of(spec.tree, found.position):
+        node = spec.tree[position]
+        if not isinstance(node, visitor.Load) or len(dependencies[position] - {"batch"}) < 2:
+            continue
+        pairs = [(n, abs(s)) for n, s in zip(spec.space.sizes, node.index.strides, strict=True)]
+        own = spec.inputs[node.input].dtype.itemsize
+        contiguous = [n for n, stride in pairs if stride == 1 and n > 1]
+        others = [stride for n, stride in pairs if stride > 1 and n > 1]
+        elements = math.gcd(*contiguous, *others, node.index.offset, 16) if contiguous else 1
+        widths.append(min(16, elements * own))
+    return min(widths)
+
+
+def _held(config: Config) -> int:
+    """Elements of the result in a thread's registers."""
+    return config.block("m") * config.block("n") // (32 * config.num_warps)
+
+
+def _seconds(found: Product, config: Config, plain: bool) -> float:
+    """The time that the model gives a configuration; only comparisons mean something."""
+    m, n = config.block("m"), config.block("n")
+    tiles = found.batch * -(-found.m // m) * -(-found.n // n) * config.splits
+    length = max(1, -(-found.k // config.splits))
+    rate = _RATE / (1 + _READS * (1 / m + 1 / n))
+    rounds = -(-tiles // MULTIPROCESSORS)
+    element = _PLAIN_ELEMENT if plain else _ELEMENT
+    if _held(config) < _MANY:
+        element /= 3
+    seconds = rounds * (m * n * (length / rate + element) + _PROGRAM)
+    if config.splits > 1:
+        moved = 2 * config.splits * found.batch * found.m * found.n * found.node.dtype.itemsize
+        seconds += moved / _BANDWIDTH + _LAUNCH
+    return seconds

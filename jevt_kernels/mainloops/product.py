@@ -1,0 +1,171 @@
+"""What the GEMM mainloop needs to know of a visitor tree, and which trees it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from jevt_kernels import visitor
+from jevt_kernels.mainloops.reduction import OPERATIONS, partial_dtype
+from jevt_kernels.ops import BFLOAT16, is_float
+from jevt_kernels.spec import KernelSpec, UnsupportedKernel
+
+#: The tile axes of a GEMM's space, in order.
+AXES = ("batch", "m", "n", "k")
+
+#: Operand types that Triton multiplies, and the type of their product.
+PRODUCT_DTYPES: dict[np.dtype, np.dtype] = {
+    BFLOAT16: np.dtype("float32"),
+    np.dtype("float16"): np.dtype("float32"),
+    np.dtype("float32"): np.dtype("float32"),
+    np.dtype("float64"): np.dtype("float64"),
+    np.dtype("int8"): np.dtype("int32"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """The matrix product of a tree.
+
+    Attributes:
+      position: of the ``Contract`` node.
+      node: that node.
+      dtype: of its operands.
+      batch, m, n, k: extents of the tile axes.
+    """
+
+    position: int
+    node: visitor.Contract
+    dtype: np.dtype
+    batch: int
+    m: int
+    n: int
+    k: int
+
+
+def find(spec: KernelSpec) -> Product:
+    """The product of a GEMM kernel.
+
+    Raises:
+      UnsupportedKernel: if the kernel is not one that the mainloop can generate.
+    """
+    names = tuple(t.name for t in spec.space.tile)
+    if names != AXES:
+        raise UnsupportedKernel(f"expected the tile axes {AXES} of a GEMM, got {names}")
+    found = [i for i, n in enumerate(spec.tree) if isinstance(n, visitor.Contract)]
+    if len(found) != 1:
+        raise UnsupportedKernel(f"expected one matrix product in a GEMM, got {len(found)}")
+    (position,) = found
+    node = spec.tree[position]
+    assert isinstance(node, visitor.Contract)
+    if node.over != "k":
+        raise UnsupportedKernel(f"expected a contraction over 'k', got {node.over!r}")
+    dtype = _check_types(spec, node)
+    _check_axes(spec, position, node)
+    _check_aliases(spec, position, node)
+    extents = [spec.space.extent(t) for t in spec.space.tile]
+    return Product(position, node, dtype, *extents)
+
+
+def parts_of(tree: visitor.Tree, root: int) -> frozenset[int]:
+    """Positions of the nodes that a node is made of, itself included."""
+    found: set[int] = set()
+    stack = [root]
+    while stack:
+        position = stack.pop()
+        if position not in found:
+            found.add(position)
+            stack.extend(visitor.operands(tree[position]))
+    return frozenset(found)
+
+
+def is_plain(spec: KernelSpec, product: Product) -> bool:
+    """Whether the product is stored as it is, at most converted to other floating-point types."""
+    for node in spec.tree:
+        if isinstance(node, visitor.Store):
+            position = node.operand
+            while position != product.position:
+                inner = spec.tree[position]
+                if not (isinstance(inner, visitor.Compute) and inner.op in ("convert", "copy")):
+                    return False
+                if not is_float(inner.dtype):
+                    return False
+                (position,) = inner.operands
+    return True
+
+
+def _own_dtype(spec: KernelSpec, position: int) -> np.dtype:
+    node = spec.tree[position]
+    if isinstance(node, visitor.Load):
+        return spec.inputs[node.input].dtype
+    assert not isinstance(node, visitor.Store)
+    return node.dtype
+
+
+def _check_types(spec: KernelSpec, node: visitor.Contract) -> np.dtype:
+    lhs, rhs = (_own_dtype(spec, operand) for operand in (node.lhs, node.rhs))
+    if lhs != rhs:
+        raise UnsupportedKernel(f"expected operands of one type in a product, got {lhs} and {rhs}")
+    if PRODUCT_DTYPES.get(lhs) != node.dtype:
+        pairs = ", ".join(f"{o.name} to {p.name}" for o, p in PRODUCT_DTYPES.items())
+        raise UnsupportedKernel(
+            f"expected a product of types {pairs}; got {lhs.name} to {node.dtype.name}"
+        )
+    if node.precision not in visitor.PRECISIONS:
+        raise UnsupportedKernel(
+            f"expected a precision of {', '.join(visitor.PRECISIONS)}; got {node.precision!r}"
+        )
+    if node.precision != "ieee" and lhs != np.dtype("float32"):
+        raise UnsupportedKernel(
+            f"expected precision 'ieee' of a product of {lhs.name}, got {node.precision!r}"
+        )
+    return lhs
+
+
+def _check_axes(spec: KernelSpec, position: int, node: visitor.Contract) -> None:
+    dependencies = visitor.dependencies(spec.tree, spec.space)
+    for operand, name, other in ((node.lhs, "lhs", "n"), (node.rhs, "rhs", "m")):
+        if other in dependencies[operand]:
+            raise UnsupportedKernel(f"operand {name} of a product varies along {other!r}")
+        parts = parts_of(spec.tree, operand)
+        if any(isinstance(spec.tree[part], visitor.Reduce) for part in parts):
+            raise UnsupportedKernel(f"operand {name} of a product holds a reduction")
+    for at, other_node in enumerate(spec.tree):
+        if "k" in dependencies[at] and isinstance(other_node, visitor.Store):
+            raise UnsupportedKernel("an operand of a product is stored by the same kernel")
+        if isinstance(other_node, visitor.Reduce):
+            _check_reduction(spec, at, other_node)
+
+
+def _check_reduction(spec: KernelSpec, position: int, node: visitor.Reduce) -> None:
+    if node.over not in ("m", "n") or node.op not in OPERATIONS:
+        raise UnsupportedKernel(
+            f"expected a reduction {', '.join(OPERATIONS)} along m or n beside a product, got "
+            f"{node.op!r} along {node.over!r}"
+        )
+    for reader in spec.tree:
+        if position not in visitor.operands(reader) or isinstance(reader, visitor.Store):
+            continue
+        same = isinstance(reader, visitor.Reduce) and (
+            (reader.op, partial_dtype(reader)) == (node.op, partial_dtype(node))
+        )
+        if not same:
+            raise UnsupportedKernel(
+                "the result of a reduction beside a product is used in the same kernel"
+            )
+
+
+def _check_aliases(spec: KernelSpec, position: int, node: visitor.Contract) -> None:
+    """An output may take the place of what the epilogue reads, element by element."""
+    prologue = parts_of(spec.tree, position)
+    for source, output in spec.aliases:
+        stored = [n.index for n in spec.tree if isinstance(n, visitor.Store) and n.output == output]
+        for at, reader in enumerate(spec.tree):
+            if not isinstance(reader, visitor.Load) or reader.input != source:
+                continue
+            if at in prologue or stored != [reader.index]:
+                raise UnsupportedKernel(
+                    f"output {output} takes the place of input {source}, "
+                    "of which other tiles may still be read"
+                )

@@ -1,0 +1,361 @@
+"""Matrix products: every layout, type and odd size, with trees before and after, on the reference.
+
+The same kernels run in the interpreter and, where there is one, on a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import gemm_kernels as gemm
+import kernel_contract as contract
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jevt_kernels import aot, codegen, interpreter, launch
+from jevt_kernels.index_map import IndexMap
+from jevt_kernels.mainloops import product
+from jevt_kernels.reference import reference
+from jevt_kernels.spec import Config, KernelSpec, UnsupportedKernel
+from jevt_kernels.visitor import Compute, Contract, Load, Reduce, Store
+
+BFLOAT16, FLOAT = contract.BFLOAT16, np.dtype("float32")
+
+#: Sums of another order, of operands whose rounding may differ by a unit in the last place.
+TOLERANCE = {"bfloat16": 8e-3, "float16": 2e-3, "float32": 1e-4, "float64": 1e-12}
+
+
+def operands(spec: KernelSpec) -> list[np.ndarray]:
+    return [contract.random(t.shape, t.dtype, seed) for seed, t in enumerate(spec.inputs)]
+
+
+def check(spec: KernelSpec, config: Config | None, run: Any = interpreter.run) -> None:
+    arrays = operands(spec)
+    with contract.types_of(*arrays):
+        expected = reference(spec, *arrays)
+        got = run(spec, *arrays, config=config)
+        for mine, theirs in zip(got, expected, strict=True):
+            name = np.dtype(theirs.dtype).name
+            contract.same([mine], [theirs], TOLERANCE.get(name))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", gemm.CASES)
+def test_in_the_interpreter(name: str) -> None:
+    check(gemm.CASES[name], gemm.SMALL)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", gemm.CASES)
+def test_on_a_gpu(name: str) -> None:
+    spec = gemm.CASES[name]
+    for config in dict.fromkeys([None, gemm.SMALL]):
+        check(spec, config, launch.run)
+
+
+def changed(spec: KernelSpec, position: int, **fields: Any) -> KernelSpec:
+    tree = list(spec.tree)
+    tree[position] = dataclasses.replace(tree[position], **fields)
+    return dataclasses.replace(spec, tree=tuple(tree))
+
+
+VARIANTS = {
+    "the default": None,
+    "one group": dataclasses.replace(gemm.SMALL, group=1),
+    "a group that divides the rows": dataclasses.replace(gemm.SMALL, group=3),
+    "wide": Config((("m", 32), ("n", 64), ("k", 32))),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", VARIANTS)
+def test_in_every_order_of_tiles(name: str) -> None:
+    check(gemm.dgrad_gelu((2, 70, 70, 40), FLOAT), VARIANTS[name])
+
+
+def split(sizes: tuple[int, int, int, int], dtype: Any = BFLOAT16) -> KernelSpec:
+    return gemm.product(sizes, dtype, "bkm", "bkn", "bmn", dtype)
+
+
+def epilogue_in_parts() -> tuple[KernelSpec, Config]:
+    config = Config((("m", 32), ("n", 64), ("k", 32)), subtiles=4)
+    return gemm.dgrad_gelu((2, 40, 70, 40), FLOAT), config
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("splits", [2, 3, 16])
+def test_parts_of_the_contracted_axis(splits: int) -> None:
+    config = dataclasses.replace(gemm.SMALL, splits=splits)
+    check(split((2, 33, 40, 170)), config)
+    (partial,) = codegen.generate(split((2, 33, 40, 170)), config).partials
+    assert (partial.programs, partial.op, partial.dtype) == (splits, "sum", FLOAT)
+
+
+@pytest.mark.interpret
+def test_epilogue_in_parts() -> None:
+    spec, config = epilogue_in_parts()
+    check(spec, config)
+    check(spec, dataclasses.replace(config, subtiles=2))
+
+
+@pytest.mark.gpu
+def test_parts_on_a_gpu() -> None:
+    check(*epilogue_in_parts(), launch.run)
+    check(split((2, 333, 400, 5000)), Config(gemm.SMALL.blocks, splits=5), launch.run)
+
+
+@pytest.mark.gpu
+def test_every_configuration_gives_the_same_twice() -> None:
+    spec = gemm.dgrad_gelu((2, 300, 520, 260))
+    arrays = operands(spec)
+    from jevt_kernels.mainloops.gemm_configs import configs
+
+    for config in configs(spec):
+        first, second = (launch.run(spec, *arrays, config=config) for _ in range(2))
+        for x, y in zip(first, second, strict=True):
+            np.testing.assert_array_equal(x, y)
+        check(spec, config, launch.run)
+
+
+UNARY = ("exp", "tanh", "neg", "abs", "logistic", "square")
+BINARY = ("add", "sub", "mul", "max", "min")
+
+
+@st.composite
+def trees(draw: Any) -> KernelSpec:
+    """A product of random trees with a random tree of its result, stored and reduced."""
+    # Few sizes, because the reference compiles its operations for each.
+    sizes = draw(st.sampled_from([(2, 33, 20, 40), (1, 5, 36, 3), (1, 40, 1, 35)]))
+    b = gemm.Builder(*sizes)
+    dtype = draw(st.sampled_from([np.dtype("float16"), FLOAT]))
+
+    def tree(full: str, leaves: list[int], depth: int) -> int:
+        """A value that varies along ``full``, of ``leaves`` and of new loads."""
+        layouts = [full, full[::-1], full[1:], full[-1], ""]
+        value = leaves[0] if leaves else b.load(full, dtype)
+        for _ in range(depth):
+            if draw(st.booleans()):
+                value = b.add(Compute(draw(st.sampled_from(UNARY)), (value,), FLOAT))
+            else:
+                other = b.load(
+                    draw(st.sampled_from(layouts)), draw(st.sampled_from([dtype, FLOAT]))
+                )
+                pair = draw(st.permutations([value, other]))
+                value = b.add(Compute(draw(st.sampled_from(BINARY)), tuple(pair), FLOAT))
+            # Values stay of order one.
+            value = b.add(Compute("tanh", (value,), dtype))
+        return value
+
+    lhs = tree("bmk", [], draw(st.integers(0, 2)))
+    rhs = tree("bkn", [], draw(st.integers(0, 2)))
+    value = b.contract(lhs, rhs, FLOAT)
+    value = tree("bmn", [value], draw(st.integers(0, 3)))
+    for layout in draw(st.lists(st.sampled_from(["bmn", "nbm", "mnb"]), min_size=1, max_size=2)):
+        b.store(value, layout, draw(st.sampled_from([FLOAT, np.dtype("float16")])))
+    for over in draw(st.sampled_from([(), ("m",), ("n",), ("m", "n"), ("n", "m")])):
+        value = b.reduce(value, over, FLOAT)
+        left = [a for a in "bmn" if {"m", "n"} - _reduced(b, value) >= {a} or a == "b"]
+        b.store(value, "".join(left), FLOAT)
+    return b.spec()
+
+
+def _reduced(b: gemm.Builder, position: int) -> set[str]:
+    over = set()
+    while isinstance(node := b.nodes[position], Reduce):
+        over.add(node.over)
+        position = node.operand
+    return over
+
+
+@pytest.mark.interpret
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(trees())
+def test_random_trees(spec: KernelSpec) -> None:
+    check(spec, gemm.SMALL)
+
+
+@pytest.mark.gpu
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(trees())
+def test_random_trees_on_a_gpu(spec: KernelSpec) -> None:
+    check(spec, gemm.SMALL, launch.run)
+
+
+COMPILED: dict[str, KernelSpec] = {
+    "bias, gelu": gemm.bias_gelu((1, 16384, 4096, 1024)),
+    "bias, residual": gemm.bias_residual((1, 16384, 1024, 4096)),
+    "gradient of gelu": gemm.dgrad_gelu((1, 16384, 4096, 1024)),
+    "weight gradient": split((1, 1024, 4096, 16384)),
+    "prologue": gemm.prologue((1, 4096, 1024, 1024)),
+    "heads": gemm.product((512, 512, 512, 64), BFLOAT16, "mbk", "nbk", "bmn", BFLOAT16),
+    "odd": gemm.product((1, 1001, 1003, 999), BFLOAT16, "mk", "nk", "mn", BFLOAT16),
+    "tf32": changed(
+        gemm.product((1, 4096, 4096, 1024), FLOAT, "mk", "nk", "mn"), 2, precision="tf32"
+    ),
+    "float32": gemm.product((1, 4096, 4096, 1024), FLOAT, "mk", "kn", "mn"),
+    "float64": gemm.product((1, 1024, 1024, 1024), "float64", "mk", "kn", "mn"),
+    "int8": gemm.product((1, 4096, 4096, 1024), "int8", "mk", "nk", "mn"),
+}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_without_spills(name: str, arch: int) -> None:
+    binary = aot.compile(COMPILED[name], arch)
+    assert binary.spill_bytes == 0
+    assert binary.shared_bytes <= {80: 163, 90: 227}[arch] * 1024
+    if name not in ("float32", "float64"):
+        instruction = "wgmma.mma_async" if arch == 90 and name != "odd" else "mma"
+        assert instruction in binary.ptx
+
+
+def test_text(golden: Callable[[str, str], None]) -> None:
+    golden("kernels/gemm_bias_gelu.py.txt", codegen.generate(COMPILED["bias, gelu"]).text)
+
+
+def test_operands_reach_the_tensor_cores_as_they_are_stored() -> None:
+    text = codegen.generate(gemm.bias_gelu((1, 512, 512, 512))).text
+    (loop,) = re.findall(r"    for start .*?\n(?=    \S)", text, re.DOTALL)
+    assert ".to(" not in loop
+    assert "mask" not in text
+
+
+def test_what_the_loop_needs_once_is_printed_before_it() -> None:
+    text = codegen.generate(gemm.prologue((1, 64, 64, 64))).text
+    before, loop = text.split("    for start in")
+    assert "a1 = tl.load(x1 + m)" in before
+    assert "tl.load(x1" not in loop
+
+
+@pytest.mark.parametrize("layout", ["mk", "km"])
+def test_offsets_beyond_32_bits(layout: str) -> None:
+    spec = gemm.product((1, 1 << 18, 128, 1 << 14), "int8", layout, "kn", "mn")
+    text = codegen.generate(spec).text
+    assert "pid = tl.program_id(0).to(tl.int64)" in text
+    assert "wide_start = tl.cast(start, tl.int64)" in text
+    assert len(re.findall(r"_k_lane = .*\.to\(tl\.int64\)\n", text)) == 2
+    assert " + start" not in text
+
+
+@pytest.mark.interpret
+def test_wide_offsets_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codegen, "_INT32_MAX", 0)
+    spec = gemm.bias_gelu(gemm.SIZES, FLOAT)
+    source = codegen.generate(spec, gemm.SMALL)
+    assert "wide_start" in source.text
+    arrays = operands(spec)
+    expected = reference(spec, *arrays)
+    contract.same(interpreter.run(spec, *arrays, source=source), expected, 1e-4)
+
+
+def test_partial_results_beyond_32_bits() -> None:
+    spec = gemm.product((1, 1 << 15, 1 << 14, 1 << 14), BFLOAT16, "mk", "kn", "mn")
+    assert "int64" not in codegen.generate(spec, gemm.SMALL).text
+    assert "int64" in codegen.generate(spec, dataclasses.replace(gemm.SMALL, splits=8)).text
+
+
+def test_configurations() -> None:
+    from jevt_kernels.mainloops.gemm_configs import configs
+
+    def first(spec: KernelSpec) -> Config:
+        return configs(spec)[0]
+
+    large = first(gemm.product((1, 16384, 4096, 1024), BFLOAT16, "mk", "kn", "mn"))
+    assert dict(large.blocks) == {"m": 128, "n": 256, "k": 64}
+    weight = first(gemm.product((1, 1024, 1024, 16384), BFLOAT16, "km", "kn", "mn"))
+    assert weight.splits > 1
+    assert first(gemm.dgrad_gelu((1, 1024, 1024, 16384))).splits == 1
+    small = first(gemm.product((1, 20, 40, 30), FLOAT, "mk", "kn", "mn"))
+    assert dict(small.blocks) == {"m": 32, "n": 32, "k": 32}
+
+
+PLAIN = gemm.product((1, 64, 64, 64), FLOAT, "mk", "kn", "mn")
+EVERY = gemm.every_reduction((1, 64, 64, 64))
+(REDUCED,) = (i for i, n in enumerate(EVERY.tree) if isinstance(n, Reduce) and n.op == "max")
+
+
+def without_contraction() -> KernelSpec:
+    return dataclasses.replace(PLAIN, tree=(PLAIN.tree[0], Store(0, 0, PLAIN.tree[3].index)))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (dataclasses.replace(contract.reduction("sum", FLOAT, 4, 8), mainloop="gemm"), "tile axes"),
+        (without_contraction(), "expected one matrix product in a GEMM, got 0"),
+        (changed(PLAIN, 2, over="n"), "expected a contraction over 'k', got 'n'"),
+        (changed(PLAIN, 2, rhs=0), "operand rhs of a product varies along 'm'"),
+        (changed(PLAIN, 2, precision="fast"), "precision of ieee, tf32x3, tf32; got 'fast'"),
+        (changed(PLAIN, 2, dtype=np.dtype("float64")), "got float32 to float64"),
+        (gemm.product((1, 64, 64, 64), np.int16), "got int16 to int32"),
+        (
+            changed(gemm.product((1, 64, 64, 64), BFLOAT16), 2, precision="tf32"),
+            "expected precision 'ieee' of a product of bfloat16",
+        ),
+        (changed(PLAIN, 3, operand=0), "an operand of a product is stored by the same kernel"),
+        (changed(EVERY, REDUCED, over="batch"), "got 'max' along 'batch'"),
+        (
+            dataclasses.replace(EVERY, tree=(*EVERY.tree, Compute("neg", (REDUCED,), FLOAT))),
+            "the result of a reduction beside a product is used",
+        ),
+        (dataclasses.replace(PLAIN, aliases=((0, 0),)), "output 0 takes the place of input 0"),
+    ],
+)
+def test_what_cannot_be_generated(spec: KernelSpec, message: str) -> None:
+    with pytest.raises(UnsupportedKernel, match=message):
+        codegen.generate(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "config", "message"),
+    [
+        (EVERY, dataclasses.replace(gemm.SMALL, splits=2), "with an epilogue cannot be split"),
+        (
+            EVERY,
+            Config((("m", 32), ("n", 64), ("k", 32)), subtiles=2),
+            "a reduction along n needs the whole tile",
+        ),
+        (PLAIN, dataclasses.replace(gemm.SMALL, subtiles=4), "have no 4 parts along n"),
+    ],
+)
+def test_wrong_configurations(spec: KernelSpec, config: Config, message: str) -> None:
+    with pytest.raises(UnsupportedKernel, match=message):
+        codegen.generate(spec, config)
+
+
+def test_different_operand_types() -> None:
+    spec = gemm.product((1, 64, 64, 64), FLOAT)
+    inputs = (spec.inputs[0], dataclasses.replace(spec.inputs[1], dtype=BFLOAT16))
+    with pytest.raises(UnsupportedKernel, match="of one type in a product, got float32 and bfloat"):
+        codegen.generate(dataclasses.replace(spec, inputs=inputs))
+
+
+def test_products_that_are_stored_as_they_are() -> None:
+    def plain(spec: KernelSpec) -> bool:
+        return product.is_plain(spec, product.find(spec))
+
+    assert plain(PLAIN)
+    assert not plain(EVERY)
+    tree = (*PLAIN.tree[:3], Compute("convert", (2,), BFLOAT16), Store(0, 3, PLAIN.tree[3].index))
+    assert plain(dataclasses.replace(PLAIN, tree=tree))
+    tree = (*PLAIN.tree[:3], Compute("convert", (2,), np.dtype("int32")), *tree[4:])
+    assert not plain(dataclasses.replace(PLAIN, tree=tree))
+
+
+def test_two_products() -> None:
+    tree = (*PLAIN.tree, Contract(0, 1, "k", FLOAT))
+    with pytest.raises(UnsupportedKernel, match="got 2"):
+        codegen.generate(dataclasses.replace(PLAIN, tree=tree))
+
+
+def test_reduction_in_an_operand() -> None:
+    load = Load(0, IndexMap((0, 64, 0, 1)))
+    tree = (load, Reduce("max", 0, "m", FLOAT), PLAIN.tree[1], Contract(1, 2, "k", FLOAT))
+    with pytest.raises(UnsupportedKernel, match="operand lhs of a product holds a reduction"):
+        codegen.generate(dataclasses.replace(PLAIN, tree=(*tree, Store(0, 3, PLAIN.tree[3].index))))

@@ -205,6 +205,11 @@ def _merged(fusions: list[_Fusion]) -> list[_Fusion]:
 
 
 def _time(traffic: int, eqns: Collection[JaxprEqn], device: Device) -> float:
+    return max(traffic / device.bytes_per_us, arithmetic_us(eqns, device))
+
+
+def arithmetic_us(eqns: Collection[JaxprEqn], device: Device) -> float:
+    """The scalar operations of equations, at the rate of a kernel that does nothing else."""
     operations = sum(
         _OPERATIONS.get(e.primitive.name, 1)
         * max((graphs.elements(v.aval) for v in (*e.invars, *e.outvars)), default=0)
@@ -212,7 +217,7 @@ def _time(traffic: int, eqns: Collection[JaxprEqn], device: Device) -> float:
         if e.primitive.name
         not in ("broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "rev")
     )
-    return max(traffic / device.bytes_per_us, operations / (device.flops_per_us * _SCALAR_RATE))
+    return operations / (device.flops_per_us * _SCALAR_RATE)
 
 
 def _fetched(jaxpr: Jaxpr, var: Var) -> int:

@@ -22,6 +22,7 @@ from jevt.partition.graph import Classify, Graph
 from jevt.partition.plan import Plan, Solution
 from jevt.partition.problem import Problem
 from jevt.partition.reach import Links, Reach
+from jevt.partition.recompute import recompute
 from jevt.partition.solve import Oracle, Outcome, Status, solve
 
 
@@ -75,6 +76,7 @@ class _Run:
     def plan(self, jaxpr: Jaxpr, context: Context) -> Plan:
         started = time.monotonic()
         # 1. equations as nodes; what is cheap to make again copied, what stays together joined
+        jaxpr = recompute(graphs.from_jaxpr(jaxpr, self.classify), context.device)
         jaxpr = duplicate(graphs.from_jaxpr(jaxpr, self.classify))
         single = self._checked(graphs.from_jaxpr(jaxpr, self.classify))
 

@@ -81,6 +81,8 @@ def run_kernels(arguments: Sequence[str]) -> int:
     _add_common(parser)
     parser.add_argument("--suites", default="", help="comma-separated; default all")
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--configs", type=int, help="configurations of a kernel to try at most")
+    parser.add_argument("--search-limit", type=float, help="seconds to compile configurations")
     args = parser.parse_args(arguments)
 
     names = _parse(parser, variants.check, args.variants or "jax,jevt")
@@ -94,7 +96,10 @@ def run_kernels(arguments: Sequence[str]) -> int:
         parser.error(str(error))
     # Many calls under the profiler: a call lasts microseconds, and the profile is the measurement.
     profiled = 0 if args.smoke else 24
-    plan = _plan(args, options, block_s=0.05, measure_warm=False, profile_steps=profiled)
+    changes = {"configs": args.configs, "search_s": args.search_limit}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    changes |= {"block_s": 0.05, "measure_warm": False, "profile_steps": profiled}
+    plan = _plan(args, options, **changes)
     with open_workbench(
         options.size, share=True, with_ceilings=True, with_torch=False, commit=args.commit
     ) as bench:

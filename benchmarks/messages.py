@@ -26,6 +26,8 @@ class Job:
       options: the workload's options.
       references: folder with the gradients to compare with, and where they are written.
       measure_warm: whether to measure the warm start too.
+      configs: configurations of a case's kernel to try at most.
+      search_s: seconds after which no further configuration is compiled.
     """
 
     kind: Literal["workload", "case"]
@@ -34,6 +36,8 @@ class Job:
     options: Options
     references: str | None = None
     measure_warm: bool = True
+    configs: int = 12
+    search_s: float = 60.0
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
@@ -80,6 +84,7 @@ class Loaded:
       rel_err: relative error against the float32 reference; None without one or if not finite.
       note: what else the row should say.
       step_s: seconds of a warm step, roughly.
+      tried: configurations of a kernel that were tried, with their times.
     """
 
     cold_start_s: float
@@ -88,6 +93,7 @@ class Loaded:
     rel_err: float | None
     note: str
     step_s: float
+    tried: str = ""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Plan:
       reference: whether gradients are checked.
       measure_warm: whether warm starts are measured.
       profile_steps: steps under the profiler; 0 for no profile.
+      configs, search_s: see ``messages.Job``.
     """
 
     options: Options = field(default_factory=Options)
@@ -39,6 +40,8 @@ class Plan:
     reference: bool = True
     measure_warm: bool = True
     profile_steps: int = 3
+    configs: int = 12
+    search_s: float = 60.0
 
     def __post_init__(self) -> None:
         if self.blocks < 1:

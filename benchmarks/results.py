@@ -66,6 +66,8 @@ class KernelRow:
       tflops, gbps: achieved rate; the one that bounds the case, the other None.
       fraction_of_ceiling: that rate over the measured ceiling.
       rel_err: relative error against float32.
+      tried: configurations of the kernel with their microseconds, launch included, the fastest,
+        which ran, first.
     """
 
     suite: str
@@ -77,6 +79,7 @@ class KernelRow:
     fraction_of_ceiling: float | None = None
     rel_err: float | None = None
     note: str = ""
+    tried: str = ""
 
 
 class ResultFile:

@@ -11,7 +11,7 @@ from benchmarks.options import Size
 from benchmarks.workload import Tree, Workload
 
 # Each module registers at least one suite when imported.
-MODULES = ("pointwise", "rowwise")
+MODULES = ("pointwise", "rowwise", "gemm")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Case:
       peers: other functions of the same arguments and results, run under ``jax.jit`` as variants
         of their own (a library call through JAX, say).
       batches: sets of arguments to rotate through; together several times the L2 cache.
+      kernel: makes the kernel, a ``jevt_kernels.KernelSpec``, that the variant ``jevt`` runs in its
+        fastest configuration instead of compiling ``fun``.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Case:
     flops: int = 0
     peers: Mapping[str, Callable[..., Tree]] = field(default_factory=dict)
     batches: int = 3
+    kernel: Callable[[], Any] | None = None
 
 
 Builder = Callable[[Size], Sequence[Case]]

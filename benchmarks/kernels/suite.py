@@ -82,7 +82,7 @@ def kernel_row(info: CaseInfo, entry: Entry, ceilings: Ceilings) -> KernelRow:
     """The row of what is known of an entry so far."""
     row = KernelRow(info.suite, info.name, entry.variant.name, note=entry.note)
     if entry.loaded is not None:
-        row = dataclasses.replace(row, rel_err=entry.loaded.rel_err)
+        row = dataclasses.replace(row, rel_err=entry.loaded.rel_err, tried=entry.loaded.tried)
     if entry.times_s is None:
         return row
     wall_us = entry.times_s.median * 1e6
@@ -109,4 +109,12 @@ def _entries(info: CaseInfo, variants: Sequence[str], plan: Plan, clock: Clock) 
 
 def _job(info: CaseInfo, variant: Variant, plan: Plan) -> Job:
     path = f"{info.suite}/{info.name}"
-    return Job("case", path, variant.name, plan.options, measure_warm=plan.measure_warm)
+    return Job(
+        "case",
+        path,
+        variant.name,
+        plan.options,
+        measure_warm=plan.measure_warm,
+        configs=plan.configs,
+        search_s=plan.search_s,
+    )

@@ -13,8 +13,10 @@ import numpy as np
 
 from benchmarks import accuracy, registry
 from benchmarks.kernel_profile import profile_steps
+from benchmarks.kernels.case import Case, as_workload, find_case
 from benchmarks.messages import Job, Loaded, Profile
 from benchmarks.runners.base import WARM_UP_STEPS
+from benchmarks.runners.kernel_step import KernelStep
 from benchmarks.workload import Tree, Workload, cast_floats
 
 SEED = 0
@@ -40,6 +42,9 @@ class JaxRunner:
         w = self.workload
         count = 1 if self.job.variant == "float32" else w.batches
         self.batches = [self._lift(w.batch(SEED + i)) for i in range(count)]
+        tried = ""
+        if isinstance(self.step, KernelStep):
+            tried = self.step.prepare(self.batches, self.job.configs, self.job.search_s)
         state = jax.block_until_ready(w.probe(self._lift(w.init(SEED))))
         after, cold = _timed(self.step, state, self.batches[0])
         del state
@@ -50,7 +55,7 @@ class JaxRunner:
         if self.job.variant != "float32":
             warm = self._warm_start() if self.job.measure_warm else None
             self.state = w.init(SEED)
-        return Loaded(cold, warm, peak, rel_err, note, self._warm_up())
+        return Loaded(cold, warm, peak, rel_err, note, self._warm_up(), tried)
 
     def block(self, steps: int) -> float:
         start = time.perf_counter()
@@ -122,9 +127,7 @@ class JaxRunner:
 def _workload(job: Job) -> Workload:
     options = job.options
     if job.kind == "case":
-        from benchmarks.kernels.case import as_workload, find_case
-
-        return as_workload(find_case(job.name, options.size), job.variant)
+        return as_workload(_case(job), job.variant)
     if job.variant == "jax-cudnn":
         options = options.replace(attention="cudnn")
     if job.variant != "float32":
@@ -146,6 +149,8 @@ def _compiler(job: Job) -> Callable[[Workload], Any]:
     """How the variant turns a workload into a compiled step."""
     if job.variant != "jevt":
         return lambda w: jax.jit(w.step, donate_argnums=w.donate_argnums)
+    if job.kind == "case" and (kernel := _case(job).kernel) is not None:
+        return lambda w: KernelStep(kernel())
     import jevt
 
     # A kernel case compares kernels, so on a GPU it asks for them; a step lets jevt choose.
@@ -161,10 +166,12 @@ def _timed(step: Any, state: Tree, batch: Tree) -> tuple[Tree, float]:
     return after, time.perf_counter() - start
 
 
+def _case(job: Job) -> Case:
+    return find_case(job.name, job.options.size)
+
+
 def _case_reference(job: Job) -> Tree:
     """The case's function in float32 under ``jax.jit``, on the first arguments."""
-    from benchmarks.kernels.case import find_case
-
-    case = find_case(job.name, job.options.size)
+    case = _case(job)
     with jax.default_matmul_precision("highest"):
         return jax.jit(case.fun)(*cast_floats(case.args(SEED), jnp.float32))

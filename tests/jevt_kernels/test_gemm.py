@@ -131,7 +131,7 @@ def trees(draw: Any) -> KernelSpec:
     """A product of random trees with a random tree of its result, stored and reduced."""
     # Few sizes, because the reference compiles its operations for each.
     sizes = draw(st.sampled_from([(2, 33, 20, 40), (1, 5, 36, 3), (1, 40, 1, 35)]))
-    b = gemm.Builder(*sizes)
+    b = gemm.tree(*sizes)
     dtype = draw(st.sampled_from([np.dtype("float16"), FLOAT]))
 
     def tree(full: str, leaves: list[int], depth: int) -> int:
@@ -140,36 +140,30 @@ def trees(draw: Any) -> KernelSpec:
         value = leaves[0] if leaves else b.load(full, dtype)
         for _ in range(depth):
             if draw(st.booleans()):
-                value = b.add(Compute(draw(st.sampled_from(UNARY)), (value,), FLOAT))
+                value = b.compute(draw(st.sampled_from(UNARY)), value)
             else:
                 other = b.load(
                     draw(st.sampled_from(layouts)), draw(st.sampled_from([dtype, FLOAT]))
                 )
                 pair = draw(st.permutations([value, other]))
-                value = b.add(Compute(draw(st.sampled_from(BINARY)), tuple(pair), FLOAT))
+                value = b.compute(draw(st.sampled_from(BINARY)), *pair)
             # Values stay of order one.
-            value = b.add(Compute("tanh", (value,), dtype))
+            value = b.compute("tanh", value, dtype=dtype)
         return value
 
     lhs = tree("bmk", [], draw(st.integers(0, 2)))
     rhs = tree("bkn", [], draw(st.integers(0, 2)))
-    value = b.contract(lhs, rhs, FLOAT)
+    value = b.contract(lhs, rhs)
     value = tree("bmn", [value], draw(st.integers(0, 3)))
     for layout in draw(st.lists(st.sampled_from(["bmn", "nbm", "mnb"]), min_size=1, max_size=2)):
         b.store(value, layout, draw(st.sampled_from([FLOAT, np.dtype("float16")])))
+    left = "bmn"
+    value = b.compute("convert", value)
     for over in draw(st.sampled_from([(), ("m",), ("n",), ("m", "n"), ("n", "m")])):
-        value = b.reduce(value, over, FLOAT)
-        left = [a for a in "bmn" if {"m", "n"} - _reduced(b, value) >= {a} or a == "b"]
-        b.store(value, "".join(left), FLOAT)
-    return b.spec()
-
-
-def _reduced(b: gemm.Builder, position: int) -> set[str]:
-    over = set()
-    while isinstance(node := b.nodes[position], Reduce):
-        over.add(node.over)
-        position = node.operand
-    return over
+        value = b.reduce(value, over)
+        left = left.replace(over, "")
+        b.store(value, left, FLOAT)
+    return b.spec("random_trees")
 
 
 @pytest.mark.interpret
@@ -293,7 +287,7 @@ def without_contraction() -> KernelSpec:
         (changed(PLAIN, 2, rhs=0), "operand rhs of a product varies along 'm'"),
         (changed(PLAIN, 2, precision="fast"), "precision of ieee, tf32x3, tf32; got 'fast'"),
         (changed(PLAIN, 2, dtype=np.dtype("float64")), "got float32 to float64"),
-        (gemm.product((1, 64, 64, 64), np.int16), "got int16 to int32"),
+        (gemm.product((1, 64, 64, 64), np.int16), "got int16 to int16"),
         (
             changed(gemm.product((1, 64, 64, 64), BFLOAT16), 2, precision="tf32"),
             "expected precision 'ieee' of a product of bfloat16",

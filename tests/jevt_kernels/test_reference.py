@@ -108,13 +108,12 @@ def test_products_of_other_types(dtype: str, result: str) -> None:
 
 
 def test_operands_of_a_product_are_rounded() -> None:
-    b = gemm_kernels.Builder(1, 1, 1, 2)
-    third = b.add(Constant(3.0, FLOAT))
-    x = b.load("bmk", FLOAT)
-    lhs = b.add(Compute("div", (x, third), contract.BFLOAT16))
-    b.store(b.contract(lhs, b.load("bkn", contract.BFLOAT16), FLOAT), "bmn", FLOAT)
+    b = gemm_kernels.tree(1, 1, 1, 2)
+    three = b.constant(3.0)
+    lhs = b.compute("div", b.load("bmk", FLOAT), three, dtype=contract.BFLOAT16)
+    b.store(b.contract(lhs, b.load("bkn", contract.BFLOAT16)), "bmn", FLOAT)
     one: Any = np.ones((1, 1, 2), np.float32)
-    (got,) = reference(b.spec(), one, one.reshape(1, 2, 1).astype(contract.BFLOAT16))
+    (got,) = reference(b.spec("rounded"), one, one.reshape(1, 2, 1).astype(contract.BFLOAT16))
     assert float(got[0, 0, 0]) == 2 * float(np.float32(1 / 3).astype(contract.BFLOAT16))
 
 

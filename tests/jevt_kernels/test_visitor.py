@@ -53,10 +53,10 @@ def test_operands() -> None:
 
 
 def test_a_product_varies_along_all_but_the_contracted_axis() -> None:
-    b = gemm_kernels.Builder(2, 3, 1, 5)
+    b = gemm_kernels.tree(2, 3, 1, 5)
     lhs, rhs = b.load("mk", FLOAT), b.load("bk", FLOAT)
-    value = b.contract(lhs, rhs, FLOAT)
-    spec = b.spec()
+    value = b.contract(lhs, rhs)
+    spec = b.spec("product")
     assert visitor.dependencies(spec.tree, spec.space)[value] == {"batch", "m", "n"}
     assert visitor.operands(spec.tree[value]) == (lhs, rhs)
     assert visitor.levels(spec.tree) == (0, 0, 1)

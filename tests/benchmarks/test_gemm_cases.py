@@ -1,0 +1,99 @@
+"""The kernels of the GEMM suites compute their cases' functions; the search for a configuration."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.kernels import gemm, gemm_shapes, search
+from benchmarks.kernels.case import cases
+from jevt_kernels import codegen
+from jevt_kernels.mainloops import gemm_configs
+from jevt_kernels.reference import reference
+
+CASES = {
+    **{p.name: gemm.make_case(p, gemm.PLAIN) for p in gemm_shapes.products("smoke")},
+    **{case.name: case for case in gemm.epilogues("smoke")},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernel_computes_the_function(name):
+    case = CASES[name]
+    arguments = case.args(0)
+    expected = jax.tree.leaves(jax.jit(case.fun)(*(x.astype(jnp.float32) for x in arguments)))
+    got = jax.jit(lambda *x: reference(case.kernel(), *x))(*arguments)
+    assert len(got) == len(expected)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.shape == theirs.shape
+        x, y = np.asarray(mine, np.float64), np.asarray(theirs, np.float64)
+        assert np.linalg.norm(x - y) <= 5e-3 * np.linalg.norm(y)
+
+
+def test_enough_shapes():
+    assert len(gemm_shapes.products("full")) >= 20
+    kinds = {p.name.rpartition("-")[2] for p in gemm_shapes.products("full")}
+    assert kinds == {"fwd", "dgrad", "wgrad"}
+    models = {p.name.partition("-")[0] for p in gemm_shapes.products("full")}
+    assert models == {"bert", "vit", "xmlcnn"}
+
+
+def test_every_kernel_is_generated_at_full_size():
+    for suite in ("gemm", "gemm-epilogue"):
+        for case in cases(suite, "full"):
+            codegen.generate(case.kernel())
+
+
+def spec():
+    return CASES["bert-up-fwd"].kernel()
+
+
+def test_search_takes_the_fastest(monkeypatch):
+    candidates = gemm_configs.configs(spec())[:3]
+    seconds = dict(zip(candidates, (3e-3, 1e-3, None), strict=True))
+
+    def compiled(spec, config, sets):
+        assert sets == [(1,), (2,), (1,), (2,), (1,), (2,)]
+        if seconds[config] is None:
+            raise ValueError("out of resources\nat length")
+        return lambda _: seconds[config]
+
+    monkeypatch.setattr(search, "_compiled", compiled)
+    monkeypatch.setattr(search, "_timed", lambda run: run())
+    config, trials = search.fastest(spec(), [(1,), (2,)], most=3, limit_s=60)
+    assert config == candidates[1]
+    assert [t.config for t in trials] == [candidates[1], candidates[0], candidates[2]]
+    assert trials[0].us == pytest.approx(1e3 / 6)
+    assert str(trials[2]).endswith(": ValueError: out of resources")
+
+
+def test_search_without_success(monkeypatch):
+    def compiled(spec, config, sets):
+        raise MemoryError("shared memory")
+
+    monkeypatch.setattr(search, "_compiled", compiled)
+    with pytest.raises(RuntimeError, match="no configuration of gemm_plain runs: .*shared memory"):
+        search.fastest(spec(), [(1,)], most=2, limit_s=60)
+
+
+def test_descriptions():
+    (first, *_) = gemm_configs.configs(
+        gemm.make_case(gemm_shapes.wgrad("w", 16384, 1024, 1024), gemm.PLAIN).kernel()
+    )
+    blocks = "x".join(str(size) for _, size in first.blocks)
+    text = f"{blocks} w{first.num_warps} s{first.num_stages} k{first.splits}"
+    assert first.splits > 1
+    assert search.describe(first) == text
+
+
+@pytest.mark.cuda_lowering
+def test_programs_of_the_search_lower_for_cuda():
+    import functools
+
+    import jevt_kernels
+
+    case = CASES["bert-down-dgrad-gelu"]
+    arguments = case.args(0)
+    call = functools.partial(jevt_kernels.call, case.kernel(), compute_capability=90)
+    text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@triton_kernel_call_ffi") == 1

@@ -25,6 +25,10 @@ from jevt_kernels.view import View, dimension
 #: Triton multiplies no smaller tiles of every type.
 SMALLEST_BLOCK = 32
 
+#: Steps of a loop that ptxas may unroll. A longer loop's end is hidden from it, because it unrolls
+#: all of 16 steps and takes ten seconds and more.
+_UNROLLED = 4
+
 configs = gemm_configs.configs
 
 _M, _N = dimension("m"), dimension("n")
@@ -97,6 +101,8 @@ def _accumulate(printer: Printer, found: Product) -> None:
             hoist(printer, [root], "k")
     steps = blocks_along(printer.spec.space, config, "k")
     bounds = f"0, {found.k}"
+    if steps > _UNROLLED:
+        bounds += " + tl.program_id(1)"  # 0
     if config.splits > 1:
         length = -(-steps // config.splits) * config.block("k")
         printer.line(f"first_k = part_pid * {length}")

@@ -1,13 +1,14 @@
 """What each primitive means to a kernel: one row a primitive.
 
 Rules live in dicts keyed by ``Primitive``; a primitive that is in none of them is "not fusible",
-with a reason that goes into the plan. Three kinds of rules exist:
+with a reason that goes into the plan. Four kinds of rules exist:
 
 * ``POINTWISE`` maps an equation to the name of an operation of ``jevt_kernels.ops`` and, where
   parameters of the equation matter, to extra constant operands;
-* ``VIEWS`` and ``REDUCTIONS`` are only named here: ``lowering.axes`` and ``lowering.spec`` know
+* ``VIEWS`` and ``REDUCTIONS`` are only named here: ``lowering.axes`` and ``lowering.builder`` know
   what they do;
-* ``SOURCES`` make values out of coordinates.
+* ``SOURCES`` make values out of coordinates;
+* ``CONTRACTIONS`` maps an equation to the matrix product that it is.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from jax.extend.core import primitives as p
 from jevt import _jax_internals as internals
 from jevt._jaxpr import aval
 from jevt.lowering.errors import NotFusible
+from jevt.lowering.products import Product, product
 from jevt_kernels import ops
+from jevt_kernels.mainloops import MAINLOOPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +36,12 @@ class Role:
     """How an equation can take part in a kernel.
 
     Attributes:
-      kind: "pointwise", "view", "reduction", or "source" (reads no array).
+      kind: "pointwise", "view", "reduction", "contraction" (a matrix product), or "source" (reads no
+        array).
       axes: for a reduction, the reduced axes of its operand.
     """
 
-    kind: Literal["pointwise", "view", "reduction", "source"]
+    kind: Literal["pointwise", "view", "reduction", "contraction", "source"]
     axes: tuple[int, ...] = ()
 
 
@@ -143,10 +147,11 @@ SOURCES: dict[Primitive, str] = {
     internals.iota_2x32_shape_p: "iota_2x32_shape",
 }
 
+CONTRACTIONS: dict[Primitive, Callable[[JaxprEqn], Product]] = _table({"dot_general": product})
+
 #: Primitives that a later mainloop will take; the plan names it.
 _AWAITED: dict[Primitive, str] = _table(
     {
-        "dot_general": "GEMM",
         "conv_general_dilated": "convolution",
         "scatter_add": "embedding gradient",
         "gather": "gather",
@@ -198,7 +203,8 @@ def classify(eqn: JaxprEqn) -> Role:
         raise NotFusible(f"{primitive.name} has effects, which bound groups")
     if primitive in _AWAITED:
         raise NotFusible(f"no mainloop: {primitive.name} ({_AWAITED[primitive]})")
-    if not any(primitive in table for table in (POINTWISE, VIEWS, REDUCTIONS, SOURCES)):
+    tables = (POINTWISE, VIEWS, REDUCTIONS, SOURCES, CONTRACTIONS)
+    if not any(primitive in table for table in tables):
         if primitive in _OF_JAX or primitive.name.startswith("random_"):
             raise NotFusible(f"no mainloop: {primitive.name}")
         raise NotFusible(f"unknown primitive {primitive.name!r}")
@@ -211,6 +217,11 @@ def classify(eqn: JaxprEqn) -> Role:
         return Role("source")
     if primitive in REDUCTIONS:
         return _classify_reduction(eqn)
+    if primitive in CONTRACTIONS:
+        if "gemm" not in MAINLOOPS:
+            raise NotFusible(f"no mainloop: {primitive.name} (GEMM)")
+        CONTRACTIONS[primitive](eqn)
+        return Role("contraction")
     operation = POINTWISE[primitive](eqn)
     operands = tuple(_dtype(aval(atom)) for atom in eqn.invars)
     try:

@@ -1,0 +1,137 @@
+"""Tile axes of a group around a matrix product.
+
+The product's own axes are the space: ``batch`` and ``k``, which both operands have, ``m`` of the
+left one and ``n`` of the right one. What its operands are made of is the prologue and runs along
+``k``; everything else is the epilogue and runs along the other three.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Set
+
+from jevt.lowering.axes import Factor, flat
+from jevt.lowering.errors import NotFusible
+from jevt.lowering.layout import Atoms, Layout, Resolved, atoms_of
+from jevt_kernels import visitor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axes:
+    """The atoms of each tile axis; ``swapped`` if ``m`` is the right operand's."""
+
+    batch: Atoms
+    m: Atoms
+    n: Atoms
+    k: Atoms
+    swapped: bool = False
+
+
+def layout(group: Resolved) -> Layout:
+    """The tile axes of a group.
+
+    Raises:
+      NotFusible: there are several products, or something in the group follows neither the tile of
+        the operands nor that of the product.
+    """
+    product = _product(group)
+    cones = _cone(group, product.lhs), _cone(group, product.rhs)
+    if any(isinstance(group.nodes[p], visitor.Reduce) for cone in cones for p in cone):
+        raise NotFusible("a reduction before a matrix product")
+    axes = _axes(group, cones)
+    over = _directions(group, axes)
+    _check_stores(group, axes, over)
+    left, right = reversed(cones) if axes.swapped else cones
+    stores = group.largest_first(group.stores)
+    operands = [group.largest_first(p for p in cone if p in group.loads) for cone in (left, right)]
+    n = group.memory_order([*operands[1], *stores], axes.n)
+    last = group.contiguous(stores[0])
+    if last in axes.n:  # neighbouring threads store to neighbouring addresses
+        n = [atom for atom in n if atom is not last] + [last]
+    tiles = [
+        ("batch", group.memory_order(stores, axes.batch)),
+        ("m", group.memory_order([*operands[0], *stores], axes.m)),
+        ("n", n),
+        ("k", group.memory_order(group.largest_first(sum(operands, [])), axes.k)),
+    ]
+    return Layout("gemm", tiles, over, axes.swapped)
+
+
+def _product(group: Resolved) -> visitor.Contract:
+    if len(group.contractions) > 1:
+        raise NotFusible("several matrix products")
+    node = group.nodes[group.contractions[0].node]
+    assert isinstance(node, visitor.Contract)
+    return node
+
+
+def _cone(group: Resolved, position: int) -> set[int]:
+    """The node and all that it is made of."""
+    found: set[int] = set()
+    stack = [position]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(visitor.operands(group.nodes[node]))
+    return found
+
+
+def _axes(group: Resolved, cones: tuple[set[int], set[int]]) -> _Axes:
+    (product,) = group.contractions
+    parts = [
+        atoms_of(part) for part in (product.batch, product.left, product.right, product.contracted)
+    ]
+    together = {atom: None for part in parts for atom in part}
+    if len(together) < sum(map(len, parts)):
+        raise NotFusible("two axes of a matrix product would be one (a diagonal)")
+    if any(atom not in together for atom in group.live):
+        raise NotFusible("a value runs along an axis that the matrix product does not have")
+    batch, left, right, contracted = parts
+    # An operand that all of a batch share makes it rows, or columns, of one larger product.
+    varying = [_varying(group, cone) for cone in cones]
+    rows = {atom: None for atom in batch if atom not in varying[1]}
+    columns = {atom: None for atom in batch if atom not in varying[0] and atom not in rows}
+    batch = {atom: None for atom in batch if atom not in rows and atom not in columns}
+    left, right = rows | left, columns | right
+    # Stores are coalesced along n.
+    if group.contiguous(group.largest_first(group.stores)[0]) in left:
+        return _Axes(batch, right, left, contracted, swapped=True)
+    return _Axes(batch, left, right, contracted)
+
+
+def _varying(group: Resolved, cone: set[int]) -> set[Factor]:
+    return {a for p in cone for a, stride in group.strides.get(p, {}).items() if stride}
+
+
+def _directions(group: Resolved, axes: _Axes) -> dict[int, str]:
+    """For each reduction, "m" or "n"."""
+    over: dict[int, str] = {}
+    for reduction in group.reductions:
+        reduced, own = group.reduced(reduction).keys(), atoms_of(flat(reduction.axes)).keys()
+        if own != _tile(axes):
+            raise NotFusible("a reduction of something else than the matrix product's tile")
+        if reduced not in (axes.m.keys(), axes.n.keys()):
+            raise NotFusible("a reduction along neither the rows nor the columns of the product")
+        over[reduction.node] = "m" if reduced == axes.m.keys() else "n"
+    for node in group.nodes:
+        if not isinstance(node, visitor.Store) and not over.keys().isdisjoint(
+            visitor.operands(node)
+        ):
+            raise NotFusible("a value is read after a reduction of a matrix product's tile")
+    return over
+
+
+def _check_stores(group: Resolved, axes: _Axes, over: dict[int, str]) -> None:
+    for position in group.stores:
+        own = group.strides[position].keys()
+        (operand,) = visitor.operands(group.nodes[position])
+        lost = {"m": axes.m.keys(), "n": axes.n.keys()}.get(over.get(operand, ""), set())
+        if not own.isdisjoint(axes.k):
+            raise NotFusible("a value along the contracted axes is needed outside")
+        if own != _tile(axes) - lost:
+            raise NotFusible("an output does not run along every axis of the matrix product")
+
+
+def _tile(axes: _Axes) -> Set[Factor]:
+    return axes.batch.keys() | axes.m.keys() | axes.n.keys()

@@ -7,7 +7,7 @@ from collections.abc import Set
 from jax.extend.core import Jaxpr, Var
 
 from jevt_kernels import visitor
-from jevt_kernels.index_map import IndexMap, Space
+from jevt_kernels.index_map import IndexMap
 from jevt_kernels.spec import KernelSpec
 
 
@@ -30,7 +30,7 @@ def donated_aliases(spec: KernelSpec, jaxpr: Jaxpr, free: Set[Var]) -> tuple[tup
         written = {
             n.index for n in spec.tree if isinstance(n, visitor.Store) and n.output == output
         }
-        if not all(_covers(index, spec.space) for index in written):
+        if not all(_covers(index, spec) for index in written):
             continue
         for candidate in free_inputs:
             read = {
@@ -43,5 +43,12 @@ def donated_aliases(spec: KernelSpec, jaxpr: Jaxpr, free: Set[Var]) -> tuple[tup
     return tuple(pairs) if len(pairs) == len(spec.outputs) else ()
 
 
-def _covers(index: IndexMap, space: Space) -> bool:
-    return all(space.extent(t) == 1 or index.depends_on(t) for t in space.tile)
+def _covers(index: IndexMap, spec: KernelSpec) -> bool:
+    """Whether the address varies along every tile axis that stores run along."""
+    contracted = {node.over for node in spec.tree if isinstance(node, visitor.Contract)}
+    return all(
+        tile_axis.name in contracted
+        or spec.space.extent(tile_axis) == 1
+        or index.depends_on(tile_axis)
+        for tile_axis in spec.space.tile
+    )

@@ -109,7 +109,7 @@ from jevt_kernels import launch
 from jevt_kernels.index_map import IndexMap, Space, TileAxis
 from jevt_kernels.reference import reference
 from jevt_kernels.spec import KernelSpec, TensorType
-from jevt_kernels.visitor import Compute, Constant, Iota, Load, Reduce, Store
+from jevt_kernels.visitor import Compute, Constant, Contract, Iota, Load, Reduce, Store
 
 nan, inf = float("nan"), float("inf")
 spec = {spec}

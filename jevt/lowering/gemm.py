@@ -43,16 +43,16 @@ def layout(group: Resolved) -> Layout:
     _check_stores(group, axes, over)
     left, right = reversed(cones) if axes.swapped else cones
     stores = group.largest_first(group.stores)
-    operands = [group.largest_first(p for p in cone if p in group.loads) for cone in (left, right)]
-    n = group.memory_order([*operands[1], *stores], axes.n)
-    last = group.contiguous(stores[0])
-    if last in axes.n:  # neighbouring threads store to neighbouring addresses
+    lhs, rhs = (group.largest_first(p for p in group.loads if p in cone) for cone in (left, right))
+    n = group.memory_order([*rhs, *stores], axes.n)
+    last = _last(group)
+    if last in axes.n:
         n = [atom for atom in n if atom is not last] + [last]
     tiles = [
         ("batch", group.memory_order(stores, axes.batch)),
-        ("m", group.memory_order([*operands[0], *stores], axes.m)),
+        ("m", group.memory_order([*lhs, *stores], axes.m)),
         ("n", n),
-        ("k", group.memory_order(group.largest_first(sum(operands, [])), axes.k)),
+        ("k", group.memory_order(group.largest_first([*lhs, *rhs]), axes.k)),
     ]
     return Layout("gemm", tiles, over, axes.swapped)
 
@@ -94,10 +94,16 @@ def _axes(group: Resolved, cones: tuple[set[int], set[int]]) -> _Axes:
     columns = {atom: None for atom in batch if atom not in varying[0] and atom not in rows}
     batch = {atom: None for atom in batch if atom not in rows and atom not in columns}
     left, right = rows | left, columns | right
-    # Stores are coalesced along n.
-    if group.contiguous(group.largest_first(group.stores)[0]) in left:
+    if _last(group) in left:
         return _Axes(batch, right, left, contracted, swapped=True)
     return _Axes(batch, left, right, contracted)
+
+
+def _last(group: Resolved) -> Factor | None:
+    """The atom along which tiles are stored contiguously: it is to be the last one of ``n``."""
+    reduced = {reduction.node for reduction in group.reductions}
+    tiles = [p for p in group.stores if reduced.isdisjoint(visitor.operands(group.nodes[p]))]
+    return group.contiguous(group.largest_first(tiles)[0]) if tiles else None
 
 
 def _varying(group: Resolved, cone: set[int]) -> set[Factor]:
@@ -126,10 +132,10 @@ def _check_stores(group: Resolved, axes: _Axes, over: dict[int, str]) -> None:
     for position in group.stores:
         own = group.strides[position].keys()
         (operand,) = visitor.operands(group.nodes[position])
-        lost = {"m": axes.m.keys(), "n": axes.n.keys()}.get(over.get(operand, ""), set())
+        lost: Atoms = {"m": axes.m, "n": axes.n}.get(over.get(operand, ""), {})
         if not own.isdisjoint(axes.k):
             raise NotFusible("a value along the contracted axes is needed outside")
-        if own != _tile(axes) - lost:
+        if own != _tile(axes) - lost.keys():
             raise NotFusible("an output does not run along every axis of the matrix product")
 
 

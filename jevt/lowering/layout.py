@@ -90,6 +90,7 @@ class Resolved:
 
 
 def atoms_of(factors: Iterable[Factor]) -> Atoms:
+    """The atoms that factors consist of, without repetition."""
     return {atom: None for factor in factors for atom in factor.atoms()}
 
 

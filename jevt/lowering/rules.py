@@ -36,8 +36,8 @@ class Role:
     """How an equation can take part in a kernel.
 
     Attributes:
-      kind: "pointwise", "view", "reduction", "contraction" (a matrix product), or "source" (reads no
-        array).
+      kind: "pointwise", "view", "reduction", "contraction" (a matrix product), or "source" (reads
+        no array).
       axes: for a reduction, the reduced axes of its operand.
     """
 

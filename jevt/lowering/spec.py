@@ -114,6 +114,7 @@ def _at(node: visitor.Node, index: IndexMap) -> visitor.Node:
 def _tensor(var: Var | Literal) -> TensorType:
     return TensorType(tuple(aval(var).shape), np.dtype(aval(var).dtype))
 
+
 def _compact(nodes: list[visitor.Node]) -> visitor.Tree:
     """Merges equal nodes and drops what no store needs."""
     needed: set[int] = set()

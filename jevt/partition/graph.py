@@ -22,14 +22,14 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 from jevt import _jaxpr
 from jevt.lowering.errors import NotFusible
 
-type NodeKind = Literal["pointwise", "view", "reduction", "source", "opaque"]
+type NodeKind = Literal["pointwise", "view", "reduction", "contraction", "source", "opaque"]
 
 
 class Role(Protocol):
     """What ``lowering.rules.classify`` says of an equation."""
 
     @property
-    def kind(self) -> Literal["pointwise", "view", "reduction", "source"]: ...
+    def kind(self) -> Literal["pointwise", "view", "reduction", "contraction", "source"]: ...
 
     @property
     def axes(self) -> tuple[int, ...]: ...

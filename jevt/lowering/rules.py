@@ -28,7 +28,6 @@ from jevt._jaxpr import aval
 from jevt.lowering.errors import NotFusible
 from jevt.lowering.products import Product, product
 from jevt_kernels import ops
-from jevt_kernels.mainloops import MAINLOOPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +217,6 @@ def classify(eqn: JaxprEqn) -> Role:
     if primitive in REDUCTIONS:
         return _classify_reduction(eqn)
     if primitive in CONTRACTIONS:
-        if "gemm" not in MAINLOOPS:
-            raise NotFusible(f"no mainloop: {primitive.name} (GEMM)")
         CONTRACTIONS[primitive](eqn)
         return Role("contraction")
     operation = POINTWISE[primitive](eqn)

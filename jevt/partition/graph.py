@@ -268,6 +268,8 @@ def _node(position: int, eqn: JaxprEqn, classify: Classify) -> Node:
     except NotFusible as refusal:
         reason = str(refusal)
         return Node((position,), "opaque", reason=reason, fallback=_unexpected(reason))
+    if role.kind == "contraction":
+        return Node((position,), "opaque", reason=f"no mainloop: {name} (GEMM)")
     size = max(elements(v.aval) for v in eqn.outvars)
     if role.kind == "reduction":
         operand: Any = eqn.invars[0].aval

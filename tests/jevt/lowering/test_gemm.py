@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,22 +17,10 @@ from jax import lax
 from jevt.lowering import spec as lowering
 from jevt.lowering.alias import donated_aliases
 from jevt.lowering.errors import NotFusible
-from jevt_kernels import visitor
+from jevt_kernels import interpreter, visitor
 from jevt_kernels.index_map import IndexMap
-from jevt_kernels.mainloops import MAINLOOPS
 from jevt_kernels.reference import reference
-from jevt_kernels.spec import Config, KernelSpec
-
-
-@pytest.fixture(scope="module", autouse=True)
-def mainloop() -> Iterator[None]:
-    present = "gemm" in MAINLOOPS
-    if not present:
-        stand_in: Any = types.SimpleNamespace(configs=lambda s: (Config(()),), emit=lambda p: 1)
-        MAINLOOPS["gemm"] = stand_in
-    yield
-    if not present:
-        del MAINLOOPS["gemm"]
+from jevt_kernels.spec import KernelSpec
 
 
 X = contract.random((4, 6, 32))
@@ -123,6 +110,26 @@ def test_groups(name: str) -> None:
     assert [t.name for t in spec.space.tile] == ["batch", "m", "n", "k"]
     expected = jax.tree.leaves(jax.jit(function)(*arrays))
     contract.same(reference(spec, *arrays), expected, 1e-2 if name.startswith("gradient") else None)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", GROUPS)
+def test_kernels_of_groups(name: str) -> None:
+    function, arrays = GROUPS[name]
+    contract.check(function, *arrays, tolerance=1e-2 if name.startswith("gradient") else None)
+
+
+@pytest.mark.interpret
+@given(random_products.programs())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_kernels_of_random_products(program: random_products.Program) -> None:
+    arrays = program.inputs()
+    try:
+        spec = contract.build(program, *arrays)
+    except NotFusible:
+        return
+    for got, want in zip(interpreter.run(spec, *arrays), program.expected(), strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), want)
 
 
 TYPES = ["bfloat16", "float16", "float32", "float64"]

@@ -81,19 +81,25 @@ def test_every_pointwise_rule_names_an_operation(primitive: Any) -> None:
     assert rules.POINTWISE[primitive](eqn).op in OPS
 
 
-def test_views_reductions_and_sources() -> None:
+def test_views_reductions_sources_and_products() -> None:
     assert rules.classify(equation(lambda x: x.T, FLOAT)).kind == "view"
     assert rules.classify(equation(lambda x: lax.rev(x, (0,)), FLOAT)).kind == "view"
     reduction = equation(lambda x: lax.reduce_max_p.bind(x, axes=(1,), out_sharding=None), FLOAT)
     assert rules.classify(reduction) == rules.Role("reduction", (1,))
     iota = equation(lambda: lax.broadcasted_iota(np.int32, (4, 5), 1))
     assert rules.classify(iota).kind == "source"
+    product = equation(jnp.matmul, FLOAT, jax.ShapeDtypeStruct((FLOAT.shape[1], 3), np.float32))
+    assert rules.classify(product).kind == "contraction"
 
 
 @pytest.mark.parametrize(
     ("function", "arguments", "reason"),
     [
-        (jnp.dot, (FLOAT, jax.ShapeDtypeStruct((6, 3), np.float32)), "dot_general (GEMM)"),
+        (
+            jnp.matmul,
+            (jax.ShapeDtypeStruct((4, 4), np.int32),) * 2,
+            "no mainloop: dot_general of int32 to int32",
+        ),
         (lax.sort, (FLOAT,), "sort"),
         (lax.cumsum, (FLOAT,), "cumsum (scan)"),
         (lambda x: lax.fft(x, "RFFT", (6,)), (FLOAT,), "no mainloop: fft"),

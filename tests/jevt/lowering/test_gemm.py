@@ -22,7 +22,6 @@ from jevt_kernels.index_map import IndexMap
 from jevt_kernels.reference import reference
 from jevt_kernels.spec import KernelSpec
 
-
 X = contract.random((4, 6, 32))
 W = contract.random((32, 48), seed=1)
 BIAS = contract.random((48,), seed=2)

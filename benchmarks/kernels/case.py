@@ -11,7 +11,7 @@ from benchmarks.options import Size
 from benchmarks.workload import Tree, Workload
 
 # Each module registers at least one suite when imported.
-MODULES = ("pointwise", "rowwise", "gemm")
+MODULES = ("pointwise", "rowwise", "columnwise", "gemm")
 
 
 @dataclass(frozen=True)

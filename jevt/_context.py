@@ -57,3 +57,13 @@ class Context:
     fuel: int | None = None
     check: bool = False
     partition_seconds: float = 10.0
+
+    @property
+    def own_kernels(self) -> bool:
+        """Whether a pass may put in an equation that runs as a kernel of its own.
+
+        Not where the user or automatic partitioning leaves everything to XLA, nor when only the
+        first few groups are to be kernels.
+        """
+        wanted = self.backend in ("auto", "triton") and not self.partitioned
+        return self.platform == "cuda" and wanted and self.fuel is None

@@ -12,6 +12,7 @@ from typing import Any
 from jax._src import (
     ad_checkpoint,
     checkify,
+    core,
     custom_batching,
     custom_derivatives,
     named_sharding,
@@ -22,6 +23,7 @@ from jax._src.api import Inline
 from jax._src.random import prng
 from jax.extend.core import Jaxpr, JaxprEqn, Primitive, primitives
 from jax.extend.random import threefry_prng_impl
+from jax.sharding import NamedSharding, PartitionSpec
 
 remat_p: Primitive = ad_checkpoint.remat_p
 custom_vmap_call_p: Primitive = custom_batching.custom_vmap_p
@@ -81,3 +83,12 @@ def program_name(jaxpr: Jaxpr) -> str:
     """Name of the Python function that a jaxpr was traced from."""
     name: str = jaxpr.debug_info.func_name
     return name
+
+
+def array_like(aval: Any, shape: tuple[int, ...], dtype: Any) -> core.ShapedArray:
+    """A type of this shape that lives where ``aval`` does: varying over the same mesh axes."""
+    if aval.manual_axis_type.empty:
+        return core.ShapedArray(shape, dtype)
+    place = NamedSharding(aval.sharding.mesh, PartitionSpec())
+    varying = core.ManualAxisType(varying=aval.manual_axis_type.varying)
+    return core.ShapedArray(shape, dtype, sharding=place, manual_axis_type=varying)

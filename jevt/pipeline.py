@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
 import weakref
@@ -23,6 +24,7 @@ from jevt.passes import (
     fold_constants,
     inline,
     one_hot,
+    segment_sums,
     table_gradient,
 )
 from jevt.report import text
@@ -65,7 +67,20 @@ GPU_PASSES: tuple[tuple[str, Pass], ...] = (
 
 def graph_passes(context: Context) -> tuple[tuple[str, Pass], ...]:
     """The graph passes of one compilation, in order."""
-    return GRAPH_PASSES + (GPU_PASSES if context.platform in ("cuda", "rocm") else ())
+    if context.platform not in ("cuda", "rocm"):
+        return GRAPH_PASSES
+    return GRAPH_PASSES + GPU_PASSES + (_kernel_passes(context) if context.own_kernels else ())
+
+
+def _kernel_passes(context: Context) -> tuple[tuple[str, Pass], ...]:
+    """Passes that put in equations which run as kernels of their own."""
+    capability = context.device.compute_capability
+    return (
+        # Scatters that add become sums of segments; indices are sorted once.
+        ("segment_sums", functools.partial(segment_sums.run, capability=capability)),
+        ("cse", cse.run),
+        ("dce", dce.run),
+    )
 
 
 class StrictError(RuntimeError):

@@ -93,6 +93,8 @@ class Printer:
         self.dependencies = visitor.dependencies(spec.tree, spec.space)
         self.levels = visitor.levels(spec.tree)
         self.view = View(tuple(dimension(t.name) for t in spec.space.tile))
+        #: Tile axes whose end is not known before the kernel runs.
+        self.ragged: set[str] = set()
         #: For variables of tile axes that a loop walks: the index in the tile, the tile's start.
         self.steps: dict[str, tuple[str, str]] = {}
         self._lines: list[str] = []
@@ -230,6 +232,8 @@ class Printer:
     def masked(self, tile_axis: TileAxis) -> bool:
         if self.view.find(tile_axis.name) is None:
             return False
+        if tile_axis.name in self.ragged:
+            return True
         return self.spec.space.extent(tile_axis) % self.config.block(tile_axis.name) != 0
 
     def mask(self, names: frozenset[str]) -> str:
@@ -309,6 +313,10 @@ class Printer:
                 )
             case visitor.Contract():
                 raise UnsupportedKernel(f"mainloop {self.spec.mainloop!r} holds no matrix product")
+            case visitor.Lookup():
+                return self._lookup(node, self.dependencies[position])
+            case visitor.Segment():
+                raise UnsupportedKernel(f"mainloop {self.spec.mainloop!r} holds no sum of segments")
             case visitor.Store():
                 raise AssertionError("stores are roots, they have no value")
 
@@ -319,6 +327,15 @@ class Printer:
     def _load(self, node: visitor.Load, varies: frozenset[str]) -> str:
         dtype = self.spec.inputs[node.input].dtype
         text = self.load_stored(node, varies)
+        return text if compute_dtype(dtype) == dtype else f"{text}.to({triton_type(dtype)})"
+
+    def _lookup(self, node: visitor.Lookup, varies: frozenset[str]) -> str:
+        dtype = self.spec.inputs[node.input].dtype
+        row = self.value(node.row) + (".to(tl.int64)" if self.wide else "")
+        arguments = [f"x{node.input} + {_times(row, node.stride)} + {self.address(node.index)}"]
+        if mask := self.mask(varies):
+            arguments += [f"mask={mask}", "other=0"]
+        text = f"tl.load({', '.join(arguments)})"
         return text if compute_dtype(dtype) == dtype else f"{text}.to({triton_type(dtype)})"
 
     def load_stored(self, node: visitor.Load, varies: frozenset[str]) -> str:
@@ -360,7 +377,7 @@ class Printer:
         """A node's own type."""
         node = self.spec.tree[position]
         match node:
-            case visitor.Load():
+            case visitor.Load() | visitor.Lookup():
                 return self.spec.inputs[node.input].dtype
             case visitor.Store():
                 return self.spec.outputs[node.output].dtype

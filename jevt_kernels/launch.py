@@ -194,6 +194,26 @@ def call(
     return partials.combine(spec, source, in_place)
 
 
+@functools.lru_cache(maxsize=4096)
+def precompile(spec: KernelSpec, compute_capability: int) -> None:
+    """Compiles a kernel with its default configuration by lowering a program that only calls it.
+
+    jax-triton keeps the binary, so that :func:`call` finds it. Where a kernel fails inside a larger
+    program, that program cannot be lowered any more; whoever has something else to fall back on
+    asks here first, and pays once for equal kernels.
+
+    Args:
+      spec: the kernel.
+      compute_capability: of the GPU, 90 for sm_90; 0 for the first visible GPU's.
+
+    Raises:
+      Exception: whatever Triton and its compilers raise, and as :func:`call` does.
+    """
+    operands = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in spec.inputs]
+    launched = functools.partial(call, spec, compute_capability=compute_capability or None)
+    jax.jit(launched).trace(*operands).lower(lowering_platforms=("cuda",))
+
+
 def cost_estimate(spec: KernelSpec) -> dict[str, int]:
     """Bytes moved and operations executed by one launch, in the form that jax-triton passes to XLA.
 

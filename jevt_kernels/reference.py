@@ -95,6 +95,14 @@ def _evaluate(
             return None
         case visitor.Contract():
             return _contract(node, spec, values)
+        case visitor.Lookup():
+            array = jnp.asarray(arrays[node.input])
+            rows = jnp.asarray(values[node.row]) * node.stride
+            return array.reshape(-1)[rows + addresses(node.index, spec.space)].astype(
+                compute_dtype(np.dtype(array.dtype))
+            )
+        case visitor.Segment():
+            return _segment(node, spec, values[node.operand], jnp.asarray(arrays[node.bounds]))
 
 
 def _broadcast_shape(target: tuple[int, ...], source: tuple[int, ...]) -> tuple[int, ...]:
@@ -105,7 +113,7 @@ def _broadcast_shape(target: tuple[int, ...], source: tuple[int, ...]) -> tuple[
 
 def _own_dtype(spec: KernelSpec, position: int) -> np.dtype:
     node = spec.tree[position]
-    if isinstance(node, visitor.Load):
+    if isinstance(node, visitor.Load | visitor.Lookup):
         return spec.inputs[node.input].dtype
     assert not isinstance(node, visitor.Store)
     return node.dtype
@@ -163,3 +171,16 @@ def _contract(node: visitor.Contract, spec: KernelSpec, values: list[Any]) -> An
         preferred_element_type=node.dtype,
     )
     return product.reshape([n if axis in free else 1 for axis, n in enumerate(space.sizes)])
+
+
+def _segment(node: visitor.Segment, spec: KernelSpec, value: Any, bounds: Any) -> Any:
+    (row,), (edge,) = (spec.space.tile_axis(name).axes for name in ("row", node.over))
+    sizes = spec.space.sizes
+    shape = list(value.shape)
+    shape[edge] = sizes[edge]
+    edges = jnp.moveaxis(jnp.broadcast_to(value, shape), edge, 0)
+    owner = jnp.searchsorted(bounds, jnp.arange(sizes[edge]), side="right") - 1
+    owner = jnp.where(owner < 0, sizes[row], owner)  # before the first row's: dropped
+    totals = jax.ops.segment_sum(edges.astype(node.dtype), owner, num_segments=sizes[row] + 1)
+    totals = jnp.expand_dims(totals[:-1], edge + 1)  # the edge axis again, of one element
+    return jnp.moveaxis(totals, 0, row + (row > edge)).squeeze(row + (row <= edge))

@@ -9,6 +9,8 @@ Grammar (static single assignment: an operand is the position of an earlier node
           | Compute(op, operands, dtype, result)  an operation of ``jevt_kernels.ops``
           | Reduce(op, operand, over)             along the tile axis named ``over``
           | Contract(lhs, rhs, over)              the matrix product along ``over``
+          | Lookup(input, row, stride, index)     elements of a row that another node names
+          | Segment(operand, bounds, over)        the sum over a row's own part of ``over``
           | Store(output, operand, index)
 
 The tree is what EVT (ASPLOS 2024, section 4) calls the epilogue visitor tree; its row, column and
@@ -96,6 +98,37 @@ class Contract:
     precision: str = "ieee"
 
 
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """Elements of kernel input ``input`` at ``stride`` times the value of node ``row`` + ``index``.
+
+    The rows' numbers are integers and within the input; nothing checks that.
+    """
+
+    input: int
+    row: int
+    stride: int
+    index: IndexMap
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """The sum of ``operand`` over the positions along tile axis ``over`` that belong to a row.
+
+    Attributes:
+      operand: position of a node that varies along ``over``, and not along ``row``.
+      bounds: kernel input of rows + 1 integers, ascending: row r owns positions ``bounds[r]`` to
+        ``bounds[r + 1] - 1``.
+      over: name of the tile axis, ``"edge"``.
+      dtype: of the sum.
+    """
+
+    operand: int
+    bounds: int
+    over: str
+    dtype: Dtype
+
+
 #: How float32 numbers are multiplied in a :class:`Contract`; ``jax.lax.Precision``'s name of it.
 PRECISIONS: dict[str, str] = {
     "ieee": "highest",  # every bit
@@ -113,7 +146,7 @@ class Store:
     index: IndexMap
 
 
-type Node = Load | Constant | Iota | Compute | Reduce | Contract | Store
+type Node = Load | Constant | Iota | Compute | Reduce | Contract | Lookup | Segment | Store
 type Tree = tuple[Node, ...]
 
 
@@ -122,10 +155,12 @@ def operands(node: Node) -> tuple[int, ...]:
     match node:
         case Compute():
             return node.operands
-        case Reduce() | Store():
+        case Reduce() | Segment() | Store():
             return (node.operand,)
         case Contract():
             return (node.lhs, node.rhs)
+        case Lookup():
+            return (node.row,)
         case _:
             return ()
 
@@ -145,6 +180,11 @@ def dependencies(tree: Tree, space: Space) -> tuple[frozenset[str], ...]:
                 varies = frozenset(t.name for t in space.tile if node.index.depends_on(t))
             case Reduce():
                 varies = result[node.operand] - {node.over}
+            case Segment():
+                varies = (result[node.operand] - {node.over}) | {"row"}
+            case Lookup():
+                varies = frozenset(t.name for t in space.tile if node.index.depends_on(t))
+                varies |= result[node.row]
             case _:
                 varies = frozenset().union(*(result[o] for o in operands(node)))
         result.append(varies)
@@ -152,9 +192,9 @@ def dependencies(tree: Tree, space: Space) -> tuple[frozenset[str], ...]:
 
 
 def levels(tree: Tree) -> tuple[int, ...]:
-    """For each node, the number of reductions and contractions on its longest path from a leaf."""
+    """For each node, the number of reductions of any kind on its longest path from a leaf."""
     result: list[int] = []
     for node in tree:
         below = max((result[o] for o in operands(node)), default=0)
-        result.append(below + isinstance(node, Reduce | Contract))
+        result.append(below + isinstance(node, Reduce | Contract | Segment))
     return tuple(result)

@@ -7,7 +7,6 @@ jax-triton call; on every other platform to the group's equations, which XLA the
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -140,25 +139,13 @@ def _confirm(group: Group, plan: Plan, free: frozenset[Var], context: Context) -
     if context.platform != "cuda":
         return group
     try:
-        _compile(spec, context.device.compute_capability)
+        launch.precompile(spec, context.device.compute_capability)
     except Exception as error:  # noqa: BLE001 - whatever the compiler stack raises, the program must still run
         first_line = (str(error).splitlines() or [""])[0]
         reason = f"kernel did not compile: {type(error).__name__}: {first_line}"
         warnings.warn(f"jevt: group {group.name} runs through XLA: {reason}", stacklevel=2)
         return dataclasses.replace(group, target="xla", reason=reason, fallback=True)
     return group
-
-
-@functools.lru_cache(maxsize=4096)
-def _compile(spec: KernelSpec, compute_capability: int) -> None:
-    """Compiles a kernel by lowering a program that only calls it; jax-triton keeps the binary.
-
-    Once for equal kernels: a deep model has hundreds of groups and a few dozen kernels.
-    Lowering inside the real program would be too late to take another decision.
-    """
-    operands = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in spec.inputs]
-    call = functools.partial(launch.call, spec, compute_capability=compute_capability or None)
-    jax.jit(call).trace(*operands).lower(lowering_platforms=("cuda",))
 
 
 def _stacks(plan: Plan, group: Group) -> list[source_info_util.NameStack]:

@@ -27,6 +27,7 @@ from jevt import _jax_internals as internals
 from jevt._jaxpr import aval
 from jevt.lowering.errors import NotFusible
 from jevt.lowering.products import Product, product
+from jevt.primitives.segments import segment_bounds_p, segment_order_p, segment_sum_p
 from jevt_kernels import ops
 
 
@@ -175,6 +176,13 @@ _AWAITED: dict[Primitive, str] = _table(
     }
 )
 
+#: Primitives that run as one call each, of a library or of a kernel that no group joins.
+_CALLS: dict[Primitive, str] = {
+    segment_order_p: "XLA's sort",
+    segment_bounds_p: "XLA",
+    segment_sum_p: "a kernel of its own",
+}
+
 #: All primitives that JAX itself exports: without a rule here they are known, and stay with XLA.
 _OF_JAX: frozenset[Primitive] = frozenset(
     value
@@ -200,6 +208,8 @@ def classify(eqn: JaxprEqn) -> Role:
     primitive = eqn.primitive
     if eqn.effects:
         raise NotFusible(f"{primitive.name} has effects, which bound groups")
+    if primitive in _CALLS:
+        raise NotFusible(f"one call: {_CALLS[primitive]}")
     if primitive in _AWAITED:
         raise NotFusible(f"no mainloop: {primitive.name} ({_AWAITED[primitive]})")
     tables = (POINTWISE, VIEWS, REDUCTIONS, SOURCES, CONTRACTIONS)

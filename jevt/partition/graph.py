@@ -306,7 +306,8 @@ def _relabels(eqn: JaxprEqn, kind: NodeKind) -> bool:
 
 def _unexpected(reason: str) -> bool:
     """Whether an equation without a mainloop is a lack of jevt rather than outside its scope."""
-    return not (reason.startswith("no mainloop") or "stays with XLA" in reason)
+    expected = reason.startswith(("no mainloop", "one call")) or "stays with XLA" in reason
+    return not expected
 
 
 def _bytes_read(eqn: JaxprEqn, var: Var) -> int:

@@ -34,12 +34,12 @@ import jax
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn
 from jax.extend.core import primitives as p
-from jax.lax import GatherScatterMode as Mode
 from jax.lax import Precision
 
 from jevt._jaxpr import Atom
 from jevt.passes._facts import shape_of
 from jevt.passes._rules import Graph, rewrite
+from jevt.passes._scatters import adds_rows, row_numbers
 
 #: Longest table. Between 512 rows, where the product is four times faster, and 30528, where it is
 #: ten times slower (both measured on an H200, 16384 indices, rows of 1024), the product's time
@@ -60,14 +60,14 @@ def run(jaxpr: Jaxpr) -> Jaxpr:
 
 def _scatter_add(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     table, indices, updates = eqn.invars
-    if graph.constant(table) != 0 or not _adds_rows(eqn):
+    if graph.constant(table) != 0 or not adds_rows(eqn):
         return None
     out: Any = eqn.outvars[0].aval
     count = math.prod(shape_of(indices)[:-1])
     width = math.prod(out.shape[1:])
     if out.shape[0] > _longest(out.dtype) or count * width < MIN_UPDATES:
         return None
-    index = _index(eqn.params["mode"], graph.reshape(indices, (count,)), out.shape[0], graph)
+    index = row_numbers(eqn, graph)
     if index is None:
         return None
     return _product(index, graph.reshape(updates, (count, width)), out, graph)
@@ -77,31 +77,6 @@ def _longest(dtype: Any) -> int:
     if dtype in (jax.numpy.bfloat16, np.float16):
         return MAX_ROWS
     return MAX_ROWS_FLOAT32 if dtype == np.float32 else 0
-
-
-def _adds_rows(eqn: JaxprEqn) -> bool:
-    """Whether each index selects a row, and the updates' leading axes are those of the indices."""
-    _, indices, updates = eqn.invars
-    numbers = eqn.params["dimension_numbers"]
-    leading = len(shape_of(indices)) - 1
-    return (
-        numbers.inserted_window_dims == (0,)
-        and numbers.scatter_dims_to_operand_dims == (0,)
-        and not numbers.operand_batching_dims
-        and shape_of(indices)[-1] == 1
-        and tuple(numbers.update_window_dims) == tuple(range(leading, len(shape_of(updates))))
-        and shape_of(updates)[leading:] == shape_of(eqn.outvars[0])[1:]
-    )
-
-
-def _index(mode: Any, index: Atom, rows: int, graph: Graph) -> Atom | None:
-    aval: Any = index.aval
-    if np.dtype(aval.dtype).itemsize < 4:  # a row's number may not fit
-        index = _convert(index, np.dtype("int32"), graph)
-        aval = index.aval
-    if mode == Mode.CLIP:
-        return graph.emit(p.clamp_p, graph.literal(0, aval), index, graph.literal(rows - 1, aval))
-    return index if mode in (Mode.FILL_OR_DROP, Mode.PROMISE_IN_BOUNDS) else None
 
 
 def _product(index: Atom, updates: Atom, out: Any, graph: Graph) -> Atom:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from jevt_kernels.codegen import Printer
-from jevt_kernels.mainloops import columnwise, gemm, pointwise, rowwise
+from jevt_kernels.mainloops import columnwise, gemm, pointwise, rowwise, segments
 from jevt_kernels.spec import Config, KernelSpec
 
 
@@ -32,4 +32,5 @@ MAINLOOPS: dict[str, Mainloop] = {
     "rowwise": rowwise,
     "columnwise": columnwise,
     "gemm": gemm,
+    "segments": segments,
 }

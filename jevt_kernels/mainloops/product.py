@@ -97,7 +97,7 @@ def is_plain(spec: KernelSpec, product: Product) -> bool:
 
 def _own_dtype(spec: KernelSpec, position: int) -> np.dtype:
     node = spec.tree[position]
-    if isinstance(node, visitor.Load):
+    if isinstance(node, visitor.Load | visitor.Lookup):
         return spec.inputs[node.input].dtype
     assert not isinstance(node, visitor.Store)
     return node.dtype

@@ -12,7 +12,7 @@ import pytest
 
 import jevt
 from jevt.lowering import emit
-from jevt_kernels import visitor
+from jevt_kernels import launch, visitor
 
 
 def layer_norm(x, scale):
@@ -132,7 +132,7 @@ def test_a_kernel_that_does_not_compile_goes_back_to_xla(monkeypatch):
     def refuse(spec, capability):
         raise RuntimeError(f"no registers left in {spec.name}")
 
-    monkeypatch.setattr(emit, "_compile", refuse)
+    monkeypatch.setattr(launch, "precompile", refuse)
     step = jevt.jit(layer_norm, backend="triton")
     x, _, scale = arguments()
     with pytest.warns(UserWarning, match="runs through XLA: kernel did not compile"):
@@ -149,7 +149,7 @@ def test_strict_makes_a_failed_kernel_an_error(monkeypatch):
     def refuse(spec, capability):
         raise RuntimeError("no registers left")
 
-    monkeypatch.setattr(emit, "_compile", refuse)
+    monkeypatch.setattr(launch, "precompile", refuse)
     x, _, scale = arguments()
     step = jevt.jit(layer_norm, backend="triton", strict=True)
     with (
@@ -219,8 +219,8 @@ def test_dropout_bits_are_those_of_jax_random():
 def test_what_is_compiled_beforehand_is_what_runs(monkeypatch):
     """Outputs in place change a kernel's text, so they are settled before it is tried."""
     tried = []
-    compile_kernel = emit._compile
-    monkeypatch.setattr(emit, "_compile", lambda s, c: (tried.append(s), compile_kernel(s, c)))
+    compile_kernel = launch.precompile
+    monkeypatch.setattr(launch, "precompile", lambda s, c: (tried.append(s), compile_kernel(s, c)))
     params = {"w": jnp.ones((64, 64)), "b": jnp.ones((64,))}
     state = optax.adamw(1e-3).init(params)
     step = jevt.jit(adamw_step, backend="triton", donate_argnums=(0, 1))

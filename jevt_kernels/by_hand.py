@@ -19,7 +19,7 @@ import numpy as np
 from jevt_kernels.index_map import IndexMap, Space, TileAxis, row_major
 from jevt_kernels.mainloops.product import AXES, PRODUCT_DTYPES
 from jevt_kernels.spec import KernelSpec, TensorType
-from jevt_kernels.visitor import Compute, Constant, Contract, Load, Node, Reduce, Store
+from jevt_kernels.visitor import Compute, Constant, Contract, Load, Lookup, Node, Reduce, Store
 
 _FLOAT = np.dtype("float32")
 
@@ -90,7 +90,7 @@ class GemmTree:
     def dtype(self, position: int) -> np.dtype:
         """The type of a node."""
         node = self._nodes[position]
-        if isinstance(node, Load):
+        if isinstance(node, Load | Lookup):
             return self._inputs[node.input].dtype
         if isinstance(node, Store):
             return self._outputs[node.output].dtype

@@ -10,12 +10,14 @@ from typing import Any, Protocol, TypedDict, Unpack, overload
 import jax
 from jax.extend import source_info_util
 
-from jevt import _call, _config, pipeline, tracing
+from jevt import _call, _config, _lazy, _on_demand, pipeline, tracing
+from jevt import _jax_internals as internals
 from jevt._context import Backend
+from jevt.passes import lazy_outputs
 from jevt.report.trace import Trace
 
 # Equations come from the user's lines, not from the lines here through which tracing passes.
-for _module_file in (__file__, _call.__file__, tracing.__file__):
+for _module_file in (__file__, _call.__file__, _on_demand.__file__, tracing.__file__):
     source_info_util.register_exclusion(_module_file)
 
 # Options of jax.jit that decide how a function is traced; the others decide how it is compiled.
@@ -40,12 +42,15 @@ class JitOptions(TypedDict, total=False):
 
 
 class Jitted[**P, R](Protocol):
-    """What ``jevt.jit`` returns: ``jax.jit``'s object with one more method."""
+    """What ``jevt.jit`` returns: ``jax.jit``'s object with two more methods."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> Trace:
         """How the call with these arguments is compiled; XLA compiles and runs nothing."""
+
+    def compute_lazy(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The call with outputs marked by ``jevt.lazy`` computed in the same program."""
 
     def trace(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Traced: ...
 
@@ -152,9 +157,10 @@ def _jit(fun: Callable[..., Any], options: _config.Options, jit_options: JitOpti
 
     @functools.wraps(fun, updated=())
     def step(*args: Any, **kwargs: Any) -> Any:
-        if jax.config.jax_disable_jit or _is_nan_hunt(args, kwargs):
+        if jax.config.jax_disable_jit or tracing.is_nan_hunt(args, kwargs):
             return fun(*args, **kwargs)
         traced = tracing.trace(fun, args, kwargs, tracing_options)
+        owner.has_lazy |= any(lazy_outputs.marked(traced.jaxpr))
         donated = [v for v, d in zip(traced.jaxpr.invars, traced.donated, strict=True) if d]
         recorder = _call.Recorder(owner, frozenset(donated))
         outputs = _call.jevt_call_p.bind(
@@ -163,21 +169,30 @@ def _jit(fun: Callable[..., Any], options: _config.Options, jit_options: JitOpti
         return jax.tree.unflatten(traced.out_tree, outputs)
 
     step.__name__ = owner.name
-    jitted: Any = jax.jit(step, **jit_options)
+    complete: Any = jax.jit(step, **jit_options)
+    on_demand = _on_demand.OnDemand(fun, complete, owner, jit_options)
+    jitted = internals.with_slow_path(complete, on_demand.slow_path)
 
     def explain(*args: Any, **kwargs: Any) -> Trace:
-        return _explain(jitted.trace(*args, **kwargs))
+        traced = complete.trace(*args, **kwargs)
+        if owner.has_lazy and not _lazy.is_computing():
+            traced = on_demand.reduced.trace(*args, **kwargs)
+        return _explain(traced)
+
+    def compute_lazy(*args: Any, **kwargs: Any) -> Any:
+        with _lazy.compute_lazy():
+            return jitted(*args, **kwargs)
+
+    def clear_cache() -> None:
+        for program in (complete, on_demand.reduced):
+            program.clear_cache()
+        type(jitted).clear_cache(jitted)
 
     jitted.explain = explain
+    jitted.compute_lazy = compute_lazy
+    jitted.clear_cache = clear_cache
     setattr(jitted, _OWNER, owner)
     return jitted
-
-
-def _is_nan_hunt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether ``jax.jit`` runs the function unjitted, to find where a NaN comes from."""
-    if not (jax.config.jax_debug_nans or jax.config.jax_debug_infs):
-        return False
-    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
 
 
 def _explain(traced: jax.stages.Traced) -> Trace:

@@ -11,8 +11,11 @@ runs the pipeline, for the platform that is being lowered for.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from jax.extend.core import Jaxpr, Primitive, Var, register_call_primitive_rules
@@ -38,12 +41,20 @@ class JevtWarning(UserWarning):
 
 
 class Owner:
-    """What a function returned by ``jevt.jit`` remembers."""
+    """What a function returned by ``jevt.jit`` remembers.
+
+    Attributes:
+      name: of the function.
+      options: of it.
+      last: trace of its last compilation.
+      has_lazy: whether ``jevt.lazy`` has marked one of its outputs, in any of its traces.
+    """
 
     def __init__(self, name: str, options: Options) -> None:
         self.name = name
         self.options = options
         self.last: Trace | None = None
+        self.has_lazy = False
 
 
 class Recorder:
@@ -54,12 +65,16 @@ class Recorder:
       donated: the jaxpr's inputs whose buffers may be overwritten. Variables, not positions,
         because dead-code elimination drops inputs, and because a transformed jaxpr has other
         variables: its inputs are not the caller's buffers any more.
+      lazy: names of the outputs that have been left out of the jaxpr.
       trace: of the last lowering.
     """
 
-    def __init__(self, owner: Owner, donated: frozenset[Var] = frozenset()) -> None:
+    def __init__(
+        self, owner: Owner, donated: frozenset[Var] = frozenset(), lazy: tuple[str, ...] = ()
+    ) -> None:
         self.owner = owner
         self.donated = donated
+        self.lazy = lazy
         self.trace: Trace | None = None
 
     def __repr__(self) -> str:
@@ -69,7 +84,30 @@ class Recorder:
         self.trace = self.owner.last = trace
 
 
+class Marked(Exception):
+    """The step that is called directly has lazy outputs, and is not to be compiled whole."""
+
+
+class _Calls(threading.local):
+    owner: Owner | None = None
+
+
+_calls = _Calls()
+
+
+@contextlib.contextmanager
+def called_directly(owner: Owner | None) -> Iterator[None]:
+    """Within it, lowering a call of ``owner`` raises ``Marked`` if it has lazy outputs."""
+    previous, _calls.owner = _calls.owner, owner
+    try:
+        yield
+    finally:
+        _calls.owner = previous
+
+
 def _lower(ctx: Any, *args: Any, call_jaxpr: Jaxpr, recorder: Recorder) -> Any:
+    if recorder.owner is _calls.owner and recorder.owner.has_lazy:
+        raise Marked
     trace = _compile(ctx, call_jaxpr, recorder)
     if trace is not None:
         recorder.record(trace)
@@ -110,7 +148,11 @@ def _compile(ctx: Any, jaxpr: Jaxpr, recorder: Recorder) -> Trace | None:
     )
     try:
         return pipeline.compile(
-            jaxpr, context, name=owner.name, environment=owner.options.environment
+            jaxpr,
+            context,
+            name=owner.name,
+            environment=owner.options.environment,
+            lazy=recorder.lazy,
         )
     except pipeline.StrictError:
         raise

@@ -6,7 +6,8 @@ same name in JAX 0.11 and 0.12.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jax._src import (
@@ -15,11 +16,15 @@ from jax._src import (
     core,
     custom_batching,
     custom_derivatives,
+    dtypes,
     named_sharding,
     shard_map,
+    tree_util,
 )
 from jax._src import effects as _effects
 from jax._src.api import Inline
+from jax._src.array import ArrayImpl as ArrayImpl
+from jax._src.interpreters import pxla
 from jax._src.random import prng
 from jax.extend.core import Jaxpr, JaxprEqn, Primitive, primitives
 from jax.extend.random import threefry_prng_impl
@@ -92,3 +97,84 @@ def array_like(aval: Any, shape: tuple[int, ...], dtype: Any) -> core.ShapedArra
     place = NamedSharding(aval.sharding.mesh, PartitionSpec())
     varying = core.ManualAxisType(varying=aval.manual_axis_type.varying)
     return core.ShapedArray(shape, dtype, sharding=place, manual_axis_type=varying)
+
+
+def argument_names(jaxpr: Jaxpr) -> tuple[str, ...]:
+    """Names of the inputs of a traced function: "state['w']"."""
+    names: tuple[str, ...] = jaxpr.debug_info.safe_arg_names(len(jaxpr.invars))
+    return tuple(name or f"input {i}" for i, name in enumerate(names))
+
+
+def is_called_directly() -> bool:
+    """Whether what is called now runs now: nothing is being traced, transformed or batched."""
+    return core.trace_state_clean()
+
+
+def placement(traced: Any) -> tuple[list[Any], list[Any]]:
+    """Shardings that ``jax.jit``'s options demand, for the flat inputs and outputs; None: any."""
+    params = traced._params  # noqa: SLF001
+    return _given(params["in_shardings"]), _given(params["out_shardings"])
+
+
+def static_arguments(jitted: Any) -> tuple[frozenset[int], frozenset[str]]:
+    """Positions and names of the static arguments of a ``jax.jit`` object."""
+    info = jitted._jit_info  # noqa: SLF001
+    return frozenset(info.static_argnums), frozenset(info.static_argnames)
+
+
+def _given(shardings: Iterable[Any]) -> list[Any]:
+    return [None if s is named_sharding.UNSPECIFIED else s for s in shardings]
+
+
+def with_slow_path(jitted: Any, slow_path: Callable[..., Any]) -> Any:
+    """A twin of a ``jax.jit`` object: what its C++ has no compiled program for goes elsewhere.
+
+    Args:
+      jitted: what ``jax.jit`` returned.
+      slow_path: called with the arguments, as ``jitted._cache_miss`` is. Returns that function's
+        result, with which C++ answers later calls of the signature by itself, or ``not_cached`` of
+        a value.
+    """
+
+    @functools.wraps(jitted, updated=())
+    def function(*args: Any, **kwargs: Any) -> Any:  # called under `jax.disable_jit`
+        return jitted(*args, **kwargs)
+
+    # Programs are cached by function: it must be another one than that of `jitted`.
+    state = {**jitted.__getstate__(), "fun": function, "cache_miss": slow_path}
+    cls: Any = type(jitted)
+    twin = cls.__new__(cls)
+    twin.__setstate__(state)
+    twin.__dict__.update(jitted.__dict__)
+    twin.__dict__["_jevt_function"] = function  # C++ refers to it weakly
+    return twin
+
+
+def cache_miss(jitted: Any) -> Callable[..., Any]:
+    """What C++ calls when it has no compiled program for the arguments of a ``jax.jit`` object."""
+    miss: Callable[..., Any] = jitted._cache_miss  # noqa: SLF001
+    return miss
+
+
+def not_cached(value: Any) -> tuple[Any, None, bool]:
+    """Result of a cache miss that the next call with the signature is to be again."""
+    return value, None, False
+
+
+def register_array_like(cls: type, read: Callable[[Any], Any]) -> None:
+    """Makes JAX's functions accept objects of ``cls``, which has an ``aval``, as arrays.
+
+    Args:
+      cls: a leaf of pytrees.
+      read: returns the array.
+    """
+
+    def shard(xs: Any, shardings: Any, layouts: Any, copy_semantics: Any) -> Any:
+        return pxla.shard_args(shardings, layouts, copy_semantics, [read(x) for x in xs])
+
+    core.pytype_aval_mappings[cls] = lambda x: x.aval
+    dtypes.register_canonicalize_value_handler(cls, read)
+    pxla.shard_arg_handlers[cls] = shard
+    tree_util.dispatch_registry.register_node(
+        cls, lambda x: ((read(x),), None), lambda _, children: children[0]
+    )

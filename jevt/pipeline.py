@@ -114,7 +114,11 @@ _lock = threading.Lock()
 
 
 def compile(  # noqa: A001 - what it is called everywhere
-    jaxpr: Jaxpr, context: Context, name: str = "step", environment: Environment | None = None
+    jaxpr: Jaxpr,
+    context: Context,
+    name: str = "step",
+    environment: Environment | None = None,
+    lazy: tuple[str, ...] = (),
 ) -> Trace:
     """Runs all stages.
 
@@ -123,6 +127,7 @@ def compile(  # noqa: A001 - what it is called everywhere
       context: for whom it is compiled.
       name: of the function, for reports.
       environment: what to print and to write.
+      lazy: names of outputs that have been left out of the jaxpr, for reports.
 
     Raises:
       StrictError: ``context.strict``, and a group fell back.
@@ -130,7 +135,7 @@ def compile(  # noqa: A001 - what it is called everywhere
     with _lock:
         trace = _cache.get(jaxpr, {}).get(context)
     if trace is None:
-        trace = _run(jaxpr, context, name)
+        trace = _run(jaxpr, context, name, lazy)
         with _lock:
             _cache.setdefault(jaxpr, {})[context] = trace
         text.publish(trace, environment or Environment())
@@ -144,7 +149,7 @@ def compile(  # noqa: A001 - what it is called everywhere
     return trace
 
 
-def _run(jaxpr: Jaxpr, context: Context, name: str) -> Trace:
+def _run(jaxpr: Jaxpr, context: Context, name: str, lazy: tuple[str, ...]) -> Trace:
     # A copy, which shares the equations: a trace that held the cache's key would never be freed.
     stages = [Stage("trace", 0.0, jaxpr.with_consts(jaxpr.consts))]
     for stage_name, graph_pass in graph_passes(context):
@@ -175,6 +180,7 @@ def _run(jaxpr: Jaxpr, context: Context, name: str) -> Trace:
         plan=plan,
         sources=_sources(plan),
         warnings=tuple(dict.fromkeys(f"{g.name}: {g.reason}" for g in fallbacks(plan))),
+        lazy=lazy,
     )
 
 

@@ -70,5 +70,12 @@ def trace(
     )
 
 
+def is_nan_hunt(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``jax.jit`` runs the function unjitted, to find where a NaN comes from."""
+    if not (jax.config.jax_debug_nans or jax.config.jax_debug_infs):
+        return False
+    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
+
+
 def _is_info(x: object) -> bool:
     return hasattr(x, "donated")

@@ -17,8 +17,8 @@ as JAX's own lowering prefixes them. A body of control flow stays a body, inline
 backward pass, so that nothing computed from them is shared with the forward pass.
 
 Equations that only speak to transformations (``stop_gradient``, the ``name`` of
-``checkpoint_name``) are their operands. Kept as calls: a ``jit`` with shardings, layouts or
-compiler options of its own.
+``checkpoint_name``) or to the caller (``jevt.lazy``) are their operands. Kept as calls: a ``jit``
+with shardings, layouts or compiler options of its own.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from jax.extend.core import primitives as p
 
 from jevt import _jax_internals as internals
 from jevt._jaxpr import Atom
+from jevt._lazy import lazy_p
 from jevt.passes._rewrite import map_bodies, once, read, rebuild, substitute
 
 
@@ -57,7 +58,7 @@ _CALLS: Mapping[Primitive, Callable[[JaxprEqn], Jaxpr | None]] = {
 
 
 # Nothing but their operand, once nothing is differentiated any more.
-_IDENTITIES = frozenset({p.stop_gradient_p, p.name_p})
+IDENTITIES = frozenset({p.stop_gradient_p, p.name_p, lazy_p})
 
 
 def run(jaxpr: Jaxpr) -> Jaxpr:
@@ -120,7 +121,7 @@ def _inline(
       body: inlines a body.
     """
     for eqn in jaxpr.eqns:
-        called = _called(eqn)
+        called = called_jaxpr(eqn)
         if called is not None and (not called.consts or constants is not None):
             scope = _scope(eqn, prefix)
             operands = [read(env, a) for a in eqn.invars]
@@ -133,7 +134,7 @@ def _inline(
             _inline(called, inner, eqns, scope, constants, body)
             env.update(zip(eqn.outvars, (read(inner, a) for a in called.outvars), strict=True))
             continue
-        if eqn.primitive in _IDENTITIES and eqn.invars[0].aval == eqn.outvars[0].aval:
+        if eqn.primitive in IDENTITIES and eqn.invars[0].aval == eqn.outvars[0].aval:
             env[eqn.outvars[0]] = read(env, eqn.invars[0])
             continue
         new = substitute(env, map_bodies(eqn, body))
@@ -147,7 +148,7 @@ def _inline(
         eqns.append(new)
 
 
-def _called(eqn: JaxprEqn) -> Jaxpr | None:
+def called_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:
     """The jaxpr to put in the equation's place."""
     if eqn.primitive.name == "jevt_call":
         called = eqn.params["call_jaxpr"]

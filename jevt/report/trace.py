@@ -40,6 +40,7 @@ class Trace:
       plan: which equations run together, as what, and why.
       sources: generated Triton source by group name.
       warnings: what fell back to XLA without the cost model having decided so.
+      lazy: names of the outputs that the program does not compute, because of ``jevt.lazy``.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Trace:
     plan: Plan
     sources: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    lazy: tuple[str, ...] = ()
 
     @property
     def lowered(self) -> Jaxpr:

@@ -45,6 +45,8 @@ class Config:
       splits: of matrix products: parts of the contracted axis, each summed by a program of its own.
       subtiles: of matrix products: parts of a tile for which the epilogue runs one after the other,
         a power of two.
+      descriptors: of matrix products: whether operands are loaded through tensor descriptors, those
+        whose layout allows it.
     """
 
     blocks: tuple[tuple[str, int], ...]
@@ -54,6 +56,7 @@ class Config:
     group: int = 8
     splits: int = 1
     subtiles: int = 1
+    descriptors: bool = False
 
     def block(self, name: str) -> int:
         return dict(self.blocks)[name]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
+import kernel_contract as contract
 import numpy as np
 
+from jevt_kernels import interpreter
 from jevt_kernels.by_hand import GemmTree
+from jevt_kernels.reference import reference
 from jevt_kernels.spec import Config, KernelSpec
 
 
@@ -31,7 +33,7 @@ def product(
     return b.spec("gemm")
 
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BFLOAT16 = contract.BFLOAT16
 FLOAT = np.dtype("float32")
 
 #: Blocks that are small enough for the interpreter; several in each direction for ``SIZES``.
@@ -105,6 +107,10 @@ def prologue(sizes: tuple[int, int, int, int], dtype: Any = BFLOAT16) -> KernelS
     return b.spec("prologue")
 
 
+def weight_gradient(sizes: tuple[int, int, int, int], dtype: Any = BFLOAT16) -> KernelSpec:
+    return product(sizes, dtype, "bkm", "bkn", "bmn", dtype)
+
+
 def split_heads() -> KernelSpec:
     """Queries times keys of [batch, length, heads, width], to scores [batch, heads, …] in place."""
     sizes = {"b": 2, "h": 3, "q": 33, "s": 33, "d": 20}
@@ -150,3 +156,23 @@ CASES: dict[str, KernelSpec] = {
         for dtype in ("bfloat16", "float16", "float32", "float64", "int8")
     },
 }
+
+
+# Checks
+
+#: Sums of another order, of operands whose rounding may differ by a unit in the last place.
+TOLERANCE = {"bfloat16": 8e-3, "float16": 2e-3, "float32": 1e-4, "float64": 1e-12}
+
+
+def operands(spec: KernelSpec) -> list[np.ndarray]:
+    return [contract.random(t.shape, t.dtype, seed) for seed, t in enumerate(spec.inputs)]
+
+
+def check(spec: KernelSpec, config: Config | None, run: Any = interpreter.run) -> None:
+    arrays = operands(spec)
+    with contract.types_of(*arrays):
+        expected = reference(spec, *arrays)
+        got = run(spec, *arrays, config=config)
+        for mine, theirs in zip(got, expected, strict=True):
+            name = np.dtype(theirs.dtype).name
+            contract.same([mine], [theirs], TOLERANCE.get(name))

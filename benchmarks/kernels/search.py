@@ -48,7 +48,7 @@ def describe(config: Config) -> str:
     for name, letter in (("programs", "p"), ("group", "g"), ("splits", "k"), ("subtiles", "e")):
         if getattr(config, name) != getattr(usual, name):
             text += f" {letter}{getattr(config, name)}"
-    return text
+    return text + " tma" * config.descriptors
 
 
 def fastest(

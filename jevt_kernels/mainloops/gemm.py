@@ -1,9 +1,11 @@
 """Matrix products with a visitor tree before and after.
 
 A program computes one tile of the product, of BLOCK_M rows and BLOCK_N columns, in a loop along
-``k`` whose loads are pipelined. Operands are addressed by strides, so any layout is read where it
-lies. What the operands are made of is computed on the loaded tiles, in float32, and rounded to the
-operands' type as a stored tensor would be; what is made of the product is computed on its tile.
+``k`` whose loads are pipelined; or it walks several tiles, one after the other. Operands are
+addressed by strides, so any layout is read where it lies, or by tensor descriptors where the layout
+allows that. What the operands are made of is computed on the loaded tiles, in float32, and rounded
+to the operands' type as a stored tensor would be; what is made of the product is computed on its
+tile.
 
 Reductions of the result leave a partial result for each tile. A product with few tiles and a long
 ``k`` (a weight gradient) can be split: the programs of a tile add up parts of ``k``, and
@@ -15,6 +17,7 @@ from __future__ import annotations
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer
 from jevt_kernels.mainloops import gemm_configs, product
+from jevt_kernels.mainloops.descriptors import Descriptor, describe
 from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.mainloops.reduction import Reduction, hoist, store_partial
@@ -26,7 +29,8 @@ from jevt_kernels.view import View, dimension
 SMALLEST_BLOCK = 32
 
 #: Steps of a loop that ptxas may unroll. A longer loop's end is hidden from it, because it unrolls
-#: all of 16 steps and takes ten seconds and more.
+#: all of 16 steps and takes ten seconds and more. Where a program walks several tiles, Triton makes
+#: one loop of both.
 _UNROLLED = 4
 
 configs = gemm_configs.configs
@@ -38,31 +42,72 @@ _RESULT = View((_M, _N))
 
 
 def emit(printer: Printer) -> int:
-    """Prints the body; a program instance a tile and split."""
+    """Prints the body; a program instance a tile and split, or less that walk them in turn."""
     found = product.find(printer.spec)
     splits = printer.config.splits
     if splits > 1 and not product.is_plain(printer.spec, found):
         raise UnsupportedKernel("a product with an epilogue cannot be split along its k axis")
     printer.constants()
-    programs = _coordinates(printer, found)
+    described = _describe(printer, found)
+    for name, descriptor in described.items():
+        printer.line(f"{name} = {descriptor.make()}")
+    tiles = _tiles(printer, found)
+    programs = printer.config.programs
+    if 0 < programs < tiles:
+        if printer.wide:
+            raise UnsupportedKernel("a program walks several tiles only with 32-bit offsets")
+        first = printer.program_id()
+        printer.open(f"for pid in tl.range({first}, {tiles}, {programs}, flatten=True):")
+        _tile(printer, found, described)
+        printer.close()
+        return programs
+    printer.line(f"pid = {printer.program_id()}")
+    _tile(printer, found, described)
+    return tiles
+
+
+def _describe(printer: Printer, found: Product) -> dict[str, Descriptor]:
+    """The descriptors of the operands that have one, by name."""
+    if not printer.config.descriptors:
+        return {}
+    spec, node = printer.spec, found.node
+    if printer.wide:
+        raise UnsupportedKernel("tensor descriptors are used only with 32-bit offsets")
+    candidates = {
+        "lhs_desc": describe(spec, found, node.lhs, "m"),
+        "rhs_desc": describe(spec, found, node.rhs, "n"),
+    }
+    described = {name: found for name, found in candidates.items() if found is not None}
+    if not described:
+        raise UnsupportedKernel("no operand of the product can have a tensor descriptor")
+    return described
+
+
+def _tiles(printer: Printer, found: Product) -> int:
+    """The number of tiles, those of each split and batch counted."""
+    rows, columns = (blocks_along(printer.spec.space, printer.config, axis) for axis in ("m", "n"))
+    return found.batch * printer.config.splits * rows * columns
+
+
+def _tile(printer: Printer, found: Product, described: dict[str, Descriptor]) -> None:
+    """Prints the computation of tile ``pid``."""
+    _coordinates(printer, found)
     with printer.viewing(_RESULT):
         printer.tile_index("m", "pid_m * BLOCK_M")
         printer.tile_index("n", "pid_n * BLOCK_N")
-    _accumulate(printer, found)
-    if splits > 1:
+    _accumulate(printer, found, described)
+    if printer.config.splits > 1:
         with printer.viewing(_RESULT):
             _store_parts(printer, found)
     else:
         _epilogue(printer, found)
-    return programs
 
 
-def _coordinates(printer: Printer, found: Product) -> int:
-    """Prints which tile the program computes; returns the number of programs."""
+def _coordinates(printer: Printer, found: Product) -> None:
+    """Prints where tile ``pid`` lies."""
     config, line = printer.config, printer.line
     rows, columns = (blocks_along(printer.spec.space, config, name) for name in ("m", "n"))
     tiles = rows * columns
-    line(f"pid = {printer.program_id()}")
     if found.batch > 1:
         line(f"batch = pid // {tiles * config.splits}")
     if config.splits > 1:
@@ -83,10 +128,9 @@ def _coordinates(printer: Printer, found: Product) -> int:
         line(f"height = min({rows} - first, {group})")
         line(f"pid_m = first + tile_pid % {group * columns} % height")
         line(f"pid_n = tile_pid % {group * columns} // height")
-    return found.batch * config.splits * tiles
 
 
-def _accumulate(printer: Printer, found: Product) -> None:
+def _accumulate(printer: Printer, found: Product, described: dict[str, Descriptor]) -> None:
     """Prints the loop along ``k``."""
     node, config = found.node, printer.config
     dtype = triton_type(node.dtype)
@@ -94,14 +138,15 @@ def _accumulate(printer: Printer, found: Product) -> None:
     printer.set_value(found.position, "acc")
     if not found.k:
         return
-    sides = ((_LHS, node.lhs), (_RHS, node.rhs))
-    for view, root in sides:
-        with printer.viewing(view):
-            printer.lane_index("k")
-            hoist(printer, [root], "k")
+    sides = ((_LHS, node.lhs, "lhs_desc"), (_RHS, node.rhs, "rhs_desc"))
+    for view, root, name in sides:
+        if name not in described:
+            with printer.viewing(view):
+                printer.lane_index("k")
+                hoist(printer, [root], "k")
     steps = blocks_along(printer.spec.space, config, "k")
     bounds = f"0, {found.k}"
-    if steps > _UNROLLED:
+    if steps > _UNROLLED and not config.programs:
         bounds += " + tl.program_id(1)"  # 0
     if config.splits > 1:
         length = -(-steps // config.splits) * config.block("k")
@@ -113,8 +158,14 @@ def _accumulate(printer: Printer, found: Product) -> None:
         start = "wide_start"
         printer.line("wide_start = tl.cast(start, tl.int64)")
     operands = []
-    for view, root in sides:
+    starts = {"m": "pid_m * BLOCK_M", "n": "pid_n * BLOCK_N", "k": "start"}
+    for view, root, name in sides:
         with printer.viewing(view):
+            if name in described:
+                operands.append(f"{view.prefix}_tile")
+                text = described[name].load(name, starts, view.dimensions[0].name)
+                printer.line(f"{operands[-1]} = {text}")
+                continue
             printer.stepped_index("k", start)
             operands.append(_operand(printer, found, root))
     precision = f', input_precision="{node.precision}"' if found.dtype.name == "float32" else ""

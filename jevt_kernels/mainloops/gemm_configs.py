@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
 from jevt_kernels import visitor
-from jevt_kernels.codegen import power_of_two
+from jevt_kernels.codegen import Printer, power_of_two
 from jevt_kernels.mainloops import product
+from jevt_kernels.mainloops.descriptors import describe
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.spec import Config, KernelSpec
 
@@ -95,11 +97,29 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
         for candidate in candidates:
             seconds.setdefault(candidate, _seconds(found, candidate, plain))
     best = min(seconds.values())
-    return tuple(
+    ordered = [
         config
         for config, cost in sorted(seconds.items(), key=lambda item: item[1])
         if cost <= 2 * best
+    ]
+    return tuple(_with_descriptors(spec, found, ordered))
+
+
+def _with_descriptors(spec: KernelSpec, found: Product, ordered: list[Config]) -> Iterable[Config]:
+    """Each configuration, then those that load its operands through descriptors, if they can."""
+    described = any(
+        describe(spec, found, root, free) is not None
+        for root, free in ((found.node.lhs, "m"), (found.node.rhs, "n"))
     )
+    for config in ordered:
+        yield config
+        if not described or Printer(spec, config).wide:
+            continue
+        described_config = dataclasses.replace(config, descriptors=True)
+        programs = MULTIPROCESSORS * (1 if _held(config) >= _MANY else 2)
+        if programs < _programs(found, config):
+            yield dataclasses.replace(described_config, programs=programs)
+        yield described_config
 
 
 def shared_bytes(found: Product, config: Config) -> int:
@@ -159,13 +179,20 @@ def _held(config: Config) -> int:
     return config.block("m") * config.block("n") // (32 * config.num_warps)
 
 
+def _programs(found: Product, config: Config) -> int:
+    """The number of tiles, those of each split counted."""
+    rows, columns = (
+        -(-extent // config.block(name)) for name, extent in (("m", found.m), ("n", found.n))
+    )
+    return found.batch * rows * columns * config.splits
+
+
 def _seconds(found: Product, config: Config, plain: bool) -> float:
     """The time that the model gives a configuration; only comparisons mean something."""
     m, n = config.block("m"), config.block("n")
-    tiles = found.batch * -(-found.m // m) * -(-found.n // n) * config.splits
     length = max(1, -(-found.k // config.splits))
     rate = _RATE / (1 + _READS * (1 / m + 1 / n))
-    rounds = -(-tiles // MULTIPROCESSORS)
+    rounds = -(-_programs(found, config) // MULTIPROCESSORS)
     element = _PLAIN_ELEMENT if plain else _ELEMENT
     if _held(config) < _MANY:
         element /= 3

@@ -20,34 +20,18 @@ from hypothesis import strategies as st
 from jevt_kernels import aot, codegen, interpreter, launch
 from jevt_kernels.index_map import IndexMap
 from jevt_kernels.mainloops import product
+from jevt_kernels.mainloops.gemm_configs import configs
 from jevt_kernels.reference import reference
 from jevt_kernels.spec import Config, KernelSpec, UnsupportedKernel
 from jevt_kernels.visitor import Compute, Contract, Load, Reduce, Store
 
 BFLOAT16, FLOAT = contract.BFLOAT16, np.dtype("float32")
 
-#: Sums of another order, of operands whose rounding may differ by a unit in the last place.
-TOLERANCE = {"bfloat16": 8e-3, "float16": 2e-3, "float32": 1e-4, "float64": 1e-12}
-
-
-def operands(spec: KernelSpec) -> list[np.ndarray]:
-    return [contract.random(t.shape, t.dtype, seed) for seed, t in enumerate(spec.inputs)]
-
-
-def check(spec: KernelSpec, config: Config | None, run: Any = interpreter.run) -> None:
-    arrays = operands(spec)
-    with contract.types_of(*arrays):
-        expected = reference(spec, *arrays)
-        got = run(spec, *arrays, config=config)
-        for mine, theirs in zip(got, expected, strict=True):
-            name = np.dtype(theirs.dtype).name
-            contract.same([mine], [theirs], TOLERANCE.get(name))
-
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", gemm.CASES)
 def test_in_the_interpreter(name: str) -> None:
-    check(gemm.CASES[name], gemm.SMALL)
+    gemm.check(gemm.CASES[name], gemm.SMALL)
 
 
 @pytest.mark.gpu
@@ -55,7 +39,7 @@ def test_in_the_interpreter(name: str) -> None:
 def test_on_a_gpu(name: str) -> None:
     spec = gemm.CASES[name]
     for config in dict.fromkeys([None, gemm.SMALL]):
-        check(spec, config, launch.run)
+        gemm.check(spec, config, launch.run)
 
 
 def changed(spec: KernelSpec, position: int, **fields: Any) -> KernelSpec:
@@ -75,11 +59,7 @@ VARIANTS = {
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", VARIANTS)
 def test_in_every_order_of_tiles(name: str) -> None:
-    check(gemm.dgrad_gelu((2, 70, 70, 40), FLOAT), VARIANTS[name])
-
-
-def split(sizes: tuple[int, int, int, int], dtype: Any = BFLOAT16) -> KernelSpec:
-    return gemm.product(sizes, dtype, "bkm", "bkn", "bmn", dtype)
+    gemm.check(gemm.dgrad_gelu((2, 70, 70, 40), FLOAT), VARIANTS[name])
 
 
 def epilogue_in_parts() -> tuple[KernelSpec, Config]:
@@ -91,35 +71,35 @@ def epilogue_in_parts() -> tuple[KernelSpec, Config]:
 @pytest.mark.parametrize("splits", [2, 3, 16])
 def test_parts_of_the_contracted_axis(splits: int) -> None:
     config = dataclasses.replace(gemm.SMALL, splits=splits)
-    check(split((2, 33, 40, 170)), config)
-    (partial,) = codegen.generate(split((2, 33, 40, 170)), config).partials
+    gemm.check(gemm.weight_gradient((2, 33, 40, 170)), config)
+    (partial,) = codegen.generate(gemm.weight_gradient((2, 33, 40, 170)), config).partials
     assert (partial.programs, partial.op, partial.dtype) == (splits, "sum", FLOAT)
 
 
 @pytest.mark.interpret
 def test_epilogue_in_parts() -> None:
     spec, config = epilogue_in_parts()
-    check(spec, config)
-    check(spec, dataclasses.replace(config, subtiles=2))
+    gemm.check(spec, config)
+    gemm.check(spec, dataclasses.replace(config, subtiles=2))
 
 
 @pytest.mark.gpu
 def test_parts_on_a_gpu() -> None:
-    check(*epilogue_in_parts(), launch.run)
-    check(split((2, 333, 400, 5000)), Config(gemm.SMALL.blocks, splits=5), launch.run)
+    gemm.check(*epilogue_in_parts(), launch.run)
+    gemm.check(
+        gemm.weight_gradient((2, 333, 400, 5000)), Config(gemm.SMALL.blocks, splits=5), launch.run
+    )
 
 
 @pytest.mark.gpu
 def test_every_configuration_gives_the_same_twice() -> None:
     spec = gemm.dgrad_gelu((2, 300, 520, 260))
-    arrays = operands(spec)
-    from jevt_kernels.mainloops.gemm_configs import configs
-
+    arrays = gemm.operands(spec)
     for config in configs(spec):
         first, second = (launch.run(spec, *arrays, config=config) for _ in range(2))
         for x, y in zip(first, second, strict=True):
             np.testing.assert_array_equal(x, y)
-        check(spec, config, launch.run)
+        gemm.check(spec, config, launch.run)
 
 
 UNARY = ("exp", "tanh", "neg", "abs", "logistic", "square")
@@ -170,21 +150,21 @@ def trees(draw: Any) -> KernelSpec:
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(trees())
 def test_random_trees(spec: KernelSpec) -> None:
-    check(spec, gemm.SMALL)
+    gemm.check(spec, gemm.SMALL)
 
 
 @pytest.mark.gpu
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(trees())
 def test_random_trees_on_a_gpu(spec: KernelSpec) -> None:
-    check(spec, gemm.SMALL, launch.run)
+    gemm.check(spec, gemm.SMALL, launch.run)
 
 
 COMPILED: dict[str, KernelSpec] = {
     "bias, gelu": gemm.bias_gelu((1, 16384, 4096, 1024)),
     "bias, residual": gemm.bias_residual((1, 16384, 1024, 4096)),
     "gradient of gelu": gemm.dgrad_gelu((1, 16384, 4096, 1024)),
-    "weight gradient": split((1, 1024, 4096, 16384)),
+    "weight gradient": gemm.weight_gradient((1, 1024, 4096, 16384)),
     "prologue": gemm.prologue((1, 4096, 1024, 1024)),
     "heads": gemm.product((512, 512, 512, 64), BFLOAT16, "mbk", "nbk", "bmn", BFLOAT16),
     "odd": gemm.product((1, 1001, 1003, 999), BFLOAT16, "mk", "nk", "mn", BFLOAT16),
@@ -243,7 +223,7 @@ def test_wide_offsets_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> Non
     spec = gemm.bias_gelu(gemm.SIZES, FLOAT)
     source = codegen.generate(spec, gemm.SMALL)
     assert "wide_start" in source.text
-    arrays = operands(spec)
+    arrays = gemm.operands(spec)
     expected = reference(spec, *arrays)
     contract.same(interpreter.run(spec, *arrays, source=source), expected, 1e-4)
 
@@ -255,8 +235,6 @@ def test_partial_results_beyond_32_bits() -> None:
 
 
 def test_configurations() -> None:
-    from jevt_kernels.mainloops.gemm_configs import configs
-
     def first(spec: KernelSpec) -> Config:
         return configs(spec)[0]
 

@@ -116,7 +116,7 @@ def _with_descriptors(spec: KernelSpec, found: Product, ordered: list[Config]) -
         if not described or Printer(spec, config).wide:
             continue
         described_config = dataclasses.replace(config, descriptors=True)
-        programs = MULTIPROCESSORS * (1 if _held(config) >= _MANY else 2)
+        programs = MULTIPROCESSORS * _resident(found, config)
         if programs < _programs(found, config):
             yield dataclasses.replace(described_config, programs=programs)
         yield described_config
@@ -177,6 +177,16 @@ def _vector_bytes(spec: KernelSpec, found: Product) -> int:
 def _held(config: Config) -> int:
     """Elements of the result in a thread's registers."""
     return config.block("m") * config.block("n") // (32 * config.num_warps)
+
+
+def _resident(found: Product, config: Config) -> int:
+    """Programs that fit on a multiprocessor when each walks several tiles.
+
+    Then the next tile's operands are in shared memory while a tile's result passes through it.
+    """
+    result = config.block("m") * config.block("n") * found.dtype.itemsize // config.subtiles
+    fitting = _SHARED_BYTES // (shared_bytes(found, config) + result)
+    return 1 if _held(config) >= _MANY else max(1, min(fitting, 2))
 
 
 def _programs(found: Product, config: Config) -> int:

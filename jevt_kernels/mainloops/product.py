@@ -162,9 +162,10 @@ def _check_aliases(spec: KernelSpec, position: int, node: visitor.Contract) -> N
     for source, output in spec.aliases:
         stored = [n.index for n in spec.tree if isinstance(n, visitor.Store) and n.output == output]
         for at, reader in enumerate(spec.tree):
-            if not isinstance(reader, visitor.Load) or reader.input != source:
+            if not isinstance(reader, visitor.Load | visitor.Lookup) or reader.input != source:
                 continue
-            if at in prologue or stored != [reader.index]:
+            elsewhere = isinstance(reader, visitor.Lookup) or stored != [reader.index]
+            if at in prologue or elsewhere:
                 raise UnsupportedKernel(
                     f"output {output} takes the place of input {source}, "
                     "of which other tiles may still be read"

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jevt_kernels import aot, codegen, interpreter, launch
+from jevt_kernels import aot, codegen, interpreter, launch, printer
 from jevt_kernels.index_map import IndexMap
 from jevt_kernels.mainloops import product
 from jevt_kernels.mainloops.gemm_configs import configs
@@ -219,7 +219,7 @@ def test_offsets_beyond_32_bits(layout: str) -> None:
 
 @pytest.mark.interpret
 def test_wide_offsets_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codegen, "_INT32_MAX", 0)
+    monkeypatch.setattr(printer, "_INT32_MAX", 0)
     spec = gemm.bias_gelu(gemm.SIZES, FLOAT)
     source = codegen.generate(spec, gemm.SMALL)
     assert "wide_start" in source.text

@@ -17,8 +17,10 @@ from jevt_kernels.spec import Config, KernelSpec
 
 # Programs compiled at a time; Triton and XLA let go of Python's lock while they compile.
 _THREADS = 8
-# A program calls the kernel so often, on each set of operands in turn.
+# A program calls the kernel so often, on each set of operands in turn, as long as its results, of
+# which each thread may hold those of a program, take no more than so many bytes.
 _CALLS = 6
+_RESULT_BYTES = 4 << 30
 _REPEATS = 3
 
 
@@ -69,14 +71,16 @@ def fastest(
       RuntimeError: if all failed.
     """
     candidates = MAINLOOPS[spec.mainloop].configs(spec)[:most]
-    sets = [operands[i % len(operands)] for i in range(_CALLS)]
+    size = sum(output.nbytes for output in spec.outputs)
+    calls = max(1, min(_CALLS, _RESULT_BYTES // size))
+    sets = [operands[i % len(operands)] for i in range(calls)]
     pool = ThreadPoolExecutor(_THREADS)
-    jobs = [pool.submit(_compiled, spec, config, sets) for config in candidates]
+    jobs = [pool.submit(_prepared, spec, config, sets) for config in candidates]
     wait(jobs, timeout=limit_s)
     # What runs cannot be cancelled; it would disturb the times of the others, so it is waited for.
     pool.shutdown(cancel_futures=True)
-    compiled = zip(candidates, jobs, strict=True)
-    trials = [_trial(config, job, sets) for config, job in compiled if not job.cancelled()]
+    prepared = zip(candidates, jobs, strict=True)
+    trials = [_trial(config, job, sets) for config, job in prepared if not job.cancelled()]
     trials.sort(key=lambda trial: float("inf") if trial.us is None else trial.us)
     if not trials or trials[0].us is None:
         reasons = "; ".join(map(str, trials)) or "nothing was tried"
@@ -84,22 +88,25 @@ def fastest(
     return trials[0].config, trials
 
 
-def _compiled(spec: KernelSpec, config: Config, sets: list[tuple[Any, ...]]) -> Any:
+def _prepared(spec: KernelSpec, config: Config, sets: list[tuple[Any, ...]]) -> Any:
+    """The compiled program, run once: ptxas assembles its kernel then."""
+
     def program(sets: list[tuple[Any, ...]]) -> list[Any]:
         return [jevt_kernels.call(spec, *operands, config=config) for operands in sets]
 
-    return jax.jit(program).lower(sets).compile()
+    compiled = jax.jit(program).lower(sets).compile()
+    jax.block_until_ready(compiled(sets))
+    return compiled
 
 
 def _trial(config: Config, job: Any, sets: list[tuple[Any, ...]]) -> Trial:
     try:
         run = functools.partial(job.result(), sets)
-        jax.block_until_ready(run())
         seconds = min(_timed(run) for _ in range(_REPEATS))
     # Triton's compiler and the driver raise whatever they like; a configuration more or less.
     except Exception as error:  # noqa: BLE001
         return Trial(config, None, f"{type(error).__name__}: {error}".splitlines()[0][:200])
-    return Trial(config, seconds / _CALLS * 1e6)
+    return Trial(config, seconds / len(sets) * 1e6)
 
 
 def _timed(run: Any) -> float:

@@ -52,13 +52,13 @@ def test_search_takes_the_fastest(monkeypatch):
     candidates = gemm_configs.configs(spec())[:3]
     seconds = dict(zip(candidates, (3e-3, 1e-3, None), strict=True))
 
-    def compiled(spec, config, sets):
+    def prepared(spec, config, sets):
         assert sets == [(1,), (2,), (1,), (2,), (1,), (2,)]
         if seconds[config] is None:
             raise ValueError("out of resources\nat length")
         return lambda _: seconds[config]
 
-    monkeypatch.setattr(search, "_compiled", compiled)
+    monkeypatch.setattr(search, "_prepared", prepared)
     monkeypatch.setattr(search, "_timed", lambda run: run())
     config, trials = search.fastest(spec(), [(1,), (2,)], most=3, limit_s=60)
     assert config == candidates[1]
@@ -67,11 +67,19 @@ def test_search_takes_the_fastest(monkeypatch):
     assert str(trials[2]).endswith(": ValueError: out of resources")
 
 
+def test_large_results_are_held_only_a_few_times(monkeypatch):
+    monkeypatch.setattr(search, "_RESULT_BYTES", 2 * spec().outputs[0].nbytes)
+    monkeypatch.setattr(search, "_prepared", lambda spec, config, sets: lambda _: float(len(sets)))
+    monkeypatch.setattr(search, "_timed", lambda run: run())
+    _, (trial,) = search.fastest(spec(), [(1,)], most=1, limit_s=60)
+    assert trial.us == pytest.approx(1e6)
+
+
 def test_search_without_success(monkeypatch):
-    def compiled(spec, config, sets):
+    def prepared(spec, config, sets):
         raise MemoryError("shared memory")
 
-    monkeypatch.setattr(search, "_compiled", compiled)
+    monkeypatch.setattr(search, "_prepared", prepared)
     with pytest.raises(RuntimeError, match="no configuration of gemm_plain runs: .*shared memory"):
         search.fastest(spec(), [(1,)], most=2, limit_s=60)
 

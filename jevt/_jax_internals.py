@@ -7,12 +7,14 @@ same name in JAX 0.11 and 0.12.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax._src import (
     ad_checkpoint,
     checkify,
+    config,
     core,
     custom_batching,
     custom_derivatives,
@@ -24,7 +26,9 @@ from jax._src import (
 from jax._src import effects as _effects
 from jax._src.api import Inline
 from jax._src.array import ArrayImpl as ArrayImpl
+from jax._src.cudnn import fused_attention_stablehlo as fused_attention
 from jax._src.interpreters import pxla
+from jax._src.lib import cuda_versions
 from jax._src.random import prng
 from jax.extend.core import Jaxpr, JaxprEqn, Primitive, primitives
 from jax.extend.random import threefry_prng_impl
@@ -34,6 +38,7 @@ remat_p: Primitive = ad_checkpoint.remat_p
 custom_vmap_call_p: Primitive = custom_batching.custom_vmap_p
 remat_opt_p: Primitive = custom_derivatives.remat_opt_p
 shard_map_p: Primitive = shard_map.shard_map_p
+pvary_p: Primitive = core.pvary_p
 random_wrap_p: Primitive = prng.random_wrap_p
 random_unwrap_p: Primitive = prng.random_unwrap_p
 iota_2x32_shape_p: Primitive = prng.iota_2x32_shape_p
@@ -69,6 +74,14 @@ def is_plain_jit(eqn: JaxprEqn) -> bool:
     )
 
 
+def scan_constants(eqn: JaxprEqn) -> int:
+    """Number of a ``scan``'s leading operands that its body sees unchanged in each iteration."""
+    if "num_consts" in eqn.params:
+        return int(eqn.params["num_consts"])
+    constants, _, _ = eqn.params["ft_in"].unpack()
+    return len(list(constants))
+
+
 def touches_refs(eqns: Iterable[JaxprEqn]) -> bool:
     """Whether an equation reads or writes a mutable reference, which must not be renamed."""
     return any(isinstance(e, _effects.JaxprInputEffect) for eqn in eqns for e in eqn.effects)
@@ -82,6 +95,11 @@ def is_threefry(key_aval: Any) -> bool:
 def manual_axes_of(aval: Any) -> frozenset[Any]:
     """Mesh axes over which a value varies inside ``shard_map``."""
     return frozenset(aval.manual_axis_type.vur)
+
+
+def keeping_manual_axes() -> Any:
+    """A context in which types of results say over which mesh axes they vary, as operands do."""
+    return config._check_vma(True)  # noqa: SLF001
 
 
 def program_name(jaxpr: Jaxpr) -> str:
@@ -178,3 +196,53 @@ def register_array_like(cls: type, read: Callable[[Any], Any]) -> None:
     tree_util.dispatch_registry.register_node(
         cls, lambda x: ((read(x),), None), lambda _, children: children[0]
     )
+
+
+def cudnn_version() -> int | None:
+    """Version of the cuDNN that JAX runs, major * 10000 + minor * 100 + patch; None without one."""
+    if cuda_versions is None:
+        return None
+    try:
+        return int(cuda_versions.cudnn_get_version())
+    except RuntimeError:  # the plugin is here, the library is not
+        return None
+
+
+def cudnn_attention(
+    q: Any, k: Any, v: Any, *bias: Any, scale: float, causal: bool, layout: str
+) -> Any:
+    """cuDNN's fused attention: out, and the logsumexp of the scores ``[B, N, T]``."""
+    params = _cudnn_params(scale, causal, layout, bool(bias))
+    operands = (q, k, v, *_cudnn_extras(q, bias))
+    return fused_attention._dot_product_attention_fwd_p.bind(  # noqa: SLF001
+        *operands, **params, is_training=True
+    )
+
+
+def cudnn_attention_backward(
+    q: Any, k: Any, v: Any, *rest: Any, scale: float, causal: bool, layout: str
+) -> Any:
+    """Its gradients: d_q, d_k and d_v from ``(q, k, v, [bias], out, statistics, d_out)``."""
+    *bias, out, statistics, d_out = rest
+    params = _cudnn_params(scale, causal, layout, bool(bias))
+    operands = (q, k, v, *_cudnn_extras(q, bias), statistics, out, d_out)
+    return fused_attention._dot_product_attention_bwd_p.bind(*operands, **params)  # noqa: SLF001
+
+
+def _cudnn_params(scale: float, causal: bool, layout: str, biased: bool) -> dict[str, Any]:
+    masks = fused_attention.MaskType
+    return {
+        "scale": scale,
+        "seed": 42,  # of dropout, at rate 0
+        "dropout_rate": 0.0,
+        "variadic_args": (biased, False),  # a bias, and its gradient
+        "mask_type": masks.CAUSAL if causal else masks.NO_MASK,
+        "layout": fused_attention.AttentionLayout[layout].value,
+        "sliding_window_length": None,
+    }
+
+
+def _cudnn_extras(q: Any, bias: Sequence[Any]) -> tuple[Any, ...]:
+    """Bias, lengths and offsets of sequences (of queries and of keys), page tables (of k, of v)."""
+    unused = jnp.zeros(0, q.dtype)
+    return (*(bias or (unused,)), *(unused,) * 6)

@@ -24,7 +24,9 @@ from jevt.passes import (
     fold_constants,
     inline,
     one_hot,
+    raise_attention,
     segment_sums,
+    sink_constants,
     table_gradient,
 )
 from jevt.report import text
@@ -65,11 +67,35 @@ GPU_PASSES: tuple[tuple[str, Pass], ...] = (
 )
 
 
-def graph_passes(context: Context) -> tuple[tuple[str, Pass], ...]:
-    """The graph passes of one compilation, in order."""
+def graph_passes(
+    context: Context, note: Callable[[str], None] = lambda _: None
+) -> tuple[tuple[str, Pass], ...]:
+    """The graph passes of one compilation, in order.
+
+    Args:
+      context: for whom the program is compiled.
+      note: receives what a pass has to say of the program, such as what it nearly recognised.
+    """
     if context.platform not in ("cuda", "rocm"):
         return GRAPH_PASSES
-    return GRAPH_PASSES + GPU_PASSES + (_kernel_passes(context) if context.own_kernels else ())
+    attention = _attention_passes(context, note) if context.platform == "cuda" else ()
+    own = _kernel_passes(context) if context.own_kernels else ()
+    return GRAPH_PASSES + attention + GPU_PASSES + own
+
+
+def _attention_passes(
+    context: Context, note: Callable[[str], None]
+) -> tuple[tuple[str, Pass], ...]:
+    """Passes that leave attention to cuDNN."""
+    return (
+        # What depends on no input is known inside loops too.
+        ("sink_constants", sink_constants.run),
+        # The equations of an attention become one forward and one backward.
+        ("raise_attention", functools.partial(raise_attention.run, context=context, note=note)),
+        # Masks that layers share are made once; scores and probabilities have no reader left.
+        ("cse", cse.run),
+        ("dce", dce.run),
+    )
 
 
 def _kernel_passes(context: Context) -> tuple[tuple[str, Pass], ...]:
@@ -152,10 +178,12 @@ def compile(  # noqa: A001 - what it is called everywhere
 def _run(jaxpr: Jaxpr, context: Context, name: str, lazy: tuple[str, ...]) -> Trace:
     # A copy, which shares the equations: a trace that held the cache's key would never be freed.
     stages = [Stage("trace", 0.0, jaxpr.with_consts(jaxpr.consts))]
-    for stage_name, graph_pass in graph_passes(context):
+    notes: list[str] = []
+    for stage_name, graph_pass in graph_passes(context, notes.append):
         start = time.perf_counter()
         result = graph_pass(stages[-1].jaxpr)
-        stages.append(Stage(stage_name, _since(start), result))
+        stages.append(Stage(stage_name, _since(start), result, tuple(notes)))
+        notes.clear()
         if context.check:
             _check(result, stage_name)
 

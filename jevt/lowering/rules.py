@@ -27,6 +27,7 @@ from jevt import _jax_internals as internals
 from jevt._jaxpr import aval
 from jevt.lowering.errors import NotFusible
 from jevt.lowering.products import Product, product
+from jevt.primitives.attention import attention_backward_p, attention_p
 from jevt.primitives.segments import segment_bounds_p, segment_order_p, segment_sum_p
 from jevt_kernels import ops
 
@@ -181,6 +182,8 @@ _CALLS: dict[Primitive, str] = {
     segment_order_p: "XLA's sort",
     segment_bounds_p: "XLA",
     segment_sum_p: "a kernel of its own",
+    attention_p: "cuDNN's fused attention",
+    attention_backward_p: "cuDNN's fused attention",
 }
 
 #: All primitives that JAX itself exports: without a rule here they are known, and stay with XLA.

@@ -13,6 +13,9 @@ from jevt.partition.duplicate import merge_copies
 from jevt.partition.graph import Graph, Node
 from jevt.partition.plan import Group, Plan
 
+#: Kinds of the groups of one equation that stands for many and runs as a library's call.
+_COMPOSITES = {"attention": "attention", "attention_backward": "attention"}
+
 
 def choose(
     graph: Graph,
@@ -31,9 +34,10 @@ def choose(
     jaxpr = graph.extract(positions)
     if len(members) == 1 and members[0].opaque:
         node = members[0]
-        name = names.group_name(index, "opaque", jaxpr)
+        kind = _COMPOSITES.get(jaxpr.eqns[0].primitive.name, "opaque")
+        name = names.group_name(index, kind, jaxpr)
         return Group(
-            name, "xla", "opaque", positions, jaxpr, reason=node.reason, fallback=node.fallback
+            name, "xla", kind, positions, jaxpr, reason=node.reason, fallback=node.fallback
         )
     parts = [single.nodes[p] for p in positions]
     reductions = {i for i, part in enumerate(parts) if part.kind == "reduction"}

@@ -126,12 +126,15 @@ class Graph:
         Raises:
           Abandon: the operands differ in the mesh axes over which they vary.
         """
-        assert self._source is not None
+        source = self.source
         check_same_mesh(operands)
-        source = self._source
         avals: list[Any] = [a.aval for a in operands]
         inside_mesh = any(not aval.sharding.mesh.empty for aval in avals)
-        with source.ctx.manager if inside_mesh else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if inside_mesh:
+                stack.enter_context(source.ctx.manager)
+            if any(map(internals.manual_axes_of, avals)):
+                stack.enter_context(internals.keeping_manual_axes())
             aval, effects = primitive.abstract_eval(*avals, **params)
         assert not effects
         out = Var(aval)
@@ -140,6 +143,16 @@ class Graph:
         )
         self.add(eqn)
         return read(self.env, out)
+
+    def place(self, source: JaxprEqn) -> None:
+        """Gives equations that are emitted outside of a rule the place and settings of another."""
+        self._source = source
+
+    @property
+    def source(self) -> JaxprEqn:
+        """The equation whose place and settings emitted ones have."""
+        assert self._source is not None
+        return self._source
 
     def literal(self, value: object, like: Any) -> Literal:
         """A scalar literal of the dtype of the aval ``like``."""

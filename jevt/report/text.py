@@ -27,7 +27,7 @@ def format_trace(trace: Trace) -> str:
 
 
 def format_summary(trace: Trace) -> str:
-    """One line, one for lazy outputs, and one for each warning."""
+    """One line, one for lazy outputs, and one for each warning and each note of a pass."""
     counts = summary(trace.plan)
     kinds = ", ".join(f"{n} {kind}" for kind, n in counts["kinds"].items()) or "none"
     traced, planned = trace.stages[0].jaxpr.eqns, trace.plan.jaxpr.eqns
@@ -41,6 +41,7 @@ def format_summary(trace: Trace) -> str:
     if trace.lazy:
         lines.append(f"# computed on demand, by jevt.lazy: {', '.join(trace.lazy)}")
     lines += [f"# fell back to XLA: {warning}" for warning in trace.warnings]
+    lines += [f"# left as it was by {note}" for note in trace.notes]
     return "\n".join(lines)
 
 

@@ -22,11 +22,13 @@ class Stage:
       name: of the pass, or "trace", "partition", "lower".
       milliseconds: wall time that it took; 0 for "trace", which JAX did.
       jaxpr: its result; for "partition" the plan's, with the copies that it made.
+      notes: what the pass says of the program, such as what it nearly recognised and why not.
     """
 
     name: str
     milliseconds: float
     jaxpr: Jaxpr
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,12 @@ class Trace:
     def milliseconds(self) -> float:
         """Wall time of all stages."""
         return sum(stage.milliseconds for stage in self.stages)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the passes say of the program, each once, under the pass's name."""
+        lines = (f"{stage.name}: {note}" for stage in self.stages for note in stage.notes)
+        return tuple(dict.fromkeys(lines))
 
     def stage(self, name: str) -> Stage:
         """The last stage of that name."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+import attentions
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from programs import F32, PROGRAMS, close
 
 import jevt
 from jevt import _config, pipeline
+from jevt import _jax_internals as internals
 from jevt.partition import Plan
 
 
@@ -140,3 +142,33 @@ def test_lowered_for_cuda_on_a_machine_without_a_gpu():
     # The same function for this machine's own platform is another compilation.
     close(f(F32), jax.jit(f.__wrapped__)(F32))
     assert jevt.last_trace(f).context.platform == jax.default_backend().replace("gpu", "cuda")
+
+
+@pytest.mark.cuda_lowering
+def test_attention_for_cuda(monkeypatch):
+    """Forward and backward are one cuDNN call each; nothing of the scores' size is left."""
+    monkeypatch.setattr(internals, "cudnn_version", lambda: 91000)
+    step = jevt.jit(attentions.training(attentions.einsum(softmax=attentions.in_float32)))
+    args = attentions.operands(queries=64, keys=64, dtype=jnp.bfloat16)
+    text = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__cudnn$fmhaSoftmax") == 2 and "64x64" not in text
+    trace = jevt.last_trace(step)
+    groups = [g for g in trace.plan.groups if g.kind == "attention"]
+    assert [g.jaxpr.eqns[0].primitive.name for g in groups] == ["attention", "attention_backward"]
+    assert {g.reason for g in groups} == {"one call: cuDNN's fused attention"}
+    assert not any(g.fallback for g in groups)
+    assert "exp" not in [e.primitive.name for e in trace.plan.jaxpr.eqns]
+    assert not trace.notes and not trace.warnings
+
+
+@pytest.mark.cuda_lowering
+def test_attention_that_stays_is_reported(monkeypatch):
+    monkeypatch.setattr(internals, "cudnn_version", lambda: 91000)
+    step = jevt.jit(attentions.training(attentions.einsum()), strict=True)
+    args = attentions.operands(queries=64, keys=64)
+    text = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert "cudnn" not in text
+    trace = jevt.last_trace(step)
+    (note,) = trace.notes
+    assert note.startswith("raise_attention: attention at ") and "this is float32" in note
+    assert trace.stage("raise_attention").notes and f"# left as it was by {note}" in str(trace)

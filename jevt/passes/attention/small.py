@@ -1,0 +1,202 @@
+"""Whether a region computes attention: its values at small sizes, and attention's.
+
+A region on named axes does not depend on their sizes. So it is evaluated on random numbers with two
+or three elements an axis, in float64, whatever the sizes and types of the program are, and every
+result compared with the formulas of attention. What this accepts is attention in exact arithmetic,
+however it is spelled; where roundings happen is judged elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import JaxprEqn, Literal, Var
+from jax.extend.core import primitives as p
+
+from jevt._jaxpr import Atom
+from jevt.lowering.axes import Factor
+from jevt.passes.attention import scores
+from jevt.passes.attention.labels import Labels, Use
+from jevt.passes.attention.operations import (
+    REDUCTIONS,
+    VIEWS,
+    Array,
+    NoMatch,
+    pointwise,
+)
+from jevt.passes.attention.region import Region
+from jevt.passes.attention.roles import Part, Roles
+from jevt.passes.attention.scores import Scores
+
+#: Numbers of the program, such as the scale, may have been rounded to bfloat16 in one place and
+#: their inverses in another.
+TOLERANCE = 4e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """An array whose axes have names."""
+
+    names: tuple[Factor, ...]
+    array: Array
+
+    def along(self, names: Sequence[Factor]) -> Array:
+        """The array with these axes, of size 1 where it has not the name."""
+        own = [name for name in names if name in self.names]
+        array = self.array.transpose([self.names.index(name) for name in own])
+        sizes = iter(array.shape)
+        return array.reshape([next(sizes) if name in self.names else 1 for name in names])
+
+
+def confirm(region: Region, labels: Labels, roles: Roles, how: Scores) -> None:
+    """Compares a region's results with those of attention.
+
+    Raises:
+      NoMatch: they differ, or the region cannot be evaluated.
+    """
+    with np.errstate(all="ignore"):
+        run = _Evaluation(region, labels, roles)
+        leaves = _seen_keys(region, labels, how)
+        for var in region.leaves():
+            run.draw_leaf(var, leaves.get(var))
+        for position in region.positions():
+            run.evaluate(position)
+        want = run.attention(how)
+    for part, position in roles.results.items():
+        got = run.values[region.program.eqns[position].outvars[0]]
+        expected = want[part].along(got.names)
+        error = np.abs(got.array - expected).max()
+        if not error <= TOLERANCE * np.abs(expected).max():
+            raise NoMatch(f"{part} is not that of an attention ({_suspect(region, labels, how)})")
+
+
+def _seen_keys(region: Region, labels: Labels, how: Scores) -> Mapping[Var, bool]:
+    """What the parts of the masks are where a key is seen."""
+    return {v: s for mask, seen in how.masks for v, s in scores.parts(region, mask, seen)}
+
+
+def _suspect(region: Region, labels: Labels, how: Scores) -> str:
+    known = set(_seen_keys(region, labels, how))
+    for var in region.leaves():
+        aval: Any = var.aval
+        if aval.dtype == np.dtype(bool) and var not in known:
+            return "dropout, or a mask that is not of the scores"
+    return "an unfamiliar computation between the products"
+
+
+class _Evaluation:
+    """The values of a region on random numbers."""
+
+    def __init__(self, region: Region, labels: Labels, roles: Roles) -> None:
+        self.region = region
+        self.labels = labels
+        self.roles = roles
+        self.values: dict[Var, Named] = {}
+        self.random = np.random.default_rng(0)
+        self.sizes: dict[Factor, int] = {}
+        self.used: dict[tuple[Var, tuple[Factor, ...]], Named] = {}
+
+    def size(self, name: Factor) -> int:
+        """Two or three, by turns, so that axes that are taken for one another are noticed."""
+        return self.sizes.setdefault(name, 2 + len(self.sizes) % 2)
+
+    def draw(self, names: Iterable[Factor]) -> Named:
+        names = tuple(names)
+        if len(set(names)) != len(names):
+            raise NoMatch("a diagonal of an array")
+        return Named(names, self.random.standard_normal([self.size(name) for name in names]))
+
+    def draw_leaf(self, var: Var, seen: bool | None) -> None:
+        """Random numbers; for a mask, random bits that let every query see one key at least."""
+        value = self.draw(self.labels.of(var))
+        aval: Any = var.aval
+        if aval.dtype == np.dtype(bool):
+            keys = [i for i, name in enumerate(value.names) if name in self.roles.axes.keys]
+            bits = value.array < 0.5
+            bits[tuple(0 if i in keys else slice(None) for i in range(bits.ndim))] = True
+            value = Named(value.names, bits if seen is None or seen else ~bits)
+        elif not jax.dtypes.issubdtype(aval.dtype, np.floating):
+            raise NoMatch(f"{aval.dtype} among the scores")
+        self.values[var] = value
+
+    def use(self, use: Use) -> Named:
+        """The random numbers of a product's operand, the same wherever it is used in that part."""
+        key = use.root, tuple(use.atoms())
+        if key not in self.used:
+            self.used[key] = self.draw(use.atoms())
+        return self.used[key]
+
+    def evaluate(self, position: int) -> None:
+        eqn = self.region.program.eqns[position]
+        out = eqn.outvars[0]
+        names = tuple(self.labels.of(out))
+        if len(set(names)) != len(names):
+            raise NoMatch("a diagonal of an array")
+        if eqn.primitive is p.dot_general_p:
+            a, b = (self.operand(position, i, eqn) for i in (0, 1))
+            self.values[out] = product(names, a, b)
+            return
+        operands = [self.read(atom) for atom in eqn.invars]
+        shape = [self.size(name) for name in names]
+        if eqn.primitive in VIEWS:
+            array = operands[0].along(names)
+        elif eqn.primitive in REDUCTIONS:
+            whole = operands[0]
+            gone = tuple(i for i, name in enumerate(whole.names) if name not in names)
+            rest = tuple(name for name in whole.names if name in names)
+            array = Named(rest, REDUCTIONS[eqn.primitive](whole.array, axis=gone)).along(names)
+        else:
+            array = pointwise(eqn)(*(operand.along(names) for operand in operands))
+        self.values[out] = Named(names, np.broadcast_to(array, shape))
+
+    def operand(self, position: int, index: int, eqn: JaxprEqn) -> Named:
+        use = self.labels.uses.get((position, index))
+        return self.read(eqn.invars[index]) if use is None else self.use(use)
+
+    def read(self, atom: Atom) -> Named:
+        if isinstance(atom, Literal):
+            if np.ndim(atom.val):
+                raise NoMatch("an array among the numbers of the program")
+            return Named((), np.asarray(atom.val, None if atom.val.dtype == bool else np.float64))
+        return self.values[atom]
+
+    def attention(self, how: Scores) -> dict[Part, Named]:
+        """The formulas of attention on the same random numbers."""
+        axes = self.roles.axes
+        names = (*axes.batch, *axes.rows, *axes.keys)
+        rows = (*axes.batch, *axes.rows)
+        keys = tuple(range(len(rows), len(names)))
+        q, k, v = (self.use(use) for use in (self.roles.q, self.roles.k, self.roles.v))
+        scores = how.scale * product(names, q, k).array
+        for factor, bias in how.biases:
+            scores = scores + factor * self.values[bias].along(names)
+        for mask, seen in how.masks:
+            scores = np.where(self.values[mask].along(names) == seen, scores, -np.inf)
+        weights = np.exp(scores - scores.max(keys, keepdims=True))
+        p = Named(names, weights / weights.sum(keys, keepdims=True))
+        result: dict[Part, Named] = {"out": product((*rows, *axes.value_width), p, v)}
+        if self.roles.d_out is None:
+            return result
+        d_out = self.use(self.roles.d_out)
+        d_p = product(names, d_out, v).array
+        d_s = Named(names, p.array * (d_p - (p.array * d_p).sum(keys, keepdims=True)))
+        d_q = product((*rows, *axes.width), d_s, k)
+        d_k = product((*axes.batch, *axes.keys, *axes.width), d_s, q)
+        result["d_v"] = product((*axes.batch, *axes.keys, *axes.value_width), p, d_out)
+        result["d_q"] = Named(d_q.names, how.scale * d_q.array)
+        result["d_k"] = Named(d_k.names, how.scale * d_k.array)
+        return result
+
+
+def product(names: Sequence[Factor], a: Named, b: Named) -> Named:
+    """The sum of products over all names but these."""
+    letters: dict[Factor, str] = {}
+    for name in (*a.names, *b.names):
+        letters.setdefault(name, string.ascii_letters[len(letters)])
+    terms = ["".join(letters[name] for name in x) for x in (a.names, b.names, names)]
+    return Named(tuple(names), np.einsum(f"{terms[0]},{terms[1]}->{terms[2]}", a.array, b.array))

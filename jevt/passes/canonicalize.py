@@ -25,9 +25,11 @@ from __future__ import annotations
 from jax.extend.core import Jaxpr
 
 from jevt.passes._rules import merged, rewrite
-from jevt.passes.canonical import arithmetic, casts, logistic, selects, views
+from jevt.passes.canonical import arithmetic, casts, logistic, pads, selects, views
 
-RULES = merged(views.RULES, arithmetic.RULES, casts.RULES, selects.RULES, logistic.RULES)
+RULES = merged(
+    views.RULES, arithmetic.RULES, casts.RULES, selects.RULES, logistic.RULES, pads.RULES
+)
 
 
 def run(jaxpr: Jaxpr) -> Jaxpr:

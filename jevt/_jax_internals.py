@@ -7,6 +7,7 @@ same name in JAX 0.11 and 0.12.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -229,6 +230,14 @@ def cudnn_attention_backward(
     return fused_attention._dot_product_attention_bwd_p.bind(*operands, **params)  # noqa: SLF001
 
 
+# What JAX 0.12 asks besides: a function of the scores.
+_NO_SCORE_MODIFICATION: dict[str, Any] = dict.fromkeys(
+    {"score_mod_name", "score_mod_jaxpr"}.intersection(
+        inspect.signature(fused_attention._dot_product_attention_fwd_cuda_lowering).parameters  # noqa: SLF001
+    )
+)
+
+
 def _cudnn_params(scale: float, causal: bool, layout: str, biased: bool) -> dict[str, Any]:
     masks = fused_attention.MaskType
     return {
@@ -239,6 +248,7 @@ def _cudnn_params(scale: float, causal: bool, layout: str, biased: bool) -> dict
         "mask_type": masks.CAUSAL if causal else masks.NO_MASK,
         "layout": fused_attention.AttentionLayout[layout].value,
         "sliding_window_length": None,
+        **_NO_SCORE_MODIFICATION,
     }
 
 

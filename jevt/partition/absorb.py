@@ -1,11 +1,15 @@
 """Joins the leaves of a component to what they read, before it is solved.
 
-A leaf ``v`` reads one tensor ``t``, made in the component by ``u``, and nothing in the component
-depends on it: a bias gradient that sums the gradient of an activation, a value that is only stored.
+A leaf ``v`` reads one tensor ``t``, made in the component by ``u``, beside it only inputs of the
+program that no one else there reads, and nothing in the component depends on it: a bias gradient
+that sums the gradient of an activation, a parameter's update, a value that is only stored.
 If every space that ``u`` can be in has a place for ``v``, an optimal partition has both in one
 group: take one that does not, and move ``v`` to the group of ``u``. Acyclic inside the component,
 because ``v`` depends on nothing but ``u``, and nothing there on ``v``. Cost: ``t`` is not read for
-``v`` any more. What ``v`` was with are readers of ``t`` and stay connected.
+``v`` any more, and what only ``v`` reads is read as before. What ``v`` was with are readers of ``t`` and stay connected. Template: a ``v`` that
+sums along rows forbids the group of ``u`` to store values of rows, so it must have none to store:
+each such value that can be there must have all its readers on paths to ``u``, which the group
+holds because it is convex.
 
 This is more than fewer nodes. A gradient that two layers share is read by a leaf and by the next
 layer; without the leaf nothing links the two layers, and the component falls apart.
@@ -13,12 +17,13 @@ layer; without the leaf nothing links the two layers, and the component falls ap
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from jevt.partition.contract import merge, ordered
 from jevt.partition.graph import Graph
 from jevt.partition.problem import Label
-from jevt.partition.reach import Links, Reach
+from jevt.partition.reach import Links, Reach, bits
 from jevt.partition.spaces import labels_of, places
 
 
@@ -36,10 +41,15 @@ def absorb(
         found = places(graph, reach, part, links)
         inside = sum(1 << n for n in part)
         for leaf in part:
-            producer = _producer(graph, links, leaf)
+            producer = _producer(graph, links, leaf, inside)
             if producer is None or reach.below[leaf] & inside != 1 << leaf:
                 continue
-            if not _without_plain(sum(found[producer]), labels) & ~found[leaf][0]:
+            held = {labels[bit] for bit in bits(found[leaf][0])}
+            late = any(label.late for label in held)
+            spaces = _strongest([labels[bit] for bit in bits(sum(found[producer]))])
+            if late:
+                spaces = {dataclasses.replace(label, late=True) for label in spaces}
+            if spaces <= held and not (late and _may_store(graph, reach, links, part, producer)):
                 home[leaf] = home.get(producer, producer)
     groups: dict[int, list[int]] = {}
     for node in range(len(graph.nodes)):
@@ -54,19 +64,29 @@ def absorb(
     return ordered(graph, nodes) if len(nodes) < len(graph.nodes) else graph
 
 
-def _producer(graph: Graph, links: Links, leaf: int) -> int | None:
-    """The node that makes all that a node reads, if it may share its group."""
-    if len(graph.reads[leaf]) != 1:
+def _producer(graph: Graph, links: Links, leaf: int, inside: int) -> int | None:
+    """The node that makes what a node reads, if it may share its group."""
+    made = [t for t in map(graph.tensors.__getitem__, graph.reads[leaf]) if t.producer is not None]
+    if len(made) != 1 or (made[0].producer, leaf) not in links.edges:
         return None
-    producer = graph.tensors[graph.reads[leaf][0]].producer
-    return producer if producer is not None and (producer, leaf) in links.edges else None
+    given = [t for t in map(graph.tensors.__getitem__, graph.reads[leaf]) if t.producer is None]
+    if any(t.size > 1 and any(c != leaf and inside >> c & 1 for c in t.consumers) for t in given):
+        return None
+    return made[0].producer
 
 
-def _without_plain(mask: int, labels: Sequence[Label]) -> int:
+def _strongest(labels: Sequence[Label]) -> set[Label]:
     """The labels without those that another one with rows of the same points stands for."""
-    with_rows = {label.size for bit, label in enumerate(labels) if label.cols and mask >> bit & 1}
-    return sum(
-        1 << bit
-        for bit, label in enumerate(labels)
-        if mask >> bit & 1 and (label.cols or label.size not in with_rows)
-    )
+    with_rows = {label.size for label in labels if label.cols}
+    return {label for label in labels if label.cols or label.size not in with_rows}
+
+
+def _may_store(graph: Graph, reach: Reach, links: Links, part: Sequence[int], node: int) -> bool:
+    """Whether a kernel with a node may hold what makes a value of rows but not all that reads it."""
+    above = reach.above[node]
+    for mate in reach.mates(node, part, links):
+        for tensor in (graph.tensors[t] for t in graph.writes[mate]):
+            stored = tensor.escapes or not all(above >> c & 1 for c in tensor.consumers)
+            if stored and not tensor.late and tensor.size < graph.nodes[node].size:
+                return True
+    return False

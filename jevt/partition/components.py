@@ -46,7 +46,7 @@ def split(graph: Graph, reach: Reach) -> tuple[list[list[int]], Links]:
         }
 
         kept = links.where(_Possible(reach, home, outside, place))
-        again = problems.components(fusible, kept.adjacency(len(graph.nodes)))
+        again = problems.components(fusible, kept.adjacent)
         if len(again) == len(parts) and kept == links:
             return again, kept
         parts, links = again, kept

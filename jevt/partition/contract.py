@@ -5,7 +5,8 @@ Two rules. For each, take an optimal partition that separates the two nodes; mov
 gives a partition that is valid and no dearer, so an optimal partition exists that keeps them
 together.
 
-*Into the producer.* ``v`` reads one variable ``t`` and nothing else, is the only reader of ``t``,
+*Into the producer.* ``v`` reads one variable ``t`` and nothing else but scalars that are inputs of
+the program (a learning rate; they cost nothing), is the only reader of ``t``,
 visits as many elements as ``t`` has and writes no more bytes (a cast to a narrower type, ``exp``, a
 transpose). Move ``v`` to the group of ``t``'s producer ``u``.
 Acyclic: ``v`` depends on nothing but ``u``, so ``u``'s group gains no dependency; what read ``v``
@@ -32,16 +33,23 @@ from collections.abc import Callable
 from jax.extend.core import Var
 
 from jevt.partition import graph as graphs
-from jevt.partition.graph import Graph, Node
+from jevt.partition.graph import Graph, Node, Tensor
 
 
 def contract(graph: Graph, accepts: Callable[[tuple[int, ...]], bool]) -> Graph:
-    """The graph with pairs joined by both rules.
+    """The graph with pairs joined by both rules, as long as they find any.
 
     Args:
       graph: one node for each equation.
       accepts: whether the equations at these positions can be one kernel.
     """
+    while (fewer := _once(graph, accepts)) is not graph:
+        graph = fewer
+    return graph
+
+
+def _once(graph: Graph, accepts: Callable[[tuple[int, ...]], bool]) -> Graph:
+    """The graph with pairs joined by both rules; the same object if there are none."""
     joined = _Joined(graph)
     for node in range(len(graph.nodes)):
         _into_producer(joined, node)
@@ -57,7 +65,7 @@ def contract(graph: Graph, accepts: Callable[[tuple[int, ...]], bool]) -> Graph:
             nodes.append(merge(graph, parts))
         else:
             nodes.extend(parts)
-    return ordered(graph, nodes)
+    return ordered(graph, nodes) if len(nodes) < len(graph.nodes) else graph
 
 
 class _Joined:
@@ -89,13 +97,10 @@ class _Joined:
 def _into_producer(joined: _Joined, v: int) -> None:
     graph = joined.graph
     node = graph.nodes[v]
-    if (
-        node.kind not in ("pointwise", "view")
-        or len(graph.reads[v]) != 1
-        or len(graph.writes[v]) != 1
-    ):
+    reads = [t for t in map(graph.tensors.__getitem__, graph.reads[v]) if not _given_scalar(t)]
+    if node.kind not in ("pointwise", "view") or len(reads) != 1 or len(graph.writes[v]) != 1:
         return
-    operand, result = graph.tensors[graph.reads[v][0]], graph.tensors[graph.writes[v][0]]
+    (operand,), result = reads, graph.tensors[graph.writes[v][0]]
     u = operand.producer
     if u is None or graph.nodes[u].opaque or operand.consumers != (v,) or operand.escapes:
         return
@@ -108,6 +113,10 @@ def _into_producer(joined: _Joined, v: int) -> None:
             return
         joined.late.add(result.var)
     joined.join(u, v)
+
+
+def _given_scalar(tensor: Tensor) -> bool:
+    return tensor.producer is None and tensor.size <= 1
 
 
 def _into_consumer(joined: _Joined, s: int) -> None:

@@ -13,9 +13,10 @@ Constraints, by the methods that add them:
 
 * ``one_group``: every node is in one group, named by its first node.
 * ``apart``: pairs that no kernel or no order allows together.
-* ``connected``: a node is with others only if it is with one that a candidate edge joins it to.
-  Pieces of several nodes that do not touch are cut lazily, by ``split``: nothing relates their
-  axes, so that no kernel holds both.
+* ``connected``: a group hangs together by candidate edges, because nothing relates the axes of
+  pieces that do not touch. A node is in the group of r only together with what all chains of links
+  between the two pass through, and with a node at each distance on the way. Pieces that do not
+  touch all the same are cut lazily, by ``split``, with the distances counted from the piece.
 * ``convex``: "no path leaves a partition and comes back" (EVT, ASPLOS 2024, section 5): with u and
   v, the group holds what lies on a path between them. Implied by the next one, but it is what makes
   the linear relaxation tight.
@@ -48,8 +49,9 @@ from collections.abc import Sequence
 
 from ortools.sat.python import cp_model
 
-from jevt.partition import order
+from jevt.partition import connect, order
 from jevt.partition.problem import Grouping, Problem
+from jevt.partition.reach import bits
 
 type Pair = tuple[int, int]
 
@@ -90,6 +92,7 @@ class Program:
         self.links = problem.links()
         self.above, self.below = _reach(self.successors)
         self.never = never_together(problem, self.above, self.below)
+        self.around: list[connect.Surroundings] = []
         self.inside: dict[Pair, cp_model.IntVar] = {}
         self.cut: dict[Pair, cp_model.IntVar | None] = {}
         self.alone: dict[int, cp_model.IntVar] = {}
@@ -108,10 +111,12 @@ class Program:
 
     def one_group(self) -> None:
         model = self.model
+        for r in self.nodes:
+            allowed = [v for v in range(r, self.problem.size) if not self.never[r] >> v & 1]
+            self.around.append(connect.Surroundings.of(r, allowed, self.links))
+            for v in sorted(self.around[r].via):
+                self.inside[v, r] = model.new_bool_var(f"in_{v}_{r}")
         for v in self.nodes:
-            for r in range(v + 1):
-                if not self.never[v] >> r & 1:
-                    self.inside[v, r] = model.new_bool_var(f"in_{v}_{r}")
             model.add_exactly_one(self._memberships(v))
         for (v, r), inside in self.inside.items():
             if v != r:
@@ -127,21 +132,22 @@ class Program:
 
     def connected(self) -> None:
         for (v, r), inside in self.inside.items():
-            others = [x for w in sorted(self.links[v]) for x in self._inside(w, r)]
             if v != r:
-                self.model.add_bool_or(~inside, *others)
+                self.model.add_implication(inside, self.inside[self.around[r].via[v], r])
+                self._separate([v], r)
 
-    def split(self, piece: Sequence[int], rest: Sequence[int]) -> None:
-        """``piece`` is with a node of ``rest`` only if it is with a neighbour of its own too."""
-        members = set(piece)
-        border = sorted({w for v in piece for w in self.links[v]} - members)
+    def split(self, piece: Sequence[int]) -> None:
+        """Lets no node of ``piece`` be with a first node outside it unless what links them is."""
         for r in self.nodes:
-            if all((v, r) in self.inside for v in piece):
-                together = [~self.inside[v, r] for v in piece]
-                joined = [x for w in border for x in self._inside(w, r)]
-                for other in rest:
-                    for inside in self._inside(other, r):
-                        self.model.add_bool_or(*together, ~inside, *joined)
+            if r not in piece:
+                self._separate(piece, r)
+
+    def _separate(self, piece: Sequence[int], r: int) -> None:
+        members = [self.inside[v, r] for v in piece if (v, r) in self.inside]
+        for border in self.around[r].separators(piece, self.links) if members else ():
+            joined = [self.inside[w, r] for w in border]
+            for inside in members:
+                self.model.add_bool_or(~inside, *joined)
 
     def convex(self) -> None:
         for u in self.nodes:
@@ -311,9 +317,9 @@ def never_together(problem: Problem, above: Sequence[int], below: Sequence[int])
     """
     never = [0] * problem.size
     for a, b in problem.ordered:
-        for u in _bits(above[a]):
+        for u in bits(above[a]):
             never[u] |= below[b]
-        for v in _bits(below[b]):
+        for v in bits(below[b]):
             never[v] |= above[a]
     places = [firm | inner for firm, inner in zip(problem.firm, problem.inner, strict=True)]
     for a in range(problem.size):
@@ -361,6 +367,3 @@ def _holders(masks: Sequence[int], label: int) -> int:
     """The nodes whose masks have the label, as a bit mask."""
     return sum((mask >> label & 1) << node for node, mask in enumerate(masks))
 
-
-def _bits(mask: int) -> list[int]:
-    return [i for i in range(mask.bit_length()) if mask >> i & 1]

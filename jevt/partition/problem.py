@@ -17,7 +17,7 @@ buffer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from jevt.partition import order
 
@@ -26,10 +26,17 @@ type Grouping = list[list[int]]  # local node indices, each ascending
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """The iteration space of a group: points, and length of its rows (0: nothing is reduced)."""
+    """The iteration space of a group.
+
+    Attributes:
+      size: points.
+      cols: length of its rows, 0 if nothing is reduced.
+      late: sums along rows are among its results; such a kernel writes no values of rows.
+    """
 
     size: int
     cols: int
+    late: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +206,9 @@ class Problem:
         )
 
 
-def components(nodes: Iterable[int], links: Sequence[Iterable[int]]) -> Grouping:
+def components(
+    nodes: Iterable[int], links: Sequence[Iterable[int]] | Mapping[int, Iterable[int]]
+) -> Grouping:
     """Connected components of ``nodes`` under ``links``, ordered by their smallest node."""
     remaining = set(nodes)
     result: Grouping = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from jevt.partition.graph import Graph
 
@@ -36,6 +37,24 @@ class Reach:
         """The nodes on paths from ``a`` to ``b``, 0 if there is none."""
         return self.below[a] & self.above[b]
 
+    def mates(self, node: int, part: Sequence[int], links: Links) -> set[int]:
+        """The nodes of a part that some connected group may hold together with ``node``.
+
+        A path between the two must not leave the part, nor one between ``node`` and what links
+        them.
+        """
+        outside = ~sum(1 << n for n in part)
+        found = {node}
+        stack = [node]
+        while stack:
+            for other in links.adjacent[stack.pop()]:
+                if other not in found and not outside & (
+                    self.between(node, other) | self.between(other, node)
+                ):
+                    found.add(other)
+                    stack.append(other)
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class Links:
@@ -51,9 +70,10 @@ class Links:
             frozenset(e for e in self.siblings if possible(*e)),
         )
 
-    def adjacency(self, count: int) -> list[list[int]]:
+    @functools.cached_property
+    def adjacent(self) -> Mapping[int, list[int]]:
         """For each node, those that a link joins it with."""
-        result: list[list[int]] = [[] for _ in range(count)]
+        result: dict[int, list[int]] = collections.defaultdict(list)
         for a, b in (*self.edges, *self.siblings):
             result[a].append(b)
             result[b].append(a)
@@ -67,3 +87,8 @@ class Links:
             for a, b in pairs:
                 found.setdefault(a, []).append(b)
         return result
+
+
+def bits(mask: int) -> list[int]:
+    """The positions of the ones of a mask, ascending."""
+    return [i for i in range(mask.bit_length()) if mask >> i & 1]

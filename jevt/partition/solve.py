@@ -90,8 +90,8 @@ def _improve(
         if (not refused and len(groups) == len(pieces)) or bound >= problem.cost(best):
             break
         for split in pieces:
-            for index, piece in enumerate(split if len(split) > 1 else ()):
-                program.split(piece, [n for other in split[index + 1 :] for n in other])
+            for piece in split if len(split) > 1 else ():
+                program.split(piece)
         for group in refused:
             program.refused(_cut(oracle, group, links))
     cost = problem.cost(best)

@@ -6,21 +6,22 @@ rows. EVT's nodes differ in the same way by "the iteration space" that a templat
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
+from typing import Literal
 
-from jevt.partition.graph import Graph
+from jevt.partition.graph import Graph, Node
 from jevt.partition.problem import Label
 from jevt.partition.reach import Links, Reach
-
-#: In a component of more nodes, any reduction is taken to be possible: it is about to fall apart.
-_LARGE = 300
-
 
 def labels_of(graph: Graph, part: Sequence[int]) -> tuple[Label, ...]:
     """The spaces that the nodes of a component can give a group."""
     nodes = [graph.nodes[n] for n in part]
-    spaces = {(node.size, node.cols) for node in nodes} | {(node.size, 0) for node in nodes}
-    return tuple(Label(size, cols) for size, cols in sorted(spaces))
+    spaces = {(node.size, node.cols, False) for node in nodes if not node.ends}
+    spaces |= {(node.size, node.cols, True) for node in nodes if node.ends}
+    spaces |= {(node.size, 0, False) for node in nodes}
+    return tuple(Label(*space) for space in sorted(spaces))
 
 
 def places(
@@ -29,39 +30,85 @@ def places(
     """For each node, two sets of labels, as bit masks of positions in :func:`labels_of`.
 
     First those that hold it as a full tile or as rows. A label with rows counts only if a reduction
-    that gives a group such rows may be with the node. Second those that hold it as something
-    smaller, whose results cannot be stored: they need all its consumers in the group, so each must
-    have a place under the label too.
+    that gives a group such rows may be with the node. Second those that hold it as something whose
+    results cannot be stored, because it is smaller or because sums along rows are: they need all
+    its consumers in the group, so each must have a place under the label too.
     """
     labels = labels_of(graph, part)
-    inside = sum(1 << n for n in part)
-    reducing: dict[tuple[int, int], list[int]] = {}
-    for node in part:
-        if graph.nodes[node].cols:
-            reducing.setdefault((graph.nodes[node].size, graph.nodes[node].cols), []).append(node)
-
-    def reducible(node: int, label: Label) -> bool:
-        return (not label.cols or len(part) > _LARGE) or any(
-            not (reach.between(node, other) | reach.between(other, node)) & ~inside
-            for other in reducing[label.size, label.cols]
-        )
-
+    reducible = _Reducible(graph, reach, part)
     result: dict[int, tuple[int, int]] = {}
     for node in reversed(part):
         this = graph.nodes[node]
-        firm = smaller = 0
+        consumers = _all_consumers(graph, links, node)
+        shared = 0
+        if consumers is not None and all(c in result for c in consumers):
+            shared = (1 << len(labels)) - 1
+            for consumer in consumers:
+                shared &= sum(result[consumer])
+        firm = inner = 0
         for bit, label in enumerate(labels):
-            if this.cols:
-                firm |= ((label.size, label.cols) == (this.size, this.cols)) << bit
-            elif this.size == label.size or (label.cols and this.size * label.cols == label.size):
+            fit = _fit(graph, node, label)
+            if fit == "full" or (fit == "rows" and not label.late):
                 firm |= reducible(node, label) << bit
-            elif this.size < label.size:
-                smaller |= reducible(node, label) << bit
-        for tensor in graph.writes[node]:
-            if graph.tensors[tensor].escapes:
-                smaller = 0
-            for consumer in graph.tensors[tensor].consumers:
-                known = (node, consumer) in links.edges and consumer in result
-                smaller &= sum(result[consumer]) if known else 0
-        result[node] = firm, smaller
+            elif fit and shared >> bit & 1:
+                inner |= reducible(node, label) << bit
+        result[node] = firm, inner
     return result
+
+
+def _fit(graph: Graph, index: int, label: Label) -> Literal["full", "rows", "part", ""]:
+    """What of a label's space the results of a node span, "" if it has no place there."""
+    node = graph.nodes[index]
+    if node.cols:
+        if (node.size, node.cols) != (label.size, label.cols) or (node.ends and not label.late):
+            return ""
+        early = [t for t in map(graph.tensors.__getitem__, graph.writes[index]) if not t.late]
+        return "full" if all(t.size == label.size for t in early) else "rows"
+    if node.size == label.size:
+        return "full"
+    if label.cols and node.size * label.cols == label.size:
+        return "rows"
+    return "part" if node.size < label.size else ""
+
+
+def _all_consumers(graph: Graph, links: Links, node: int) -> list[int] | None:
+    """The nodes that read a node's results; None if one of them can be in no group with it."""
+    consumers: list[int] = []
+    for tensor in graph.writes[node]:
+        if graph.tensors[tensor].escapes:
+            return None
+        consumers += graph.tensors[tensor].consumers
+    return consumers if all((node, c) in links.edges for c in consumers) else None
+
+
+class _Reducible:
+    """Whether a node can be in a group whose rows have the length of a label.
+
+    Some reduction of the component must give the group such rows, and no path between the two may
+    leave the component.
+    """
+
+    def __init__(self, graph: Graph, reach: Reach, part: Sequence[int]) -> None:
+        inside = sum(1 << n for n in part)
+        self.before = {n: reach.above[n] & ~inside for n in part}
+        self.after = {n: reach.below[n] & ~inside for n in part}
+        self.reductions: dict[Label, list[int]] = {}
+        for n in part:
+            node = graph.nodes[n]
+            if node.cols:
+                label = Label(node.size, node.cols, bool(node.ends))
+                self.reductions.setdefault(label, []).append(n)
+
+    def __call__(self, node: int, label: Label) -> bool:
+        if not label.cols:
+            return True
+        before, after = self.before[node], self.after[node]
+        reductions = self.reductions[label]
+        # The nearest is most likely to be possible.
+        at = bisect.bisect(reductions, node)
+        return any(
+            not (after & self.before[other] or self.after[other] & before)
+            for other in itertools.chain(
+                reductions[at : at + 4], reversed(reductions[:at]), reductions[at + 4 :]
+            )
+        )

@@ -6,22 +6,26 @@ that sums the gradient of an activation, a parameter's update, a value that is o
 If every space that ``u`` can be in has a place for ``v``, an optimal partition has both in one
 group: take one that does not, and move ``v`` to the group of ``u``. Acyclic inside the component,
 because ``v`` depends on nothing but ``u``, and nothing there on ``v``. Cost: ``t`` is not read for
-``v`` any more, and what only ``v`` reads is read as before. What ``v`` was with are readers of ``t`` and stay connected. Template: a ``v`` that
-sums along rows forbids the group of ``u`` to store values of rows, so it must have none to store:
-each such value that can be there must have all its readers on paths to ``u``, which the group
-holds because it is convex.
+``v`` any more, and what only ``v`` reads is read as before. What ``v`` was with are readers of
+``t`` and stay connected. Template: a ``v`` that sums along rows forbids the group of ``u`` to store
+values of rows, so it must have none to store: each such value that can be there must have all its
+readers on paths to ``u``, which the group holds because it is convex.
 
 This is more than fewer nodes. A gradient that two layers share is read by a leaf and by the next
-layer; without the leaf nothing links the two layers, and the component falls apart.
+layer; without the leaf nothing links the two layers, and the component falls apart. That is worth
+an assumption: a leaf that links its producer to nodes that can be in no group with it is joined
+even if values of rows might have to be stored. The problem is then stated as if the leaf forbade
+nothing, so that its optimum is a bound for all partitions. If ``build`` takes the solution all the
+same, as it mostly does, that is the optimum; otherwise there remains a gap (``Problem.assumed``).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from jevt.partition.contract import merge, ordered
-from jevt.partition.graph import Graph
+from jevt.partition.graph import Graph, Node
 from jevt.partition.problem import Label
 from jevt.partition.reach import Links, Reach, bits
 from jevt.partition.spaces import labels_of, places
@@ -36,6 +40,7 @@ def absorb(
 ) -> Graph:
     """The graph with leaves joined to their producers; the same object if there are none."""
     home: dict[int, int] = {}
+    assumed: set[int] = set()
     for part in parts:
         labels = labels_of(graph, part)
         found = places(graph, reach, part, links)
@@ -45,20 +50,27 @@ def absorb(
             if producer is None or reach.below[leaf] & inside != 1 << leaf:
                 continue
             held = {labels[bit] for bit in bits(found[leaf][0])}
-            late = any(label.late for label in held)
             spaces = _strongest([labels[bit] for bit in bits(sum(found[producer]))])
-            if late:
+            if any(label.late for label in held):
                 spaces = {dataclasses.replace(label, late=True) for label in spaces}
-            if spaces <= held and not (late and _may_store(graph, reach, links, part, producer)):
+                if not spaces <= held:
+                    continue
+                mates = reach.mates(producer, part, links)
+                if _may_store(graph, reach, mates, producer):
+                    if mates.issuperset(links.adjacent[leaf]):
+                        continue
+                    assumed.add(leaf)
+            if spaces <= held:
                 home[leaf] = home.get(producer, producer)
     groups: dict[int, list[int]] = {}
     for node in range(len(graph.nodes)):
         groups.setdefault(home.get(node, node), []).append(node)
-    nodes = []
+    nodes: list[Node] = []
     for group in groups.values():
         members = [graph.nodes[n] for n in group]
         if len(members) > 1 and accepts(tuple(p for m in members for p in m.eqns)):
-            nodes.append(merge(graph, members))
+            joined = merge(graph, members)
+            nodes.append(dataclasses.replace(joined, assumed=not assumed.isdisjoint(group)))
         else:
             nodes.extend(members)
     return ordered(graph, nodes) if len(nodes) < len(graph.nodes) else graph
@@ -81,10 +93,10 @@ def _strongest(labels: Sequence[Label]) -> set[Label]:
     return {label for label in labels if label.cols or label.size not in with_rows}
 
 
-def _may_store(graph: Graph, reach: Reach, links: Links, part: Sequence[int], node: int) -> bool:
-    """Whether a kernel with a node may hold what makes a value of rows but not all that reads it."""
+def _may_store(graph: Graph, reach: Reach, mates: Iterable[int], node: int) -> bool:
+    """Whether a kernel with a node may hold what makes a value of rows, but not all its readers."""
     above = reach.above[node]
-    for mate in reach.mates(node, part, links):
+    for mate in mates:
         for tensor in (graph.tensors[t] for t in graph.writes[mate]):
             stored = tensor.escapes or not all(above >> c & 1 for c in tensor.consumers)
             if stored and not tensor.late and tensor.size < graph.nodes[node].size:

@@ -54,11 +54,12 @@ class Builder:
         return self._specs[key]
 
 
-def part(graph: Graph, positions: Iterable[int]) -> Jaxpr:
+def part(graph: Graph, positions: Iterable[int], stored: Iterable[Var] = ()) -> Jaxpr:
     """Equations with the largest of those results as outputs that none of them reads.
 
-    Whether ``build`` takes them says whether they can be *part* of a kernel: smaller results may
-    need what else is in it, a reduction that gives the kernel its rows or a reader that hides them.
+    ``stored`` are outputs too. Whether ``build`` takes them says whether they can be *part* of a
+    kernel: smaller results may need what else is in it, a reduction that gives the kernel its rows
+    or a reader that hides them.
     """
     eqns = [graph.jaxpr.eqns[p] for p in sorted(positions)]
     defined = {v for e in eqns for v in e.outvars}
@@ -66,4 +67,5 @@ def part(graph: Graph, positions: Iterable[int]) -> Jaxpr:
     inputs = [v for v in read if v not in defined]
     ends = [v for e in eqns for v in e.outvars if v not in read and v in graph.uses]
     largest = max((elements(v.aval) for v in ends), default=0)
-    return _jaxpr.make(inputs, [v for v in ends if elements(v.aval) == largest], eqns)
+    outputs = {v for v in ends if elements(v.aval) == largest}.union(stored)
+    return _jaxpr.make(inputs, [v for e in eqns for v in e.outvars if v in outputs], eqns)

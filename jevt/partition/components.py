@@ -17,11 +17,15 @@ those two as one.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from jax.extend.core import Var
+
 from jevt.partition import problem as problems
 from jevt.partition.graph import Graph, Node, shrinks
+from jevt.partition.near import near_readers
 from jevt.partition.problem import Problem, Traffic
 from jevt.partition.reach import Links, Reach
 from jevt.partition.spaces import labels_of, places
@@ -30,8 +34,11 @@ from jevt.partition.spaces import labels_of, places
 _ALL_PAIRS = 8
 
 
-def split(graph: Graph, reach: Reach) -> tuple[list[list[int]], Links]:
-    """The components (of one node and more, opaque nodes left out) and the links inside them."""
+def split(graph: Graph, reach: Reach, launch: int) -> tuple[list[list[int]], Links]:
+    """The components (of one node and more, opaque nodes left out) and the links inside them.
+
+    ``launch`` is what a launch is worth in bytes.
+    """
     single = {n for n, node in enumerate(graph.nodes) if node.opaque} | _relabelled_inputs(graph)
     links = _candidates(graph, single)
     fusible = [n for n, node in enumerate(graph.nodes) if not node.opaque]
@@ -45,7 +52,8 @@ def split(graph: Graph, reach: Reach) -> tuple[list[list[int]], Links]:
             for node, (firm, inner) in places(graph, reach, part, links).items()
         }
 
-        kept = links.where(_Possible(reach, home, outside, place))
+        possible = _Possible(reach, home, outside, place)
+        kept = near_readers(graph, links.where(possible), possible, launch)
         again = problems.components(fusible, kept.adjacent)
         if len(again) == len(parts) and kept == links:
             return again, kept
@@ -53,14 +61,18 @@ def split(graph: Graph, reach: Reach) -> tuple[list[list[int]], Links]:
 
 
 def pose(graph: Graph, reach: Reach, part: Sequence[int], links: Links, launch: int) -> Problem:
-    """The problem of one component; local node ``i`` is ``part[i]``."""
+    """The problem of one component; local node ``i`` is ``part[i]``, in an executable order."""
     local = {node: index for index, node in enumerate(part)}
     edges, siblings = (
-        sorted((local[a], local[b]) for a in part for b in found.get(a, ()) if b in local)
+        sorted(
+            (min(local[a], local[b]), max(local[a], local[b]))
+            for a in part
+            for b in found.get(a, ())
+            if b in local
+        )
         for found in links.by_first
     )
-    used = sorted({t for n in part for t in (*graph.reads[n], *graph.writes[n])})
-    tensors = tuple(_traffic(graph, t, local) for t in used)
+    tensors = tuple(traffic for traffic, _ in moved(graph, part))
     found = places(graph, reach, part, links)
     return Problem(
         len(part),
@@ -73,6 +85,25 @@ def pose(graph: Graph, reach: Reach, part: Sequence[int], links: Links, launch: 
         tuple(found[n][1] for n in part),
         tuple(graph.nodes[n].free for n in part),
         launch,
+        frozenset(local[n] for n in part if graph.nodes[n].assumed),
+    )
+
+
+def moved(graph: Graph, part: Sequence[int]) -> list[tuple[Traffic, Var]]:
+    """What a component reads and writes, in the order of ``Problem.tensors``.
+
+    That order depends on nothing but the order of ``part``.
+    """
+    local = {node: index for index, node in enumerate(part)}
+    used = sorted({t for n in part for t in (*graph.reads[n], *graph.writes[n])})
+    result = [(_traffic(graph, t, local), graph.tensors[t].var) for t in used]
+    # Equal ones are as good as one another.
+    return sorted(result, key=lambda pair: dataclasses.astuple(_sortable(pair[0])))
+
+
+def _sortable(traffic: Traffic) -> Traffic:
+    return dataclasses.replace(
+        traffic, producer=-1 if traffic.producer is None else traffic.producer
     )
 
 
@@ -150,11 +181,11 @@ def _traffic(graph: Graph, index: int, local: dict[int, int]) -> Traffic:
     """A component's view of a tensor; reading a scalar costs nothing."""
     tensor = graph.tensors[index]
     weight = tensor.size > 1
-    inner = [
-        (local[c], amount)
-        for c, amount in zip(tensor.consumers, tensor.read_bytes, strict=True)
-        if c in local
-    ]
+    inner: list[tuple[int, int]] = []
+    for c in local if len(local) < len(tensor.consumers) else tensor.consumers:
+        at = bisect.bisect_left(tensor.consumers, c)
+        if c in local and at < len(tensor.consumers) and tensor.consumers[at] == c:
+            inner.append((local[c], tensor.read_bytes[at]))
     inner.sort()
     return Traffic(
         tensor.nbytes,

@@ -34,6 +34,7 @@ from jax.extend.core import Var
 
 from jevt.partition import graph as graphs
 from jevt.partition.graph import Graph, Node, Tensor
+from jevt.partition.order import executable, quotient
 
 
 def contract(graph: Graph, accepts: Callable[[tuple[int, ...]], bool]) -> Graph:
@@ -179,14 +180,11 @@ def merge(graph: Graph, parts: list[Node]) -> Node:
 
 def ordered(graph: Graph, nodes: list[Node]) -> Graph:
     """The contracted graph with its nodes in an executable order, stable by position."""
-    from jevt.partition.order import executable
-
     nodes = sorted(nodes, key=lambda n: n.eqns)
-    draft = graphs.assemble(graph.jaxpr, nodes)
-    order = executable([n.eqns[0] for n in nodes], draft.successors)
+    owner = {position: index for index, node in enumerate(nodes) for position in node.eqns}
+    groups: list[list[int]] = [[] for _ in nodes]
+    for index, node in enumerate(graph.nodes):
+        groups[owner[node.eqns[0]]].append(index)
+    order = executable([n.eqns[0] for n in nodes], quotient(groups, graph.successors))
     assert order is not None, "contraction keeps the graph acyclic"
-    return (
-        draft
-        if order == list(range(len(nodes)))
-        else graphs.assemble(graph.jaxpr, [nodes[n] for n in order])
-    )
+    return graphs.assemble(graph.jaxpr, [nodes[n] for n in order])

@@ -72,6 +72,8 @@ class Node:
         contiguous ones) has the rows that it keeps.
       ends: positions of equations whose results are only known after the whole kernel: reductions
         along rows and what relabels them. Nothing else in the same group can read these.
+      assumed: some positions in ``ends`` were joined to the others without proof (see
+        :mod:`.absorb`).
       free: only relabels its operand's bytes (a row-major reshape), so that XLA runs it for
         nothing.
       reason: for opaque nodes, why.
@@ -83,6 +85,7 @@ class Node:
     size: int = 0
     cols: int = 0
     ends: tuple[int, ...] = ()
+    assumed: bool = False
     free: bool = False
     reason: str = ""
     fallback: bool = False
@@ -136,7 +139,10 @@ class Graph:
 
     def extract(self, positions: Iterable[int]) -> Jaxpr:
         """``_jaxpr.extract``, without a look at all the other equations."""
-        chosen = sorted(positions)
+        return self.sequence(sorted(positions))
+
+    def sequence(self, chosen: Sequence[int]) -> Jaxpr:
+        """The equations as a jaxpr of their own, in the given order."""
         members = set(chosen)
         defined: set[Var] = set()
         inputs: dict[Var, None] = {}

@@ -4,10 +4,10 @@ Variables, for the nodes v and r ≤ v of a :class:`~.problem.Problem` in execut
 
     in[v, r]      bool  v is in the group whose first node is r; in[r, r] says that there is such a
     group space[r, l]   bool  the group of r has label l
-    time[v]       int   when the group of v runs
     cut[u, v]     bool  the dependent nodes u and v are in different groups
     written[t]    bool  tensor t goes to memory
     read[t, r]    bool  the group of r fetches t from memory
+    time[v]       int   when the group of v runs, once that is needed
 
 Constraints, by the methods that add them:
 
@@ -18,16 +18,17 @@ Constraints, by the methods that add them:
   between the two pass through, and with a node at each distance on the way. Pieces that do not
   touch all the same are cut lazily, by ``split``, with the distances counted from the piece.
 * ``convex``: "no path leaves a partition and comes back" (EVT, ASPLOS 2024, section 5): with u and
-  v, the group holds what lies on a path between them. Implied by the next one, but it is what makes
-  the linear relaxation tight.
+  v, the group holds what lies on a path between them.
+* ``cuts``: dependent nodes in different groups cut the edge between them.
 * ``acyclic``: the quotient graph has no cycle, which convexity of each group does not give: a cut
-  edge puts the consumer's group at a later time.
+  edge puts the consumer's group at a later time. Added lazily, when a solution has a cycle: few
+  graphs of training steps have one, and the times make the others twice as slow.
 * ``one_space``: every node has a place in its group's iteration space. A node smaller than the
   space and its rows has one only together with all its consumers, since its results could not be
   stored.
 * ``traffic``: the objective of :meth:`~.problem.Problem.cost`, term for term.
 * ``refused``: added lazily. What ``build`` refuses cannot be written down beforehand; each refusal
-  names nodes that never fit one kernel, and these are not to be one group again.
+  (:mod:`.refusals`) names nodes that never fit one kernel, if it stores certain of their results.
 
 Naming a group by its first node takes n² variables where EVT's pairwise "same partition" takes n²
 variables and n³ transitivity constraints, breaks the symmetry between groups, and counts launches
@@ -36,40 +37,34 @@ knows nothing of launches: on components of 30 nodes it was not proven in 9 s wh
 0.1 s.
 
 Why OR-Tools' CP-SAT: the constraints are clauses and differences, which its clause learning
-propagates directly, and it uses the linear relaxation beside (``linearization_level=2``; without it
-100 nodes are not proven in 20 s, with it in 1–2 s). Its solutions are exact integers; with one
-worker, a fixed seed and a limit in deterministic time the same problem gives the same answer; it
-takes hints.
+propagates directly, and it uses the linear relaxation beside (``linearization_level=2``; with less
+100 nodes are not proven in 20 s, with it in 1–2 s). Probing and repeated presolving cost more than
+they save on models as small and as often solved as these. Its solutions are exact integers; with
+one worker, a fixed seed and a limit in deterministic time the same problem gives the same answer;
+it takes hints.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from ortools.sat.python import cp_model
 
-from jevt.partition import connect, order
+from jevt.partition import apart, connect, order
 from jevt.partition.problem import Grouping, Problem
-from jevt.partition.reach import bits
+from jevt.partition.refusals import Refusal
 
 type Pair = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """Nodes that are not one group: not even with others (``hard``), or only not exactly these."""
-
-    nodes: tuple[int, ...]
-    hard: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class Limits:
-    """How long the solver may search, in its own deterministic seconds and by the clock."""
+    """How long the solver may search: work in its own deterministic seconds, and by the clock."""
 
-    deterministic: float
-    wall: float
+    work: float
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +85,8 @@ class Program:
         self.model = cp_model.CpModel()
         self.successors = problem.successors()
         self.links = problem.links()
-        self.above, self.below = _reach(self.successors)
-        self.never = never_together(problem, self.above, self.below)
+        self.above, self.below = apart.reach(self.successors)
+        self.never = apart.never_together(problem, self.above, self.below)
         self.around: list[connect.Surroundings] = []
         self.inside: dict[Pair, cp_model.IntVar] = {}
         self.cut: dict[Pair, cp_model.IntVar | None] = {}
@@ -101,7 +96,7 @@ class Program:
         self.apart()
         self.connected()
         self.convex()
-        self.acyclic()
+        self.cuts()
         self.one_space()
         self.traffic()
 
@@ -161,29 +156,35 @@ class Program:
                                 ~self.inside[u, r], ~self.inside[v, r], *self._inside(w, r)
                             )
 
-    def acyclic(self) -> None:
-        model = self.model
-        last = self.problem.size - 1
-        self.time = [model.new_int_var(0, last, f"time_{v}") for v in self.nodes]
-        for (v, r), inside in self.inside.items():
-            if v != r:
-                model.add(self.time[v] == self.time[r]).only_enforce_if(inside)
+    def cuts(self) -> None:
         for u in self.nodes:
             for v in self.successors[u]:
-                later = model.add(self.time[v] >= self.time[u] + 1)
                 if self.never[u] >> v & 1:
                     self.cut[u, v] = None
                     continue
-                cut = self.cut[u, v] = model.new_bool_var(f"cut_{u}_{v}")
-                later.only_enforce_if(cut)
+                cut = self.cut[u, v] = self.model.new_bool_var(f"cut_{u}_{v}")
                 for r in range(v + 1):
                     for here, there in ((u, v), (v, u)):
                         if (here, r) in self.inside:
-                            model.add_bool_or(cut, ~self.inside[here, r], *self._inside(there, r))
+                            outside = [~self.inside[here, r], *self._inside(there, r)]
+                            self.model.add_bool_or(cut, *outside)
+
+    def acyclic(self) -> None:
+        if self.time:
+            return
+        last = self.problem.size - 1
+        self.time = [self.model.new_int_var(0, last, f"time_{v}") for v in self.nodes]
+        for (v, r), inside in self.inside.items():
+            if v != r:
+                self.model.add(self.time[v] == self.time[r]).only_enforce_if(inside)
+        for (u, v), cut in self.cut.items():
+            later = self.model.add(self.time[v] >= self.time[u] + 1)
+            if cut is not None:
+                later.only_enforce_if(cut)
 
     def one_space(self) -> None:
         problem, model = self.problem, self.model
-        labels = _widest(problem)
+        labels = apart.widest(problem)
         if all(firm >> labels[0] & 1 for firm in problem.firm):
             return
         consumers = problem.consumers()
@@ -251,15 +252,25 @@ class Program:
                         self.model.add_bool_or(read, ~self.inside[c, r], *spared)
         return terms
 
-    def refused(self, cut: Cut) -> None:
-        first = min(cut.nodes)
-        for r in self.nodes if cut.hard else (first,):
-            if all((v, r) in self.inside for v in cut.nodes):
-                clause = [~self.inside[v, r] for v in cut.nodes]
-                if not cut.hard:
-                    others = set(self.nodes).difference(cut.nodes)
-                    clause += [x for v in sorted(others) for x in self._inside(v, r)]
-                self.model.add_bool_or(clause)
+    def refused(self, cut: Refusal) -> None:
+        for r in self.nodes if cut.rest else (min(cut.nodes),):
+            if not all((v, r) in self.inside for v in cut.nodes):
+                continue
+            together = [~self.inside[v, r] for v in cut.nodes]
+            if not cut.rest:
+                others = sorted(set(self.nodes).difference(cut.nodes))
+                self.model.add_bool_or(*together, *(x for v in others for x in self._inside(v, r)))
+                continue
+            # A result is stored unless all its readers are in the group.
+            spared = itertools.product(*(self._readers(t, cut.nodes, r) for t in cut.stored))
+            for readers in spared:
+                self.model.add_bool_or(*together, *(x for x in readers if x is not None))
+
+    def _readers(self, t: int, nodes: Sequence[int], r: int) -> Sequence[cp_model.IntVar | None]:
+        """Variables that are all true if a tensor is not stored; None where it is in any case."""
+        tensor = self.problem.tensors[t]
+        readers = [self.inside.get((c, r)) for c in tensor.consumers if c not in nodes]
+        return [None] if tensor.leaves or not all(x is not None for x in readers) else readers
 
     def solve(self, hint: Grouping, limits: Limits) -> Answer:
         """The cheapest grouping that respects the problem and the cuts so far."""
@@ -268,8 +279,10 @@ class Program:
         solver.parameters.num_workers = 1
         solver.parameters.random_seed = 0
         solver.parameters.linearization_level = 2
-        solver.parameters.max_deterministic_time = limits.deterministic
-        solver.parameters.max_time_in_seconds = limits.wall
+        solver.parameters.cp_model_probing_level = 0
+        solver.parameters.max_presolve_iterations = 1
+        solver.parameters.max_deterministic_time = limits.work
+        solver.parameters.max_time_in_seconds = limits.seconds
         status = solver.solve(self.model)
         spent = float(solver.response_proto.deterministic_time)
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
@@ -288,7 +301,7 @@ class Program:
             self.model.add_hint(inside, first[v] == r)
         ranks = order.executable([g[0] for g in groups], order.quotient(groups, self.successors))
         for rank, index in enumerate(ranks or ()):
-            for node in groups[index]:
+            for node in groups[index] if self.time else ():
                 self.model.add_hint(self.time[node], rank)
 
     def _memberships(self, v: int) -> list[cp_model.IntVar]:
@@ -301,69 +314,3 @@ class Program:
 
     def _alone(self, v: int) -> list[cp_model.IntVar]:
         return [self.alone[v]] if v in self.alone else []
-
-
-def variables(problem: Problem) -> int:
-    """Number of ``in`` variables, which is what the size of the program goes with."""
-    never = never_together(problem, *_reach(problem.successors()))
-    return sum(v + 1 - (mask & ((2 << v) - 1)).bit_count() for v, mask in enumerate(never))
-
-
-def never_together(problem: Problem, above: Sequence[int], below: Sequence[int]) -> list[int]:
-    """For each node, the nodes that never share its group, as a bit mask.
-
-    Of an ordered pair (a, b), nothing before a can be with anything after b: their group would hold
-    the paths between them, and so a and b.
-    """
-    never = [0] * problem.size
-    for a, b in problem.ordered:
-        for u in bits(above[a]):
-            never[u] |= below[b]
-        for v in bits(below[b]):
-            never[v] |= above[a]
-    places = [firm | inner for firm, inner in zip(problem.firm, problem.inner, strict=True)]
-    for a in range(problem.size):
-        for b in range(a):
-            if not places[a] & places[b]:
-                never[a] |= 1 << b
-                never[b] |= 1 << a
-    return never
-
-
-def _reach(successors: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-    """For each node, its ancestors and its descendants, itself included, as bit masks."""
-    count = len(successors)
-    above, below = [1 << v for v in range(count)], [1 << v for v in range(count)]
-    for v in range(count):
-        for w in successors[v]:
-            above[w] |= above[v]
-    for v in reversed(range(count)):
-        for w in successors[v]:
-            below[v] |= below[w]
-    return above, below
-
-
-def _widest(problem: Problem) -> list[int]:
-    """The labels worth choosing: those whose nodes another label does not hold as well."""
-    labels = range(len(problem.labels))
-    firm = [_holders(problem.firm, label) for label in labels]
-    held = [firm[label] | _holders(problem.inner, label) for label in labels]
-
-    def covers(a: int, b: int) -> bool:
-        return not firm[b] & ~firm[a] and not held[b] & ~held[a]
-
-    return [
-        label
-        for label in labels
-        if not any(
-            covers(other, label) and (other < label or not covers(label, other))
-            for other in labels
-            if other != label
-        )
-    ]
-
-
-def _holders(masks: Sequence[int], label: int) -> int:
-    """The nodes whose masks have the label, as a bit mask."""
-    return sum((mask >> label & 1) << node for node, mask in enumerate(masks))
-

@@ -61,3 +61,16 @@ def cycle(successors: Sequence[Sequence[int]]) -> list[int] | None:
         path[node] = len(path)
         node = predecessor[node]
     return [n for n, step in path.items() if step >= path[node]]
+
+
+def on_cycles(
+    groups: Sequence[Sequence[int]], successors: Sequence[Sequence[int]]
+) -> list[Sequence[int]]:
+    """Groups without which, their nodes standing alone, no groups form a cycle."""
+    broken: list[Sequence[int]] = []
+    left = list(groups)
+    while (found := cycle(quotient(left, successors))) is not None:
+        large = [left[index] for index in found if len(left[index]) > 1]
+        broken += large
+        left = [g for g in left if g not in large] + [[node] for g in large for node in g]
+    return broken

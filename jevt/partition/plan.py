@@ -56,6 +56,9 @@ class Solution:
       bound_us: proven lower bound of the same; equals the objective when optimal.
       seconds: wall time.
       rounds: number of solves, more than 1 when lazily added constraints were needed.
+      stopped: what ended the search for some component before its optimum was proven: "work", the
+        limit on the solver's own count of its work, which is the same in every run, or "clock", the
+        time limit, after which another run may give another plan.
     """
 
     status: Literal["optimal", "feasible", "greedy", "trivial"]
@@ -63,6 +66,7 @@ class Solution:
     bound_us: float
     seconds: float
     rounds: int = 1
+    stopped: Literal["", "work", "clock"] = ""
 
     @property
     def gap(self) -> float:

@@ -74,6 +74,8 @@ class Problem:
         not be needed outside the group.
       free: nodes that cost nothing alone.
       launch: bytes that a launch is worth.
+      assumed: nodes that hold more than is proven to belong together (see :mod:`.absorb`): a
+        refusal of a group with one of them says nothing of groups without.
     """
 
     size: int
@@ -86,6 +88,7 @@ class Problem:
     inner: tuple[int, ...]
     free: tuple[bool, ...]
     launch: int
+    assumed: frozenset[int] = frozenset()
 
     def successors(self) -> list[list[int]]:
         """For each node, the nodes that run after it, those of ``ordered`` included."""
@@ -203,6 +206,7 @@ class Problem:
             self.inner,
             self.free,
             self.launch,
+            self.assumed,
         )
 
 

@@ -91,4 +91,4 @@ class Links:
 
 def bits(mask: int) -> list[int]:
     """The positions of the ones of a mask, ascending."""
-    return [i for i in range(mask.bit_length()) if mask >> i & 1]
+    return [i for i, digit in enumerate(bin(mask)[:1:-1]) if digit == "1"]

@@ -58,6 +58,7 @@ class _Recompute:
         self.eqns = graph.jaxpr.eqns
         self.maker = {v: p for p, eqn in enumerate(self.eqns) for v in eqn.outvars}
         self.region = _regions(graph, self.maker)
+        self.arithmetic: dict[int, int] = {}
         self.stored = self._in_memory_anyway()
 
     def run(self) -> Jaxpr:
@@ -104,7 +105,7 @@ class _Recompute:
             if operands is None:
                 network.must_keep(var)
                 continue
-            network.repeat(var, operands, self._arithmetic(self.eqns[self.maker[var]]))
+            network.repeat(var, operands, self._arithmetic(self.maker[var]))
             for operand in operands:
                 if operand not in known:
                     known.add(operand)
@@ -140,9 +141,12 @@ class _Recompute:
             return None
         return list(dict.fromkeys(v for v in eqn.invars if isinstance(v, Var)))
 
-    def _arithmetic(self, eqn: JaxprEqn) -> int:
+    def _arithmetic(self, position: int) -> int:
         """An equation's arithmetic in bytes; never 0, so that a tie is decided for keeping."""
-        return 1 + round(cost.arithmetic_us([eqn], self.device) * self.device.bytes_per_us)
+        if position not in self.arithmetic:
+            spent = cost.arithmetic_us([self.eqns[position]], self.device)
+            self.arithmetic[position] = 1 + round(spent * self.device.bytes_per_us)
+        return self.arithmetic[position]
 
     def _rewritten(self, repeated: dict[int, frozenset[Var]]) -> list[JaxprEqn]:
         """All equations, each copy before its first reader."""

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Hashable, Sequence
 
-from jax.extend.core import Jaxpr
+from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from jevt import _jaxpr
 from jevt._context import Context
+from jevt.lowering.errors import NotFusible
 from jevt.partition import graph as graphs
 from jevt.partition import order, targets
 from jevt.partition.absorb import absorb
+from jevt.partition.batch import Component, Solver
 from jevt.partition.build import Build, Builder
 from jevt.partition.build import part as part_of
-from jevt.partition.components import pose, split
+from jevt.partition.canonical import arranged, equations
+from jevt.partition.components import moved, pose, split
 from jevt.partition.contract import contract
 from jevt.partition.duplicate import duplicate, merge_copies
-from jevt.partition.graph import Classify, Graph
+from jevt.partition.graph import Classify, Graph, Role
 from jevt.partition.plan import Plan, Solution
 from jevt.partition.problem import Problem
 from jevt.partition.reach import Links, Reach
 from jevt.partition.recompute import recompute
-from jevt.partition.solve import Oracle, Outcome, Status, solve
+from jevt.partition.refusals import Oracle
+from jevt.partition.solve import Outcome, Status
 
 
 def partition(
@@ -32,6 +37,7 @@ def partition(
     *,
     classify: Classify | None = None,
     build: Build | None = None,
+    workers: int | None = None,
 ) -> Plan:
     """Partitions a program into groups: each one kernel, or left to XLA with a reason.
 
@@ -40,10 +46,12 @@ def partition(
       context: device, backend and time limit.
       classify: what an equation can be in a kernel; ``lowering.rules.classify`` by default.
       build: makes a group a kernel, or refuses; ``lowering.spec.build`` by default.
+      workers: how many components are solved at a time; as there are processors by default.
 
     Returns:
       A plan whose groups hold every equation once, in an executable order. The same jaxpr and
-      context give the same plan, unless the time limit is what stopped the solver.
+      context give the same plan, whatever the number of workers and the load of the machine,
+      unless the clock is what stopped the solver (``Solution.stopped``).
     """
     # Imported here so that the partitioner can be tested without the lowering.
     if classify is None:
@@ -54,24 +62,20 @@ def partition(
         from jevt.lowering import spec
 
         build = spec.build
-    run = _Run(classify, Builder(build), context.partition_seconds)
+    run = _Run(classify, Builder(build), context.partition_seconds, workers)
     plan = run.plan(jaxpr, context)
     return plan if context.fuel is None else targets.limit_fuel(plan, context.fuel)
 
 
 class _Run:
-    """One call of :func:`partition`: its tools, its time and what it has already solved.
+    """One call of :func:`partition`: its tools, and what it has already built and solved."""
 
-    The time counts from the first component on. What comes before is linear in the program, and on
-    a busy machine must not decide how well the components are solved.
-    """
-
-    def __init__(self, classify: Classify, builder: Builder, seconds: float) -> None:
-        self.classify = classify
+    def __init__(
+        self, classify: Classify, builder: Builder, seconds: float, workers: int | None
+    ) -> None:
+        self.classify = _once_each(classify)
         self.builder = builder
-        self.seconds = seconds
-        self.deadline: float | None = None
-        self.solved: dict[Hashable, Outcome] = {}
+        self.solver = Solver(seconds, workers)
 
     def plan(self, jaxpr: Jaxpr, context: Context) -> Plan:
         started = time.monotonic()
@@ -84,23 +88,23 @@ class _Run:
             return self._accepts(single.extract(positions))
 
         graph = contract(single, accepts)
+        launch = round(context.device.triton_launch_us * context.device.bytes_per_us)
         # 2. components that no good group crosses, each solved
         reach = Reach.of(graph)
-        parts, links = split(graph, reach)
+        parts, links = split(graph, reach, launch)
         fewer = absorb(graph, reach, parts, links, accepts)
         if fewer is not graph:
             graph, reach = fewer, Reach.of(fewer)
-            parts, links = split(graph, reach)
-        launch = round(context.device.triton_launch_us * context.device.bytes_per_us)
-        outcomes = [self._solve(graph, reach, part, links, launch) for part in parts]
+            parts, links = split(graph, reach, launch)
+        parts = [arranged(graph, reach, part) for part in parts]
+        outcomes = self._solve(graph, reach, parts, links, launch)
         # 3. components whose groups form a cycle together, solved as one
         while (cyclic := self._cycle(graph, parts, outcomes)) is not None:
-            merged = sorted(n for index in cyclic for n in parts[index])
+            merged = arranged(graph, reach, sorted(n for index in cyclic for n in parts[index]))
             keep = [i for i in range(len(parts)) if i not in cyclic]
             parts = [parts[i] for i in keep] + [merged]
-            outcomes = [outcomes[i] for i in keep] + [
-                self._solve(graph, reach, merged, links, launch)
-            ]
+            outcomes = [outcomes[i] for i in keep]
+            outcomes += self._solve(graph, reach, [merged], links, launch)
         # 4. groups in an executable order, each with its target
         groups = _ordered(graph, _all_groups(graph, parts, outcomes))
         chosen = tuple(
@@ -114,6 +118,7 @@ class _Run:
             sum(o.bound for o in outcomes) * scale,
             time.monotonic() - started,
             max((o.rounds for o in outcomes), default=0),
+            max((o.stopped for o in outcomes), default="", key=("", "work", "clock").index),
         )
         # 5. bodies of control flow, each a plan of its own
         return Plan(jaxpr, chosen, solution, self._nested(jaxpr, context))
@@ -129,33 +134,40 @@ class _Run:
         return dataclasses.replace(graph, nodes=tuple(nodes))
 
     def _solve(
+        self, graph: Graph, reach: Reach, parts: Sequence[list[int]], links: Links, launch: int
+    ) -> list[Outcome]:
+        return self.solver.solve(
+            [self._component(graph, reach, part, links, launch) for part in parts]
+        )
+
+    def _component(
         self, graph: Graph, reach: Reach, part: Sequence[int], links: Links, launch: int
-    ) -> Outcome:
+    ) -> Component:
         problem = pose(graph, reach, part, links, launch)
-        key = self._key(graph, part, problem)
-        if key not in self.solved:
-            if self.deadline is None:
-                self.deadline = time.monotonic() + self.seconds
 
-            def positions(local: Sequence[int]) -> list[int]:
-                return [p for n in local for p in graph.nodes[part[n]].eqns]
+        def positions(local: Sequence[int]) -> list[int]:
+            return [p for n in local for p in graph.nodes[part[n]].eqns]
 
-            oracle = Oracle(
-                lambda local: self._accepts(graph.extract(positions(local))),
-                lambda local: self._accepts(part_of(graph, positions(local))),
-            )
-            self.solved[key] = solve(problem, oracle, self.deadline)
-        return self.solved[key]
+        @functools.cache
+        def variables() -> list[Var]:
+            return [var for _, var in moved(graph, part)]
+
+        oracle = Oracle(
+            lambda local: self._accepts(graph.extract(positions(local))),
+            lambda local, stored: self._accepts(
+                part_of(graph, positions(local), [variables()[t] for t in stored])
+            ),
+        )
+        return Component(self._key(graph, part, problem), problem, oracle)
 
     def _accepts(self, jaxpr: Jaxpr) -> bool:
         return self.builder.accepts(merge_copies(jaxpr))
 
     def _key(self, graph: Graph, part: Sequence[int], problem: Problem) -> Hashable:
         """Equal for components with equal equations in equal nodes and an equal border."""
-        positions = sorted(p for n in part for p in graph.nodes[n].eqns)
-        local = {p: i for i, p in enumerate(positions)}
-        nodes = tuple(tuple(local[p] for p in graph.nodes[n].eqns) for n in part)
-        return nodes, problem.key(), self.builder.keys.key(graph.extract(positions))
+        nodes = tuple(len(graph.nodes[n].eqns) for n in part)
+        sequence = graph.sequence(equations(graph, part))
+        return nodes, problem.key(), self.builder.keys.key(sequence)
 
     def _cycle(
         self, graph: Graph, parts: Sequence[Sequence[int]], outcomes: Sequence[Outcome]
@@ -166,7 +178,9 @@ class _Run:
         if found is None:
             return None
         home = {n: index for index, part in enumerate(parts) for n in part}
-        return {home[groups[g][0]] for g in found if groups[g][0] in home}
+        result = {home[groups[g][0]] for g in found if groups[g][0] in home}
+        assert len(result) > 1, "the groups of one component are acyclic, other paths included"
+        return result
 
     def _nested(self, jaxpr: Jaxpr, context: Context) -> tuple[tuple[tuple[int, int], Plan], ...]:
         result: list[tuple[tuple[int, int], Plan]] = []
@@ -177,6 +191,25 @@ class _Run:
                 if parameter in parameters:
                     result.append(((position, ordinal), self.plan(body, inner)))
         return tuple(result)
+
+
+def _once_each(classify: Classify) -> Classify:
+    """``classify`` with a memory, as the program is read once before and once after copying."""
+    # The equation is kept beside its role so that its id stays its own.
+    known: dict[int, tuple[JaxprEqn, Role | NotFusible]] = {}
+
+    def remembered(eqn: JaxprEqn) -> Role:
+        if id(eqn) not in known:
+            try:
+                known[id(eqn)] = eqn, classify(eqn)
+            except NotFusible as refusal:
+                known[id(eqn)] = eqn, refusal
+        role = known[id(eqn)][1]
+        if isinstance(role, NotFusible):
+            raise role
+        return role
+
+    return remembered
 
 
 def _all_groups(

@@ -3,50 +3,59 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Sequence
 from typing import Literal
 
-from jevt.partition import greedy, ilp
+from jevt.partition import apart, greedy, ilp, order, refusals
 from jevt.partition.problem import Grouping, Problem, components
+from jevt.partition.refusals import Oracle
 
 type Status = Literal["trivial", "optimal", "feasible", "greedy"]
+type Stop = Literal["", "work", "clock"]
 
 #: Solves of one component, each with the cuts that the refusals before it gave.
 _ROUNDS = 16
-#: Deterministic seconds for one component, all rounds together.
-_DETERMINISTIC = 1.0
 #: Above this number of membership variables the program is not built: greedy has to do.
 _LARGEST = 8000
 
 
 @dataclasses.dataclass(frozen=True)
-class Oracle:
-    """What only ``lowering.spec.build`` knows, for local nodes of one component.
+class Limits:
+    """What a component may cost.
 
     Attributes:
-      accepts: whether these nodes can be one group.
-      holds: whether these nodes can be part of one group, whatever else is in it: the same question
-        with only those results as outputs that nothing in the set reads.
+      work: in the solver's deterministic seconds, the same on every machine and under any load.
+      deadline: by ``time.monotonic``; if it is what ends the search, another run may end elsewhere.
     """
 
-    accepts: Callable[[Sequence[int]], bool]
-    holds: Callable[[Sequence[int]], bool]
+    work: float = 1.0
+    deadline: float = math.inf
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A valid grouping whose groups ``build`` takes, its cost and a lower bound on any's."""
+    """A valid grouping whose groups ``build`` takes.
+
+    Attributes:
+      cost: of the grouping.
+      bound: no grouping costs less.
+      rounds: number of solves.
+      work: deterministic seconds that they took.
+      stopped: what ended the search before optimality was proven, if a limit did.
+    """
 
     groups: Grouping
     cost: int
     bound: int
     status: Status
     rounds: int = 0
+    work: float = 0.0
+    stopped: Stop = ""
 
 
-def solve(problem: Problem, oracle: Oracle, deadline: float) -> Outcome:
-    """The best grouping that was found by ``deadline`` (``time.monotonic``)."""
+def solve(problem: Problem, oracle: Oracle, limits: Limits) -> Outcome:
+    """The best grouping that was found within the limits."""
     whole = [list(range(problem.size))]
     singles = [[node] for node in range(problem.size)]
     if problem.size == 1 or not (problem.edges or problem.siblings):
@@ -57,63 +66,78 @@ def solve(problem: Problem, oracle: Oracle, deadline: float) -> Outcome:
         return Outcome(whole, floor, floor, "optimal")
     start = greedy.repair(problem, greedy.merge(problem), oracle.accepts)
     best = min(start, singles, key=problem.cost)
-    if problem.size > _LARGEST or ilp.variables(problem) > _LARGEST:
-        return Outcome(best, problem.cost(best), floor or 0, "greedy")
-    return _improve(problem, oracle, best, floor or 0, deadline)
+    if problem.size > _LARGEST or apart.variables(problem) > _LARGEST:
+        return Outcome(best, problem.cost(best), floor or 0, "greedy", stopped="work")
+    return _improve(problem, oracle, best, floor or 0, limits)
 
 
 def _improve(
-    problem: Problem, oracle: Oracle, best: Grouping, floor: int, deadline: float
+    problem: Problem, oracle: Oracle, best: Grouping, bound: int, limits: Limits
 ) -> Outcome:
-    """Integer program and refusals in turn, until a solution is taken or the time is over.
+    """Integer program and refusals in turn, until a solution is taken or a limit is reached.
 
-    The bound stays valid through the rounds because a cut only removes what ``build`` refuses. It
-    assumes that a group that holds a refused set (see ``Oracle.holds``) is refused too.
+    The bound stays valid through the rounds because a cut only removes what is not valid or what
+    ``build`` refuses (see :mod:`.refusals` for the one assumption); it is not raised any more once
+    a refusal concerns nodes in ``Problem.assumed``.
     """
-    program = ilp.Program(problem)
+    stopped: Stop = "work"
+    found, proven = False, True
+    work, rounds = 0.0, 0
+    program: ilp.Program | None = None
     links = problem.links()
-    bound, left, rounds = floor, _DETERMINISTIC, 0
-    found = False
-    while rounds < _ROUNDS and left > 0 and (wall := deadline - time.monotonic()) > 0:
+    while rounds < _ROUNDS and work < limits.work:
+        if (seconds := limits.deadline - time.monotonic()) <= 0:
+            stopped = "clock"
+            break
+        program = program or ilp.Program(problem)
         rounds += 1
-        answer = program.solve(best, ilp.Limits(left, wall))
-        left -= answer.spent
-        if answer.groups is None:
+        answer = program.solve(best, ilp.Limits(limits.work - work, seconds))
+        work += answer.spent
+        if answer.groups is not None:
+            found = True
+            if proven:
+                bound = max(bound, answer.bound)
+            mended, refused = _mend(problem, oracle, program, answer.groups, links)
+            proven = proven and problem.assumed.isdisjoint(refused)
+            best = min(best, mended, key=problem.cost)
+            if problem.cost(best) <= max(bound, answer.bound):
+                stopped = ""
+                break
+        if not answer.optimal:
+            stopped = "clock" if time.monotonic() >= limits.deadline else "work"
             break
-        found = True
-        bound = max(bound, answer.bound)
-        pieces = [components(group, links) for group in answer.groups]
-        groups = sorted(piece for split in pieces for piece in split)
-        refused = [g for g in groups if len(g) > 1 and not oracle.accepts(g)]
-        mended = greedy.repair(problem, groups, oracle.accepts) if refused else groups
-        best = min(best, mended, key=problem.cost)
-        if (not refused and len(groups) == len(pieces)) or bound >= problem.cost(best):
-            break
-        for split in pieces:
-            for piece in split if len(split) > 1 else ():
-                program.split(piece)
-        for group in refused:
-            program.refused(_cut(oracle, group, links))
     cost = problem.cost(best)
     status: Status = "optimal" if bound >= cost else "feasible" if found else "greedy"
-    return Outcome(best, cost, min(bound, cost), status, rounds)
+    return Outcome(best, cost, min(bound, cost), status, rounds, work, stopped)
 
 
-def _cut(oracle: Oracle, group: Sequence[int], links: Sequence[set[int]]) -> ilp.Cut:
-    """Few nodes of a refused group that are refused already, by deleting ever smaller pieces."""
-    if oracle.holds(group):  # only the outputs are at fault: other neighbours may mend that
-        return ilp.Cut(tuple(group), hard=False)
-    core = list(group)
-    piece = len(core) // 2
-    while piece:
-        index = 0
-        while index < len(core):
-            rest = core[:index] + core[index + piece :]
-            # Pieces that do not touch would be refused for that alone.
-            touching = len(rest) > 1 and len(components(rest, links)) == 1
-            if touching and not oracle.holds(rest):
-                core = rest
-            else:
-                index += piece
-        piece //= 2
-    return ilp.Cut(tuple(core), hard=True)
+def _mend(
+    problem: Problem,
+    oracle: Oracle,
+    program: ilp.Program,
+    groups: Grouping,
+    links: list[set[int]],
+) -> tuple[Grouping, set[int]]:
+    """The grouping made valid, with cuts in the program for what was not.
+
+    Returns:
+      The grouping, and the nodes in cuts for what ``build`` refused.
+    """
+    pieces = [components(group, links) for group in groups]
+    for split in pieces:
+        for piece in split if len(split) > 1 else ():
+            program.split(piece)
+    connected = sorted(piece for split in pieces for piece in split)
+    cyclic = order.on_cycles(connected, program.successors)
+    if cyclic:
+        program.acyclic()
+    refused = [g for g in connected if len(g) > 1 and not oracle.accepts(g)]
+    cuts = [cut for group in refused for cut in refusals.explain(problem, oracle, group, links)]
+    for cut in cuts:
+        program.refused(cut)
+    broken = {tuple(g) for g in (*cyclic, *refused)}
+    if broken:
+        connected = greedy.repair(
+            problem, connected, lambda g: tuple(g) not in broken and oracle.accepts(g)
+        )
+    return connected, {node for cut in cuts for node in cut.nodes}

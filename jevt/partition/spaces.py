@@ -11,9 +11,10 @@ import itertools
 from collections.abc import Sequence
 from typing import Literal
 
-from jevt.partition.graph import Graph, Node
+from jevt.partition.graph import Graph
 from jevt.partition.problem import Label
 from jevt.partition.reach import Links, Reach
+
 
 def labels_of(graph: Graph, part: Sequence[int]) -> tuple[Label, ...]:
     """The spaces that the nodes of a component can give a group."""
@@ -38,7 +39,6 @@ def places(
     reducible = _Reducible(graph, reach, part)
     result: dict[int, tuple[int, int]] = {}
     for node in reversed(part):
-        this = graph.nodes[node]
         consumers = _all_consumers(graph, links, node)
         shared = 0
         if consumers is not None and all(c in result for c in consumers):
@@ -60,7 +60,8 @@ def _fit(graph: Graph, index: int, label: Label) -> Literal["full", "rows", "par
     """What of a label's space the results of a node span, "" if it has no place there."""
     node = graph.nodes[index]
     if node.cols:
-        if (node.size, node.cols) != (label.size, label.cols) or (node.ends and not label.late):
+        strict = bool(node.ends) and not node.assumed
+        if (node.size, node.cols) != (label.size, label.cols) or (strict and not label.late):
             return ""
         early = [t for t in map(graph.tensors.__getitem__, graph.writes[index]) if not t.late]
         return "full" if all(t.size == label.size for t in early) else "rows"
@@ -90,6 +91,7 @@ class _Reducible:
 
     def __init__(self, graph: Graph, reach: Reach, part: Sequence[int]) -> None:
         inside = sum(1 << n for n in part)
+        part = sorted(part)
         self.before = {n: reach.above[n] & ~inside for n in part}
         self.after = {n: reach.below[n] & ~inside for n in part}
         self.reductions: dict[Label, list[int]] = {}

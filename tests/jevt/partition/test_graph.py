@@ -154,7 +154,7 @@ def test_a_residual_connection_is_no_link():
         return jnp.exp(y @ w + y)
 
     graph = contract(graph_of(function, X, np.ones((64, 64), np.float32)), lambda p: True)
-    parts, links = split(graph, Reach.of(graph))
+    parts, links = split(graph, Reach.of(graph), 0)
     assert not links.edges
     assert [len(p) for p in parts] == [1] * len(parts)
 
@@ -166,7 +166,7 @@ def test_layers_are_components_of_their_own():
         return x
 
     graph = contract(graph_of(function, X, np.ones((64, 64), np.float32)), lambda p: True)
-    parts, _ = split(graph, Reach.of(graph))
+    parts, _ = split(graph, Reach.of(graph), 0)
     largest = max(map(len, parts))
     assert sum(len(p) == largest for p in parts) == 5
 
@@ -181,10 +181,10 @@ def test_a_leaf_that_two_layers_share_does_not_link_them():
     single = graph_of(function, X, np.ones((64, 64), np.float32))
     graph = contract(single, lambda p: True)
     reach = Reach.of(graph)
-    parts, links = split(graph, reach)
+    parts, links = split(graph, reach, 0)
     fewer = absorb(graph, reach, parts, links, lambda p: True)
     assert len(fewer.nodes) == len(graph.nodes) - 1
-    parts, links = split(fewer, Reach.of(fewer))
+    parts, links = split(fewer, Reach.of(fewer), 0)
     assert not links.edges
     assert not links.siblings
 
@@ -194,7 +194,7 @@ def test_what_is_reduced_along_rows_links_to_nothing_after():
         return jnp.exp(x.sum(0)), jnp.exp(x.sum(1))
 
     graph = graph_of(function, X)
-    _, links = split(graph, Reach.of(graph))
+    _, links = split(graph, Reach.of(graph), 0)
     makers = {graph.jaxpr.eqns[graph.nodes[a].eqns[0]].params["axes"] for a, _ in links.edges}
     assert makers == {(1,)}
 

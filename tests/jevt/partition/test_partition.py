@@ -18,7 +18,7 @@ from jevt import _jaxpr
 from jevt.lowering.errors import NotFusible
 from jevt.lowering.rules import classify
 from jevt.lowering.spec import build
-from jevt.partition import fallbacks, partition, run, to_json
+from jevt.partition import batch, fallbacks, partition, to_json
 from jevt.partition import graph as graphs
 from jevt.partition.components import pose
 from jevt.partition.duplicate import merge_copies
@@ -122,15 +122,15 @@ def test_softmax_and_layer_norm_are_one_group():
 
 
 def random_program(seed):
-    """A few equations: pointwise, reductions, broadcasts, reshapes, matrix products."""
+    """A few equations: pointwise, reductions both ways, broadcasts, reshapes, matrix products."""
     rng = np.random.default_rng(seed)
 
     def program(x, y):
         rows = [x.sum(-1)] if rng.random() < 0.5 else []
-        full = [x, y]
+        full, sums = [x, y], []
         for _ in range(rng.integers(3, 6)):
             a, b = (full[i] for i in rng.integers(len(full), size=2))
-            match rng.integers(8):
+            match rng.integers(10):
                 case 0:
                     rows.append(a.max(-1))
                 case 1 if rows:
@@ -143,10 +143,14 @@ def random_program(seed):
                     full.append(a @ jnp.ones((a.shape[-1], a.shape[-1]), a.dtype))
                 case 5:
                     full.append(lax.reshape(lax.reshape(a, (a.size,)) + 1.0, a.shape))
+                case 6:
+                    sums.append(a.sum(0))
+                case 7:
+                    sums.append(a.sum(0) * 0.5)
                 case _:
                     full.append(a * b)
         keep = [v for v in (*full[2:], *rows) if rng.random() < 0.4]
-        return [*keep, full[-1], *rows[-1:]]
+        return [*keep, full[-1], *rows[-1:], *sums]
 
     return program
 
@@ -212,7 +216,7 @@ def enumerate_partitions(jaxpr, launch):
     return best, best_connected
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_random_programs_against_brute_force(seed):
     x, y = (RNG.normal(size=(64, 256)).astype(np.float32) for _ in "xy")
     jaxpr, consts = trace(random_program(seed), x, y)
@@ -433,7 +437,7 @@ def deep(x, layers):
 
 def test_equal_layers_are_solved_once(monkeypatch):
     solved = []
-    monkeypatch.setattr(run, "solve", lambda *a: solved.append(a[0].size) or solve(*a))
+    monkeypatch.setattr(batch, "solve", lambda *a: solved.append(a[0].size) or solve(*a))
     x = train_arguments()[2]
     counts = {}
     for layers in (4, 8):

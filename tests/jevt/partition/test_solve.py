@@ -8,8 +8,10 @@ from partitions import brute_force, random_problem
 
 from jevt.partition import greedy, solve
 from jevt.partition.problem import Label, Problem, Traffic
+from jevt.partition.refusals import Oracle
 
-ANYTHING = solve.Oracle(lambda nodes: True, lambda nodes: True)
+ANYTHING = Oracle(lambda nodes: True, lambda nodes, stored: True)
+LONG = solve.Limits(60.0)
 
 
 def problems(count, sizes):
@@ -21,7 +23,7 @@ def problems(count, sizes):
 
 def test_equals_brute_force():
     for seed, problem in problems(120, (3, 4, 5, 6)):
-        outcome = solve.solve(problem, ANYTHING, time.monotonic() + 60)
+        outcome = solve.solve(problem, ANYTHING, LONG)
         assert problem.valid(outcome.groups), seed
         assert outcome.status == "optimal", seed
         assert outcome.cost == outcome.bound == problem.cost(outcome.groups), seed
@@ -30,7 +32,7 @@ def test_equals_brute_force():
 
 def test_equals_brute_force_on_larger_ones():
     for seed, problem in problems(8, (8,)):
-        outcome = solve.solve(problem, ANYTHING, time.monotonic() + 60)
+        outcome = solve.solve(problem, ANYTHING, LONG)
         assert outcome.cost == brute_force(problem, lambda nodes: True), seed
 
 
@@ -43,7 +45,7 @@ def test_refusals_are_cut_and_the_rest_stays_optimal():
         def accepts(nodes, forbidden=forbidden):
             return not any(f <= set(nodes) for f in forbidden)
 
-        outcome = solve.solve(problem, solve.Oracle(accepts, accepts), time.monotonic() + 60)
+        outcome = solve.solve(problem, Oracle(accepts, lambda nodes, stored: accepts(nodes)), LONG)
         assert problem.valid(outcome.groups), seed
         assert all(accepts(g) for g in outcome.groups), seed
         assert outcome.status == "optimal", seed
@@ -57,8 +59,8 @@ def test_a_refusal_of_outputs_only_forbids_exactly_that_group():
         def accepts(nodes, whole=whole):
             return len(nodes) % 2 == 1 or list(nodes) == whole[: len(nodes)]
 
-        oracle = solve.Oracle(accepts, lambda nodes: True)
-        outcome = solve.solve(problem, oracle, time.monotonic() + 60)
+        oracle = Oracle(accepts, lambda nodes, stored: True)
+        outcome = solve.solve(problem, oracle, LONG)
         assert problem.valid(outcome.groups), seed
         assert all(len(g) == 1 or accepts(g) for g in outcome.groups), seed
         if outcome.status == "optimal":
@@ -95,7 +97,7 @@ def test_convex_groups_that_are_cyclic_together_are_not_valid():
         (tensor(0, 2), tensor(1, 3), *shared), (Label(8, 0),), (1,) * 4, (0,) * 4, (False,) * 4, 10,
     )  # fmt: skip
     assert not problem.valid([[0, 3], [1, 2]])
-    outcome = solve.solve(problem, ANYTHING, time.monotonic() + 60)
+    outcome = solve.solve(problem, ANYTHING, LONG)
     assert problem.valid(outcome.groups)
     assert len(outcome.groups) == 3
 
@@ -120,7 +122,7 @@ def chain(length):
 
 
 def test_a_chain_that_fits_is_one_group_without_a_solver():
-    outcome = solve.solve(chain(500), ANYTHING, time.monotonic())
+    outcome = solve.solve(chain(500), ANYTHING, solve.Limits(0.0))
     assert outcome.status == "optimal"
     assert outcome.groups == [list(range(500))]
     assert outcome.rounds == 0
@@ -132,8 +134,8 @@ def test_greedy_follows_a_long_chain():
 
 def test_no_time_left_gives_a_valid_grouping():
     problem = chain(40)
-    oracle = solve.Oracle(lambda nodes: len(nodes) <= 7, lambda nodes: len(nodes) <= 7)
-    outcome = solve.solve(problem, oracle, time.monotonic())
-    assert outcome.status == "greedy"
+    oracle = Oracle(lambda nodes: len(nodes) <= 7, lambda nodes, stored: len(nodes) <= 7)
+    outcome = solve.solve(problem, oracle, solve.Limits(deadline=time.monotonic()))
+    assert (outcome.status, outcome.stopped) == ("greedy", "clock")
     assert problem.valid(outcome.groups)
     assert outcome.bound <= outcome.cost == problem.cost(outcome.groups)

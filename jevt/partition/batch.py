@@ -1,0 +1,88 @@
+"""Solves many components: equal ones once, several at a time, with limits that depend on neither.
+
+What ends a search is counted in the solver's deterministic seconds, so that the same program gets
+the same plan with one worker or many, on a busy machine or an idle one. They are dealt out before
+anything is solved, by the components' numbers of variables. The clock is a second
+limit, for the user's sake: where it strikes first, what is left gets the best grouping so far, or a
+greedy one, and the outcome says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from jevt.partition import apart
+from jevt.partition.problem import Problem
+from jevt.partition.refusals import Oracle
+from jevt.partition.solve import Limits, Outcome, solve
+
+#: Deterministic seconds for all components of a program; for one of them at least and at most.
+_ALL, _LEAST, _MOST = 4.0, 0.05, 2.0
+#: Of them, what is kept for components that have to be solved again, and for bodies of loops.
+_LATER = 0.5
+#: More workers than this are of no use to the few components that differ.
+_WORKERS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A component to solve; ``key`` is equal for those that have the same outcome."""
+
+    key: Hashable
+    problem: Problem
+    oracle: Oracle
+
+
+class Solver:
+    """Memory of what is solved, and what is left of the limits.
+
+    The clock runs from the first component on. What comes before is linear in the program, and on
+    a busy machine must not decide how well the components are solved.
+    """
+
+    def __init__(self, seconds: float, workers: int | None = None) -> None:
+        self._seconds = seconds
+        self._workers = workers or min(_WORKERS, available())
+        self._deadline: float | None = None
+        self._work = _ALL
+        self._solved: dict[Hashable, Outcome] = {}
+
+    def solve(self, components: Sequence[Component]) -> list[Outcome]:
+        """The outcome of each component, in their order."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._seconds
+        fresh = {c.key: c for c in components if c.key not in self._solved}
+        limits = self._limits(list(fresh.values()))
+        if self._workers == 1 or len(fresh) < 2:
+            outcomes = [
+                solve(c.problem, c.oracle, x) for c, x in zip(fresh.values(), limits, strict=True)
+            ]
+        else:  # the solver runs outside Python's lock
+            with ThreadPoolExecutor(min(self._workers, len(fresh))) as pool:
+                outcomes = list(
+                    pool.map(lambda c, x: solve(c.problem, c.oracle, x), fresh.values(), limits)
+                )
+        self._solved.update(zip(fresh, outcomes, strict=True))
+        self._work -= sum(outcome.work for outcome in outcomes)
+        return [self._solved[c.key] for c in components]
+
+    def _limits(self, components: Sequence[Component]) -> list[Limits]:
+        assert self._deadline is not None
+        weights = [apart.variables(c.problem) ** 2 for c in components]
+        share = max(_LATER, self._work) / max(1, sum(weights))
+        return [Limits(min(max(_LEAST, share * w), _MOST), self._deadline) for w in weights]
+
+
+def _solve(component: Component, limits: Limits) -> Outcome:
+    return solve(component.problem, component.oracle, limits)
+
+
+def available() -> int:
+    """The number of processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,117 @@
+"""Why ``build`` refuses a group: the few nodes and stored results that are enough for it.
+
+A refused group by itself forbids only itself, and the program would come back with the same group
+but for a node. So the refusal is explained first: which of the results that leave the group are at
+fault, if not all sets with these nodes are refused, and which of its nodes. It is assumed that a
+group that holds a refused set and stores the same results is refused too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from jevt.partition.problem import Problem, components
+
+#: More ways to keep the results of a refusal inside a group than this are not written down.
+_WAYS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle:
+    """What only ``lowering.spec.build`` knows, for local nodes of one component.
+
+    Attributes:
+      accepts: whether these nodes can be one group.
+      holds: whether these nodes can be part of one group that stores these tensors (positions in
+        ``Problem.tensors``), whatever else is in it: the same question with only those results as
+        outputs, beside the largest of what nothing in the set reads.
+    """
+
+    accepts: Callable[[Sequence[int]], bool]
+    holds: Callable[[Sequence[int], Sequence[int]], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Nodes that are not in one group if it stores certain tensors.
+
+    Attributes:
+      nodes: local nodes, ascending.
+      stored: positions in ``Problem.tensors``; empty if the nodes never fit one group.
+      rest: whether that holds whatever else is in the group; if not, these are not exactly a group.
+    """
+
+    nodes: tuple[int, ...]
+    stored: tuple[int, ...] = ()
+    rest: bool = True
+
+
+def explain(
+    problem: Problem, oracle: Oracle, group: Sequence[int], links: Sequence[set[int]]
+) -> list[Refusal]:
+    """Refusals that a refused group breaks, with few nodes each."""
+    if not oracle.holds(group, ()):
+        return [Refusal(_core(oracle, group, (), frozenset(), links))]
+    result: list[Refusal] = []
+    for stored in _at_fault(oracle, group, _leaving(problem, group)):
+        makers = frozenset(n for t in stored if (n := problem.tensors[t].producer) is not None)
+        core = _core(oracle, group, stored, makers, links)
+        readers = [set(problem.tensors[t].consumers) - set(core) for t in stored]
+        ways = 1
+        for some in readers:
+            ways *= max(1, len(some))
+        if ways <= _WAYS:
+            result.append(Refusal(core, stored))
+    return result or [Refusal(tuple(group), rest=False)]
+
+
+def _leaving(problem: Problem, group: Sequence[int]) -> list[int]:
+    """The tensors of a group that are needed outside it."""
+    members = set(group)
+    return [
+        index
+        for index, tensor in enumerate(problem.tensors)
+        if tensor.producer in members
+        and (tensor.leaves or not members.issuperset(tensor.consumers))
+    ]
+
+
+def _at_fault(
+    oracle: Oracle, group: Sequence[int], leaving: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """Each result that these nodes cannot store; failing that, few that they cannot together."""
+    single: list[tuple[int, ...]] = [(t,) for t in leaving if not oracle.holds(group, (t,))]
+    if single or oracle.holds(group, leaving):
+        return single
+    few = list(leaving)
+    for t in leaving:
+        rest = [other for other in few if other != t]
+        if not oracle.holds(group, rest):
+            few = rest
+    return [tuple(few)]
+
+
+def _core(
+    oracle: Oracle,
+    group: Sequence[int],
+    stored: Sequence[int],
+    makers: frozenset[int],
+    links: Sequence[set[int]],
+) -> tuple[int, ...]:
+    """Few nodes that are refused already, by deleting ever smaller pieces; ``makers`` stay."""
+    core = list(group)
+    piece = len(core) // 2
+    while piece:
+        index = 0
+        while index < len(core):
+            gone = set(core[index : index + piece]) - makers
+            rest = [n for n in core if n not in gone]
+            # Pieces that do not touch would be refused for that alone.
+            touching = len(rest) > 1 and len(components(rest, links)) == 1
+            if gone and touching and not oracle.holds(rest, stored):
+                core = rest
+            else:
+                index += piece
+        piece //= 2
+    return tuple(core)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jevt_kernels import compat, launch, partials
-from jevt_kernels.spec import Config, KernelSpec, Source, TensorType
+from jevt_kernels.spec import Config, KernelSpec, Source
 
 # jax-triton passes buffers of this alignment and tells Triton so; the code depends on it.
 _ALIGNMENT = 16
@@ -30,6 +30,8 @@ class Binary:
       spill_bytes: bytes that a thread stores to local memory for want of registers; 0 is wanted.
       stack_bytes: bytes of local memory that a thread uses, spills included.
       shared_bytes: shared memory of a thread block.
+      scratch_bytes: memory that a launch must allocate, which XLA's captured graphs cannot do; 0 is
+        wanted.
       num_warps: warps of a thread block, which warp specialisation can raise above the requested.
     """
 
@@ -40,6 +42,7 @@ class Binary:
     spill_bytes: int
     stack_bytes: int
     shared_bytes: int
+    scratch_bytes: int
     num_warps: int
 
 
@@ -67,11 +70,12 @@ def compile(  # noqa: A001
     compat.check_compute_capability(arch)
     if source is None:
         source = launch.source_for(spec, config)
-    return _compile(source, launch.parameters(partials.written(spec, source)), arch)
+    launch.check_descriptors(spec, source, arch)
+    return _compile(source, launch.signature(partials.written(spec, source), source), arch)
 
 
 @functools.lru_cache(maxsize=256)
-def _compile(source: Source, parameters: tuple[TensorType, ...], arch: int) -> Binary:
+def _compile(source: Source, signature: tuple[str, ...], arch: int) -> Binary:
     compat.triton_version()
     if compat.interpreting():
         raise RuntimeError(
@@ -83,18 +87,19 @@ def _compile(source: Source, parameters: tuple[TensorType, ...], arch: int) -> B
     backends: Any = importlib.import_module("triton.backends.compiler")
     kernel = launch.load(source)
     names = kernel.arg_names
-    if len(names) != len(parameters):
+    if len(names) != len(signature):
         raise ValueError(
-            f"expected {source.entry} to take {len(parameters)} pointers, got parameters {names}"
+            f"expected {source.entry} to take {len(signature)} parameters, got {names}"
         )
     compiled = triton.compile(
         compiler.ASTSource(
             kernel,
-            {
-                name: f"*{launch.triton_name(parameter.dtype)}"
-                for name, parameter in zip(names, parameters, strict=True)
+            dict(zip(names, signature, strict=True)),
+            attrs={
+                (i,): [["tt.divisibility", _ALIGNMENT]]
+                for i, parameter in enumerate(signature)
+                if parameter.startswith("*")
             },
-            attrs={(i,): [["tt.divisibility", _ALIGNMENT]] for i in range(len(names))},
         ),
         target=backends.GPUTarget("cuda", arch, 32),
         options={
@@ -114,6 +119,7 @@ def _compile(source: Source, parameters: tuple[TensorType, ...], arch: int) -> B
         spill_bytes=spills,
         stack_bytes=max(usage["STACK"], usage["LOCAL"]),
         shared_bytes=compiled.metadata.shared,
+        scratch_bytes=compiled.metadata.global_scratch_size,
         num_warps=compiled.metadata.num_warps,
     )
 

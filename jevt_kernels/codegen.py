@@ -6,6 +6,7 @@ names:
 
 * ``x0, x1, …`` inputs, ``y0, y1, …`` outputs, ``v<position>`` the value of a node (``a<position>``
   and ``b<position>`` in the operands of a matrix product);
+* ``lhs_desc, rhs_desc`` tensor descriptors of the operands of a matrix product;
 * ``<axis>`` the linear index along a tile axis (``i``, ``row``, ``col``), ``<axis>_ok`` its mask;
 * ``BLOCK_<AXIS>`` the tile size.
 """
@@ -51,7 +52,14 @@ def generate(spec: KernelSpec, config: Config | None = None) -> Source:
     config = _fitted(config or mainloop.configs(spec)[0], spec, mainloop.SMALLEST_BLOCK)
     printer = Printer(spec, config)
     grid = mainloop.emit(printer)
-    return Source(printer.text(), spec.name, grid, config, tuple(printer.partials))
+    return Source(
+        printer.text(),
+        spec.name,
+        grid,
+        config,
+        tuple(printer.partials),
+        tuple(printer.descriptors),
+    )
 
 
 def _fitted(config: Config, spec: KernelSpec, smallest: int) -> Config:

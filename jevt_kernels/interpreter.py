@@ -12,18 +12,19 @@ a value is rounded to bfloat16.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import os
 import statistics
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jevt_kernels import compat, launch, partials
-from jevt_kernels.spec import Config, KernelSpec, Source, TensorType
+from jevt_kernels.spec import Config, Descriptor, KernelSpec, Source, TensorType
 
 # Host TMA descriptors need this alignment, and jax-triton's buffers have it.
 _ALIGNMENT = 16
@@ -97,6 +98,14 @@ def _aligned(operand: TensorType) -> np.ndarray:
     return raw[start : start + operand.nbytes].view(operand.dtype).reshape(operand.shape)
 
 
+def _descriptor(descriptor: Descriptor, inputs: Sequence[np.ndarray]) -> Any:
+    """The argument for a descriptor of one of the inputs."""
+    library: Any = importlib.import_module("triton.tools.tensor_descriptor")
+    base = _Argument(inputs[descriptor.input])
+    lists = (descriptor.shape, descriptor.strides, descriptor.block)
+    return library.TensorDescriptor(base, *map(list, lists))
+
+
 def require() -> None:
     """Raises RuntimeError unless Triton interprets, saying what to do. Imports Triton."""
     advice = (
@@ -144,21 +153,27 @@ def run(
     if source is None:
         source = launch.source_for(spec, config)
     launch.check_grid(spec, source)
-    buffers = []
+    inputs = []
     for operand, operand_type in zip(operands, spec.inputs, strict=True):
-        buffers.append(_aligned(operand_type))
-        buffers[-1][...] = np.asarray(operand)
-    inputs = dict(enumerate(buffers))
+        inputs.append(_aligned(operand_type))
+        inputs[-1][...] = np.asarray(operand)
     aliased = {output: inputs[position] for position, output in spec.aliases}
-    results = []
+    results, own = [], []
     for position, output in enumerate(partials.written(spec, source).outputs):
-        if position not in aliased:
-            buffers.append(_aligned(output))
-        results.append(aliased.get(position, buffers[-1]))
+        if position in aliased:
+            results.append(aliased[position])
+        else:
+            own.append(_aligned(output))
+            results.append(own[-1])
+    arguments = [
+        *map(_Argument, inputs),
+        *(_descriptor(descriptor, inputs) for descriptor in source.descriptors),
+        *map(_Argument, own),
+    ]
     kernel = launch.load(source)
     # A GPU's arithmetic does not warn; masked lanes compute with whatever is there.
     with _LOCK, np.errstate(all="ignore"):
-        kernel[(source.grid,)](*map(_Argument, buffers))
+        kernel[(source.grid,)](*arguments)
     return partials.combine(spec, source, results)
 
 

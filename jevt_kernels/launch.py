@@ -28,6 +28,9 @@ from jevt_kernels.spec import Config, KernelSpec, Source, TensorType, Unsupporte
 # The x dimension of a CUDA grid, which is the only one that generated kernels use.
 MAXIMUM_GRID = 2**31 - 1
 
+# Since when GPUs have tensor descriptors.
+_DESCRIPTOR_CAPABILITY = 90
+
 # How Triton abbreviates the names of its types in signatures.
 _ABBREVIATIONS = {"int": "i", "uint": "u", "bfloat": "bf", "float": "fp"}
 
@@ -59,6 +62,31 @@ def parameters(spec: KernelSpec) -> tuple[TensorType, ...]:
     aliased = {output for _, output in spec.aliases}
     own = (output for i, output in enumerate(spec.outputs) if i not in aliased)
     return (*spec.inputs, *own)
+
+
+def signature(spec: KernelSpec, source: Source) -> tuple[str, ...]:
+    """Triton's names of the types of the kernel's parameters, pointers and descriptors, in order.
+
+    Raises:
+      UnsupportedKernel: if kernels do not support the dtype of an operand.
+    """
+    pointers = [f"*{triton_name(operand.dtype)}" for operand in parameters(spec)]
+    descriptors = [
+        f"tensordesc<{triton_name(spec.inputs[d.input].dtype)}[{','.join(map(str, d.block))}]>"
+        for d in source.descriptors
+    ]
+    inputs = len(spec.inputs)
+    return (*pointers[:inputs], *descriptors, *pointers[inputs:])
+
+
+def check_descriptors(spec: KernelSpec, source: Source, capability: int) -> None:
+    """Raises UnsupportedKernel if the kernel takes tensor descriptors and the GPU has none."""
+    if source.descriptors and capability < _DESCRIPTOR_CAPABILITY:
+        raise UnsupportedKernel(
+            f"kernel {spec.name}: expected a GPU of compute capability "
+            f"{_DESCRIPTOR_CAPABILITY / 10} or higher for tensor descriptors, got "
+            f"{capability / 10}. Use a configuration without descriptors."
+        )
 
 
 @functools.cache
@@ -152,12 +180,12 @@ def call(
         source = source_for(spec, config)
     check_grid(spec, source)
     kernel_spec = partials.written(spec, source)
-    for operand in parameters(kernel_spec):
-        triton_name(operand.dtype)
+    signature(kernel_spec, source)  # raises for dtypes that kernels do not support
     if compute_capability is None:
         compute_capability = compat.local_compute_capability()
     if compute_capability is not None:
         compat.check_compute_capability(compute_capability)
+        check_descriptors(spec, source, compute_capability)
     jax_triton = compat.import_jax_triton()
     if compat.interpreting():
         raise UnsupportedDevice(
@@ -176,6 +204,10 @@ def call(
         )
         results = jax_triton.triton_call(
             *operands,
+            *(
+                jax_triton.TensorDescriptor(operands[d.input], d.shape, d.strides, d.block)
+                for d in source.descriptors
+            ),
             kernel=load(source),
             out_type=tuple(
                 jax.ShapeDtypeStruct(o.shape, o.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from jevt_kernels import visitor
 from jevt_kernels.index_map import IndexMap, TileAxis
-from jevt_kernels.spec import Config, KernelSpec, Partial
+from jevt_kernels.spec import Config, Descriptor, KernelSpec, Partial
 from jevt_kernels.view import View, dimension
 
 _HEADER = """\
@@ -42,6 +42,7 @@ class IndexPrinter:
         self._indent = 1
         self._scopes: list[dict[object, str]] = [{}]
         self.partials: list[Partial] = []
+        self.descriptors: list[Descriptor] = []
 
     # Text
 
@@ -85,7 +86,8 @@ class IndexPrinter:
         aliased = {output for _, output in self.spec.aliases}
         outputs = [f"y{o}" for o in range(len(self.spec.outputs)) if o not in aliased]
         comment = "".join(f"# {line}".rstrip() + "\n" for line in self.spec.comment.splitlines())
-        signature = f"def {self.spec.name}({', '.join(inputs + outputs)}):"
+        descriptors = [descriptor.name for descriptor in self.descriptors]
+        signature = f"def {self.spec.name}({', '.join(inputs + descriptors + outputs)}):"
         return comment + _HEADER + signature + "\n" + "\n".join(self._lines) + "\n"
 
     def bind(self, key: object, expression: str, name: str) -> str:

@@ -108,16 +108,40 @@ class Partial:
 
 
 @dataclasses.dataclass(frozen=True)
+class Descriptor:
+    """A tensor descriptor: how a kernel sees an input when it loads whole tiles by coordinates.
+
+    The host makes it, so that a launch needs no scratch memory, and passes it beside the input's
+    pointer. It describes the input from its first element on.
+
+    Attributes:
+      name: of the kernel's parameter.
+      input: position in ``KernelSpec.inputs``.
+      shape, strides: of the dimensions, in elements; the last one is contiguous. What lies beyond
+        the shape is loaded as 0.
+      block: shape of the tiles.
+    """
+
+    name: str
+    input: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """A generated kernel.
 
     Attributes:
       text: Triton source, a module that defines ``entry``.
-      entry: name of the ``@triton.jit`` function. Its parameters are pointers: the inputs in order,
-        then the outputs that alias no input (an aliased output is written through its input).
+      entry: name of the ``@triton.jit`` function. Its parameters are the inputs in order, then the
+        descriptors, then the outputs that alias no input (an aliased output is written through its
+        input). Inputs and outputs are pointers.
       grid: number of program instances.
       config: the configuration that the text was printed for.
       partials: outputs that need a second stage (``jevt_kernels.partials``).
+      descriptors: tensor descriptors of inputs.
     """
 
     text: str
@@ -125,6 +149,7 @@ class Source:
     grid: int
     config: Config
     partials: tuple[Partial, ...] = ()
+    descriptors: tuple[Descriptor, ...] = ()
 
 
 class UnsupportedKernel(ValueError):

@@ -2,8 +2,8 @@
 
 A tensor descriptor says where a tensor lies; one thread then asks for a whole tile by its
 coordinates, no thread computes addresses, and what lies beyond the tensor's end comes as zeros. The
-rules are those of CUDA's tensor maps: one axis is contiguous, the strides of the others are
-multiples of 16 bytes, and so is the start. On older GPUs Triton makes ordinary loads of it.
+rules are those of CUDA's tensor maps: one axis is contiguous; the strides of the others, and the
+start of each tile, are multiples of 16 bytes.
 """
 
 from __future__ import annotations
@@ -13,65 +13,59 @@ import dataclasses
 from jevt_kernels import visitor
 from jevt_kernels.index_map import Digit
 from jevt_kernels.mainloops.product import Product
-from jevt_kernels.spec import KernelSpec
+from jevt_kernels.spec import Config, Descriptor, KernelSpec
 
 _ALIGNMENT = 16
 _LARGEST_RANK = 5
-_LARGEST_BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Descriptor:
+class Described:
     """How an operand of a product is described.
 
     Attributes:
       input: of the kernel.
-      offset: of the first element.
       shape, strides: of the dimensions: those of batch axes, then one along rows or columns and one
         along ``k``, the contiguous one last.
+      first: coordinates of the first element.
       batch: how the coordinates of the leading dimensions follow from the batch index.
       outer, inner: the tile axes of the last two dimensions.
     """
 
     input: int
-    offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    first: tuple[int, ...]
     batch: tuple[Digit, ...]
     outer: str
     inner: str
 
-    def make(self) -> str:
-        """The descriptor as an expression."""
-        base = f"x{self.input} + {self.offset}" if self.offset else f"x{self.input}"
-        lists = (self.shape, self.strides)
-        shape, strides = (f"[{', '.join(map(str, numbers))}]" for numbers in lists)
-        block = ["1"] * len(self.batch) + [f"BLOCK_{name.upper()}" for name in self._last]
-        return f"tl.make_tensor_descriptor({base}, {shape}, {strides}, [{', '.join(block)}])"
+    def parameter(self, name: str, config: Config) -> Descriptor:
+        """The kernel's parameter."""
+        block = (*(1 for _ in self.batch), config.block(self.outer), config.block(self.inner))
+        return Descriptor(name, self.input, self.shape, self.strides, block)
 
     def load(self, name: str, starts: dict[str, str], rows: str) -> str:
         """A tile as an expression.
 
         Args:
-          name: that holds the descriptor.
+          name: of the parameter.
           starts: where the tile starts along its axes.
           rows: the tile axis that is the tile's first dimension.
         """
-        coordinates = [_coordinate(digit) for digit in self.batch]
-        coordinates += [starts[axis] for axis in self._last]
+        steps = [_coordinate(digit) for digit in self.batch]
+        steps += [starts[self.outer], starts[self.inner]]
+        pairs = zip(steps, self.first, strict=True)
+        coordinates = [f"{step} + {first}" if first else step for step, first in pairs]
         text = f"{name}.load([{', '.join(coordinates)}])"
         if self.batch:
-            shape = ", ".join(f"BLOCK_{axis.upper()}" for axis in self._last)
+            shape = ", ".join(f"BLOCK_{axis.upper()}" for axis in (self.outer, self.inner))
             text = f"tl.reshape({text}, ({shape}))"
         return text if self.outer == rows else f"tl.trans({text})"
 
-    @property
-    def _last(self) -> tuple[str, str]:
-        return self.outer, self.inner
 
-
-def describe(spec: KernelSpec, found: Product, root: int, free: str) -> Descriptor | None:
-    """The descriptor of an operand, None where the rules are not met.
+def describe(spec: KernelSpec, found: Product, root: int, free: str) -> Described | None:
+    """The description of an operand, None where the rules are not met.
 
     Args:
       spec: the kernel.
@@ -80,9 +74,8 @@ def describe(spec: KernelSpec, found: Product, root: int, free: str) -> Descript
       free: the tile axis of the operand's rows or columns, "m" or "n".
     """
     node = spec.tree[root]
-    if not isinstance(node, visitor.Load):
+    if not isinstance(node, visitor.Load) or not found.k:
         return None
-    itemsize = found.dtype.itemsize
     extents = {"m": found.m, "n": found.n, "k": found.k}
     strides: dict[str, int] = {}
     for name in (free, "k"):
@@ -92,21 +85,32 @@ def describe(spec: KernelSpec, found: Product, root: int, free: str) -> Descript
         strides[name] = digits[0].stride
     outer, inner = (free, "k") if strides["k"] == 1 else ("k", free)
     batch = node.index.digits(spec.space, spec.space.tile_axis("batch"))
-    steps = [*(digit.stride for digit in batch), strides[outer]]
-    if strides[inner] != 1 or len(batch) + 2 > _LARGEST_RANK or min(steps) < 1:
+    steps = (*(digit.stride for digit in batch), strides[outer], strides[inner])
+    if strides[inner] != 1 or len(steps) > _LARGEST_RANK or min(steps) < 1:
         return None
-    if any(step * itemsize % _ALIGNMENT for step in (*steps, node.index.offset)):
+    offsets = (*steps[:-1], node.index.offset)
+    if any(offset * found.dtype.itemsize % _ALIGNMENT for offset in offsets):
         return None
     sizes = [digit.modulus or -(-found.batch // digit.divisor) for digit in batch]
-    return Descriptor(
+    sizes += [extents[outer], extents[inner]]
+    first = _coordinates(node.index.offset, steps)
+    return Described(
         node.input,
-        node.index.offset,
-        (*sizes, extents[outer], extents[inner]),
-        (*steps, 1),
+        tuple(start + size for start, size in zip(first, sizes, strict=True)),
+        steps,
+        first,
         batch,
         outer,
         inner,
     )
+
+
+def _coordinates(offset: int, steps: tuple[int, ...]) -> tuple[int, ...]:
+    """Coordinates of an address; a descriptor starts where its tensor does, aligned."""
+    result = [0] * len(steps)
+    for dimension in sorted(range(len(steps)), key=lambda d: -steps[d]):
+        result[dimension], offset = divmod(offset, steps[dimension])
+    return tuple(result)
 
 
 def _coordinate(digit: Digit) -> str:

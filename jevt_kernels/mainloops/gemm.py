@@ -17,7 +17,7 @@ from __future__ import annotations
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer
 from jevt_kernels.mainloops import gemm_configs, product
-from jevt_kernels.mainloops.descriptors import Descriptor, describe
+from jevt_kernels.mainloops.descriptors import Described, describe
 from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.mainloops.reduction import Reduction, hoist, store_partial
@@ -49,8 +49,7 @@ def emit(printer: Printer) -> int:
         raise UnsupportedKernel("a product with an epilogue cannot be split along its k axis")
     printer.constants()
     described = _describe(printer, found)
-    for name, descriptor in described.items():
-        printer.line(f"{name} = {descriptor.make()}")
+    printer.descriptors += [d.parameter(name, printer.config) for name, d in described.items()]
     tiles = _tiles(printer, found)
     programs = printer.config.programs
     if 0 < programs < tiles:
@@ -66,7 +65,7 @@ def emit(printer: Printer) -> int:
     return tiles
 
 
-def _describe(printer: Printer, found: Product) -> dict[str, Descriptor]:
+def _describe(printer: Printer, found: Product) -> dict[str, Described]:
     """The descriptors of the operands that have one, by name."""
     if not printer.config.descriptors:
         return {}
@@ -89,7 +88,7 @@ def _tiles(printer: Printer, found: Product) -> int:
     return found.batch * printer.config.splits * rows * columns
 
 
-def _tile(printer: Printer, found: Product, described: dict[str, Descriptor]) -> None:
+def _tile(printer: Printer, found: Product, described: dict[str, Described]) -> None:
     """Prints the computation of tile ``pid``."""
     _coordinates(printer, found)
     with printer.viewing(_RESULT):
@@ -130,7 +129,7 @@ def _coordinates(printer: Printer, found: Product) -> None:
         line(f"pid_n = tile_pid % {group * columns} // height")
 
 
-def _accumulate(printer: Printer, found: Product, described: dict[str, Descriptor]) -> None:
+def _accumulate(printer: Printer, found: Product, described: dict[str, Described]) -> None:
     """Prints the loop along ``k``."""
     node, config = found.node, printer.config
     dtype = triton_type(node.dtype)

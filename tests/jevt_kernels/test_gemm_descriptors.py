@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+from collections.abc import Callable
 
 import gemm_kernels as gemm
 import jax
@@ -12,8 +14,10 @@ import numpy as np
 import pytest
 
 from jevt_kernels import aot, codegen, launch
+from jevt_kernels.index_map import IndexMap
 from jevt_kernels.mainloops.gemm_configs import configs
-from jevt_kernels.spec import Config, KernelSpec, UnsupportedKernel
+from jevt_kernels.spec import Config, KernelSpec, TensorType, UnsupportedKernel
+from jevt_kernels.visitor import Load
 
 BFLOAT16, FLOAT = contract.BFLOAT16, np.dtype("float32")
 
@@ -37,6 +41,35 @@ def mixed() -> KernelSpec:
     return b.spec("mixed")
 
 
+def part_of_a_tensor(column: int = 16) -> KernelSpec:
+    """Rows from 3 and columns from ``column`` on of a tensor that goes on behind them."""
+    spec = gemm.product((1, 40, 48, 90), FLOAT, "mk", "kn", "mn")
+    load = dataclasses.replace(spec.tree[0], index=IndexMap((0, 128, 0, 1), 3 * 128 + column))
+    return dataclasses.replace(
+        spec,
+        tree=(load, *spec.tree[1:]),
+        inputs=(TensorType((45, 128), FLOAT), spec.inputs[1]),
+    )
+
+
+def in_place() -> KernelSpec:
+    """The result takes the place of what the epilogue adds."""
+    b = gemm.tree(*ALIGNED)
+    value = b.contract(b.load("bmk", FLOAT), b.load("bkn", FLOAT))
+    b.store(b.compute("add", value, b.load("bmn", FLOAT)), "bmn", FLOAT)
+    return b.spec("in_place", aliases=((2, 0),))
+
+
+def input_read_twice() -> KernelSpec:
+    """The rows are loaded as tiles, and once more element by element."""
+    b = gemm.tree(1, 80, 96, 96)
+    x = b.load("mk", FLOAT)
+    value = b.contract(x, b.load("kn", FLOAT))
+    same = b.add(Load(0, IndexMap((0, 96, 1, 0))))
+    b.store(b.compute("add", value, same), "mn", FLOAT)
+    return b.spec("input_read_twice")
+
+
 DESCRIBABLE: dict[str, tuple[KernelSpec, int]] = {
     **{
         f"{lhs} times {rhs}": (gemm.product(ALIGNED, BFLOAT16, lhs, rhs), 2)
@@ -46,6 +79,9 @@ DESCRIBABLE: dict[str, tuple[KernelSpec, int]] = {
     "epilogue": (gemm.dgrad_gelu(ALIGNED), 2),
     "several batch axes": (several_batch_axes(), 2),
     "mixed": (mixed(), 1),
+    "part of a tensor": (part_of_a_tensor(), 2),
+    "in place": (in_place(), 2),
+    "input read twice": (input_read_twice(), 2),
     "int8": (gemm.product(ALIGNED, np.int8, "bmk", "bnk"), 2),
 }
 
@@ -55,7 +91,7 @@ DESCRIBABLE: dict[str, tuple[KernelSpec, int]] = {
 def test_descriptors(name: str) -> None:
     spec, count = DESCRIBABLE[name]
     source = codegen.generate(spec, DESCRIBED)
-    assert source.text.count("tl.make_tensor_descriptor(") == count
+    assert len(source.descriptors) == source.text.count("_desc.load(") == count
     gemm.check(spec, DESCRIBED)
 
 
@@ -90,16 +126,49 @@ def test_descriptors_compile_to_bulk_copies(programs: int) -> None:
     assert "cp.async.bulk.tensor" in binary.ptx
     assert "wgmma.mma_async" in binary.ptx
     assert binary.spill_bytes == 0
+    assert binary.scratch_bytes == 0
     assert binary.shared_bytes <= 227 * 1024
 
 
+@pytest.mark.aot
+def test_tiles_of_batches_go_to_the_tensor_cores() -> None:
+    spec = gemm.product((512, 512, 512, 64), BFLOAT16, "mbk", "nbk", "bmn", BFLOAT16)
+    config = Config((("m", 128), ("n", 128), ("k", 64)), 8, 3, programs=132, descriptors=True)
+    binary = aot.compile(spec, 90, config=config)
+    assert "cp.async.bulk.tensor" in binary.ptx
+    assert "wgmma.mma_async" in binary.ptx
+    assert binary.spill_bytes == binary.scratch_bytes == 0
+
+
+def lowered(spec: KernelSpec, capability: int) -> str:
+    call = functools.partial(launch.call, spec, config=DESCRIBED, compute_capability=capability)
+    return jax.jit(call).trace(*gemm.operands(spec)).lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.cuda_lowering
-def test_descriptors_lower_for_cuda() -> None:
-    """They need scratch memory, which jax-triton supplies."""
-    spec = gemm.product((1, 256, 256, 256), BFLOAT16, "mk", "kn", "mn")
-    call = functools.partial(launch.call, spec, config=DESCRIBED, compute_capability=90)
-    text = jax.jit(call).trace(*gemm.operands(spec)).lower(lowering_platforms=("cuda",)).as_text()
-    assert "@triton_kernel_call_ffi" in text
+@pytest.mark.parametrize("name", DESCRIBABLE)
+def test_descriptors_lower_for_cuda(name: str) -> None:
+    """A described operand is passed twice: once as a pointer, once for its descriptor."""
+    spec, count = DESCRIBABLE[name]
+    (line,) = [line for line in lowered(spec, 90).splitlines() if "custom_call" in line]
+    (arguments,) = re.findall(r"@triton_kernel_call_ffi\((.*?)\)", line)
+    assert arguments.count("%") == len(spec.inputs) + count
+    aliases = re.findall(r"output_tuple_indices = \[(\d*)\], operand_index = (\d+)", line)
+    assert aliases == [("", str(position)) for position, _ in spec.aliases]
+
+
+@pytest.mark.cuda_lowering
+def test_descriptors_need_sm_90() -> None:
+    spec, _ = DESCRIBABLE["ends"]
+    with pytest.raises(UnsupportedKernel, match="9.0 or higher for tensor descriptors, got 8.0"):
+        lowered(spec, 80)
+    with pytest.raises(UnsupportedKernel, match="9.0 or higher for tensor descriptors, got 8.0"):
+        aot.compile(spec, 80, config=DESCRIBED)
+
+
+def test_text_with_descriptors(golden: Callable[[str, str], None]) -> None:
+    text = codegen.generate(several_batch_axes(), dataclasses.replace(DESCRIBED, programs=5)).text
+    golden("kernels/gemm_descriptors.py.txt", text)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +185,11 @@ def test_what_has_no_descriptor(spec: KernelSpec) -> None:
     with pytest.raises(UnsupportedKernel, match="no operand of the product can have a tensor desc"):
         codegen.generate(spec, DESCRIBED)
     assert not any(config.descriptors for config in configs(spec))
+
+
+def test_a_tile_that_starts_between_16_bytes_has_no_descriptor() -> None:
+    (described,) = codegen.generate(part_of_a_tensor(19), DESCRIBED).descriptors
+    assert described.input == 1
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ _THREADS = 8
 _CALLS = 6
 _RESULT_BYTES = 4 << 30
 _REPEATS = 3
+# Characters of an error's first line that are kept.
+_MESSAGE = 80
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def _trial(config: Config, job: Any, sets: list[tuple[Any, ...]]) -> Trial:
         seconds = min(_timed(run) for _ in range(_REPEATS))
     # Triton's compiler and the driver raise whatever they like; a configuration more or less.
     except Exception as error:  # noqa: BLE001
-        return Trial(config, None, f"{type(error).__name__}: {error}".splitlines()[0][:200])
+        return Trial(config, None, f"{type(error).__name__}: {error}".splitlines()[0][:_MESSAGE])
     return Trial(config, seconds / len(sets) * 1e6)
 
 

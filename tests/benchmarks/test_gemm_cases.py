@@ -55,7 +55,7 @@ def test_search_takes_the_fastest(monkeypatch):
     def prepared(spec, config, sets):
         assert sets == [(1,), (2,), (1,), (2,), (1,), (2,)]
         if seconds[config] is None:
-            raise ValueError("out of resources\nat length")
+            raise ValueError(f"out of resources{100 * '!'}\nat length")
         return lambda _: seconds[config]
 
     monkeypatch.setattr(search, "_prepared", prepared)
@@ -64,7 +64,7 @@ def test_search_takes_the_fastest(monkeypatch):
     assert config == candidates[1]
     assert [t.config for t in trials] == [candidates[1], candidates[0], candidates[2]]
     assert trials[0].us == pytest.approx(1e3 / 6)
-    assert str(trials[2]).endswith(": ValueError: out of resources")
+    assert trials[2].error == "ValueError: out of resources".ljust(80, "!")
 
 
 def test_large_results_are_held_only_a_few_times(monkeypatch):

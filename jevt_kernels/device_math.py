@@ -104,7 +104,7 @@ def erfc(x):
     q = q * t + 0.1495637148618698
     q = q * t + 0.17054668068885803
     q = q * t + 0.16919775307178497
-    positive = t * q * tl.exp(0.0 - x * x)
+    positive = t * q * tl.exp(-(x * x))
     return tl.where(x < 0, 2.0 - positive, positive)
 
 

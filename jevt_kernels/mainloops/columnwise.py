@@ -64,7 +64,8 @@ def emit(printer: Printer) -> int:
             f"rows of {space.extent(space.tile_axis('col'))} elements do not fit on chip "
             "beside sums along rows"
         )
-    programs = min(row_blocks, max(1, ROW_PROGRAMS // column_blocks))
+    most = config.programs or ROW_PROGRAMS
+    programs = min(row_blocks, max(1, most // column_blocks))
     printer.constants()
     printer.line(f"pid = {printer.program_id()}")
     part = "pid" if column_blocks == 1 else f"pid // {column_blocks}"

@@ -24,6 +24,7 @@ from jax.interpreters import mlir
 from jevt import _jax_internals as internals
 from jevt import pipeline
 from jevt._config import Options
+from jevt.lowering.errors import JevtWarning as JevtWarning
 
 if TYPE_CHECKING:
     from jevt.report.trace import Trace
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
 jevt_call_p: Primitive = Primitive("jevt_call")
 register_call_primitive_rules(jevt_call_p)
 internals.check_as_a_call(jevt_call_p)
-
-
-class JevtWarning(UserWarning):
-    """Something could not be compiled by jevt and runs as ``jax.jit`` would run it."""
 
 
 class Owner:
@@ -138,8 +135,16 @@ mlir.register_lowering(jevt_call_p, _lower, cacheable=False)
 def _compile(ctx: Any, jaxpr: Jaxpr, recorder: Recorder) -> Trace | None:
     """The pipeline's trace, or None where the program has to be lowered as it is."""
     owner, module = recorder.owner, ctx.module_context
-    if module.shape_poly_state.dim_vars:
-        return None  # `jax.export` with symbolic sizes: nothing can be planned without sizes
+    # A program for several platforms has one such variable: which of them it runs on.
+    if len(module.shape_poly_state.dim_vars) > (len(module.platforms) > 1):
+        reason = (
+            f"{owner.name} has symbolic sizes (jax.export), and nothing can be planned without"
+            " sizes. It runs as under jax.jit; export it for given sizes to have it compiled."
+        )
+        if owner.options.strict:
+            raise pipeline.StrictError(f"jevt.jit(strict=True): {reason}")
+        warnings.warn(reason, JevtWarning, stacklevel=2)
+        return None
     context = pipeline.make_context(
         owner.options,
         platforms=module.platforms,

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax._src import (
     ad_checkpoint,
+    callback,
     checkify,
     config,
     core,
@@ -29,6 +30,7 @@ from jax._src.api import Inline
 from jax._src.array import ArrayImpl as ArrayImpl
 from jax._src.cudnn import fused_attention_stablehlo as fused_attention
 from jax._src.interpreters import pxla
+from jax._src.lax import control_flow
 from jax._src.lib import cuda_versions
 from jax._src.random import prng
 from jax.extend.core import Jaxpr, JaxprEqn, Primitive, primitives
@@ -43,6 +45,8 @@ pvary_p: Primitive = core.pvary_p
 random_wrap_p: Primitive = prng.random_wrap_p
 random_unwrap_p: Primitive = prng.random_unwrap_p
 iota_2x32_shape_p: Primitive = prng.iota_2x32_shape_p
+pure_callback_p: Primitive = callback.pure_callback_p
+platform_index_p: Primitive = control_flow.platform_index_p
 
 # What a nested ``jax.jit`` must not say if its equations are to run as part of their caller.
 _KEPT_BY_XLA = (Inline.XLA_EARLY, Inline.XLA_LATE)

@@ -20,8 +20,10 @@ from jevt import _jaxpr
 from jevt._context import Context
 from jevt.lowering import checking
 from jevt.lowering.alias import donated_aliases
+from jevt.lowering.errors import JevtWarning
 from jevt.lowering.naming import canonical, common_scope
 from jevt.partition.plan import Group, Plan
+from jevt.partition.printing import all_groups
 from jevt_kernels import interpreter, launch
 from jevt_kernels.spec import KernelSpec
 
@@ -95,7 +97,9 @@ def lower(plan: Plan, context: Context, *, top: bool = True) -> tuple[Jaxpr, Pla
         _confirm(group, plan, inputs, context)
         for group, inputs in zip(plan.groups, free, strict=True)
     )
-    plan = dataclasses.replace(plan, groups=groups, nested=tuple(nested))
+    planned, plan = plan, dataclasses.replace(plan, groups=groups, nested=tuple(nested))
+    if top:
+        _warn(planned, plan)
     eqns: list[JaxprEqn] = []
     for group in groups:
         if group.target == "triton":
@@ -143,9 +147,23 @@ def _confirm(group: Group, plan: Plan, free: frozenset[Var], context: Context) -
     except Exception as error:  # noqa: BLE001 - whatever the compiler stack raises, the program must still run
         first_line = (str(error).splitlines() or [""])[0]
         reason = f"kernel did not compile: {type(error).__name__}: {first_line}"
-        warnings.warn(f"jevt: group {group.name} runs through XLA: {reason}", stacklevel=2)
         return dataclasses.replace(group, target="xla", reason=reason, fallback=True)
     return group
+
+
+def _warn(planned: Plan, plan: Plan) -> None:
+    """One warning for each reason for which kernels that were planned do not compile.
+
+    Where nothing compiles at all (no jax-triton, a GPU that is too old) the reason is the same for
+    all of them.
+    """
+    names: dict[str, list[str]] = {}
+    for before, after in zip(all_groups(planned), all_groups(plan), strict=True):
+        if before.target == "triton" != after.target:
+            names.setdefault(after.reason, []).append(after.name)
+    for reason, (first, *others) in names.items():
+        which = f"{len(others) + 1} groups ({first}, …) run" if others else f"group {first} runs"
+        warnings.warn(f"jevt: {which} through XLA: {reason}", JevtWarning, stacklevel=2)
 
 
 def _stacks(plan: Plan, group: Group) -> list[source_info_util.NameStack]:

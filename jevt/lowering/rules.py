@@ -184,6 +184,8 @@ _CALLS: dict[Primitive, str] = {
     segment_sum_p: "a kernel of its own",
     attention_p: "cuDNN's fused attention",
     attention_backward_p: "cuDNN's fused attention",
+    internals.pure_callback_p: "a callback to the host",
+    internals.platform_index_p: "known when it is compiled",
 }
 
 #: All primitives that JAX itself exports: without a rule here they are known, and stay with XLA.
@@ -193,6 +195,9 @@ _OF_JAX: frozenset[Primitive] = frozenset(
     for name, value in vars(module).items()
     if name.endswith("_p") and isinstance(value, Primitive)
 )
+
+#: JAX's primitives of keys and of sparse arrays, by the beginnings of their names.
+_FAMILIES_OF_JAX = ("random_", "bcoo_", "bcsr_")
 
 
 def _dtype(aval: Any) -> np.dtype:
@@ -217,7 +222,7 @@ def classify(eqn: JaxprEqn) -> Role:
         raise NotFusible(f"no mainloop: {primitive.name} ({_AWAITED[primitive]})")
     tables = (POINTWISE, VIEWS, REDUCTIONS, SOURCES, CONTRACTIONS)
     if not any(primitive in table for table in tables):
-        if primitive in _OF_JAX or primitive.name.startswith("random_"):
+        if primitive in _OF_JAX or primitive.name.startswith(_FAMILIES_OF_JAX):
             raise NotFusible(f"no mainloop: {primitive.name}")
         raise NotFusible(f"unknown primitive {primitive.name!r}")
     for atom in (*eqn.invars, *eqn.outvars):

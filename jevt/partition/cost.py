@@ -89,13 +89,15 @@ def device_model(platform: str) -> Device:
     except RuntimeError:
         return DEVICES["H100"]
     kind = present.device_kind
+    capability = _capability(getattr(present, "compute_capability", "9.0"))
     for words, device in DEVICES.items():
         if words in kind.replace("L40", "Ada"):  # an L40 is no L4
-            return device
-    capability = _capability(getattr(present, "compute_capability", "9.0"))
+            return dataclasses.replace(device, compute_capability=capability)
     known = sorted(DEVICES.values(), key=lambda d: (d.compute_capability, d.bytes_per_us))
     older = [d for d in known if d.compute_capability <= capability]
-    return dataclasses.replace((older or known)[-1 if older else 0], name=kind)
+    nearest = (older or known)[-1 if older else 0]
+    # Its own capability: kernels are compiled for it, and refused where it is too old.
+    return dataclasses.replace(nearest, name=kind, compute_capability=capability)
 
 
 def predict_us(jaxpr: Jaxpr, device: Device) -> float:

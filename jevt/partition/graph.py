@@ -274,6 +274,8 @@ def _node(position: int, eqn: JaxprEqn, classify: Classify) -> Node:
     except NotFusible as refusal:
         reason = str(refusal)
         return Node((position,), "opaque", reason=reason, fallback=_unexpected(reason))
+    if any(elements(a.aval) == 0 for a in (*eqn.invars, *eqn.outvars)):
+        return Node((position,), "opaque", reason="cost model: no elements")
     if role.kind == "contraction":
         return Node((position,), "opaque", reason=f"no mainloop: {name} (GEMM)")
     size = max(elements(v.aval) for v in eqn.outvars)
@@ -282,8 +284,6 @@ def _node(position: int, eqn: JaxprEqn, classify: Classify) -> Node:
         return _reduction(position, operand.shape, role.axes)
     if role.kind == "pointwise":
         size = max(size, *(elements(a.aval) for a in eqn.invars))
-    if size == 0:
-        return Node((position,), "opaque", reason="cost model: no elements")
     operands = [a for a in eqn.invars if isinstance(a, Var)]
     kind: NodeKind = role.kind if operands else "source"
     return Node((position,), kind, size, free=_relabels(eqn, kind))
@@ -292,8 +292,6 @@ def _node(position: int, eqn: JaxprEqn, classify: Classify) -> Node:
 def _reduction(position: int, shape: Sequence[int], axes: Sequence[int]) -> Node:
     size = math.prod(shape)
     reduced = math.prod(shape[a] for a in axes)
-    if size == 0:
-        return Node((position,), "opaque", reason="cost model: no elements")
     if reduced == 1:  # over axes of size 1: relabels
         return Node((position,), "pointwise", size)
     inner = max(a for a, extent in enumerate(shape) if extent > 1)

@@ -5,6 +5,7 @@ Every test here also holds for ``jax.jit``, except where it says what jevt adds.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import inspect
@@ -273,15 +274,39 @@ def test_debug_nans(jit):
 def test_export(jit):
     exported = jax.export.export(jit(lambda x: jnp.sin(x) + 1))(jnp.ones(3))
     np.testing.assert_allclose(exported.call(jnp.ones(3)), np.sin(1) + 1, rtol=1e-6)
+
+
+def test_export_with_symbolic_sizes(jit):
     (n,) = jax.export.symbolic_shape("n")
     arg = jax.ShapeDtypeStruct((n,), jnp.float32)
-    exported = jax.export.export(jit(lambda x: jnp.sin(x).sum()))(arg)
+    expected = pytest.warns(jevt.JevtWarning, match="<lambda> has symbolic sizes")
+    with expected if jit is jevt.jit else contextlib.nullcontext():
+        exported = jax.export.export(jit(lambda x: jnp.sin(x).sum()))(arg)
     np.testing.assert_allclose(exported.call(jnp.ones(5)), 5 * np.sin(1), rtol=1e-6)
+    with pytest.raises(jevt.StrictError, match="symbolic sizes.*for given sizes"):
+        jax.export.export(jevt.jit(jnp.sin, strict=True))(arg)
+
+
+def test_compiler_options(jit):
+    f = jit(lambda x: x * 2, compiler_options={"xla_cpu_enable_fast_math": True})
+    assert f(2.0) == 4.0
+    with pytest.raises(Exception, match="no_such_option"):
+        jit(lambda x: x * 2, compiler_options={"no_such_option": True})(2.0)
+
+
+@pytest.mark.filterwarnings("ignore:backend and device argument on jit is deprecated")
+def test_device(jit):
+    device = jax.devices("cpu")[0]
+    assert jit(lambda x: x * 2, device=device)(jnp.ones(3)).devices() == {device}
 
 
 def test_export_for_several_platforms():
-    exported = jax.export.export(jevt.jit(lambda x: x * 2 + 1), platforms=("cpu", "cuda"))(1.0)
-    assert exported.call(2.0) == 5.0
+    """It is planned, for the reports, and left to XLA: there is one text for all of them."""
+    f = jevt.jit(lambda x: x * 2 + 1, backend="triton")
+    exported = jax.export.export(f, platforms=("cpu", "cuda"))(np.ones(3000, np.float32))
+    np.testing.assert_array_equal(exported.call(np.full(3000, 2.0, np.float32)), 5)
+    (group,) = jevt.last_trace(f).plan.groups
+    assert group.reason == "backend: xla on cpu leaves all to XLA"
 
 
 def test_x64(jit):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ import pytest
 
 import jevt
 from jevt.lowering import emit
-from jevt_kernels import launch, visitor
+from jevt_kernels import compat, launch, visitor
 
 
 def layer_norm(x, scale):
@@ -135,13 +138,88 @@ def test_a_kernel_that_does_not_compile_goes_back_to_xla(monkeypatch):
     monkeypatch.setattr(launch, "precompile", refuse)
     step = jevt.jit(layer_norm, backend="triton")
     x, _, scale = arguments()
-    with pytest.warns(UserWarning, match="runs through XLA: kernel did not compile"):
+    with pytest.warns(jevt.JevtWarning, match="runs through XLA: kernel did not compile"):
         text, trace = lower_for_cuda(step, x, scale)
     assert "triton_kernel_call_ffi" not in text
     (group,) = [g for g in trace.plan.groups if g.kind == "rowwise"]
     assert group.target == "xla"
     assert group.fallback
     assert "no registers left" in group.reason
+
+
+@pytest.mark.cuda_lowering
+def test_one_warning_for_one_reason(monkeypatch):
+    def refuse(spec, capability):
+        raise RuntimeError("no registers left")
+
+    monkeypatch.setattr(launch, "precompile", refuse)
+    x, weight, scale = arguments()
+    step = jevt.jit(lambda *a: jax.lax.map(lambda _: block(*a), jnp.ones(3)), backend="triton")
+    with pytest.warns(jevt.JevtWarning, match=r"2 groups \(g\d+_rowwise.*, …\) run ") as caught:
+        _, trace = lower_for_cuda(step, x, weight, scale)
+    assert len(caught) == 1
+    assert len(trace.warnings) == 2
+
+
+@contextlib.contextmanager
+def jax_triton_missing():
+    with pytest.MonkeyPatch.context() as patch:
+        # None makes Python's import raise ModuleNotFoundError.
+        patch.setitem(sys.modules, "jax_triton", None)
+        yield
+
+
+@contextlib.contextmanager
+def triton_too_old():
+    version = importlib.metadata.version
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            importlib.metadata, "version", lambda n: "3.5.1" if n == "triton" else version(n)
+        )
+        yield
+
+
+@contextlib.contextmanager
+def gpu_too_old():
+    class Volta:
+        device_kind = "Tesla V100"
+        compute_capability = "7.0"
+
+    devices = jax.devices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *a: [Volta()] if a == ("cuda",) else devices(*a))
+        yield
+
+
+@pytest.mark.cuda_lowering
+@pytest.mark.parametrize(
+    ("circumstance", "message"),
+    [
+        (jax_triton_missing, r"jax-triton, which is not installed. Install it with"),
+        (triton_too_old, r"expected Triton 3.6 or newer, got 3.5.1. Upgrade it"),
+        (gpu_too_old, r"expected a GPU of compute capability 8.0 or higher .* got 7.0"),
+    ],
+)
+def test_machines_that_cannot_run_kernels(circumstance, message):
+    """The program runs, with one warning; under ``strict`` it is an error; and nothing stays."""
+    x, weight, scale = arguments()
+    launch.precompile.cache_clear()
+    compat.triton_version.cache_clear()
+    compat.import_jax_triton.cache_clear()
+    with circumstance():
+        step = jevt.jit(block, backend="triton")
+        with pytest.warns(jevt.JevtWarning, match=f"2 groups .* run through XLA.*{message}") as log:
+            text, trace = lower_for_cuda(step, x, weight, scale)
+        assert len(log) == 1
+        assert "triton_kernel_call_ffi" not in text
+        assert {g.target for g in trace.plan.groups} == {"xla"}
+        with (
+            pytest.warns(jevt.JevtWarning),
+            pytest.raises(jevt.StrictError, match=message),
+        ):
+            lower_for_cuda(jevt.jit(block, backend="triton", strict=True), x, weight, scale)
+    text, _ = lower_for_cuda(jevt.jit(block, backend="triton", strict=True), x, weight, scale)
+    assert "triton_kernel_call_ffi" in text
 
 
 @pytest.mark.cuda_lowering
@@ -153,7 +231,7 @@ def test_strict_makes_a_failed_kernel_an_error(monkeypatch):
     x, _, scale = arguments()
     step = jevt.jit(layer_norm, backend="triton", strict=True)
     with (
-        pytest.warns(UserWarning, match="did not compile"),
+        pytest.warns(jevt.JevtWarning, match="did not compile"),
         pytest.raises(jevt.StrictError, match="no registers left"),
     ):
         step.trace(x, scale).lower(lowering_platforms=("cuda",))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import sparse
 from jax.extend.core import JaxprEqn, Primitive, primitives
 
 from jevt._jax_internals import iota_2x32_shape_p
@@ -139,6 +140,16 @@ def test_views_reductions_sources_and_products() -> None:
             jax.random.wrap_key_data,
             (jax.ShapeDtypeStruct((2,), np.uint32),),
             "no mainloop: random_wrap",
+        ),
+        (
+            lambda x: sparse.BCOO.fromdense(x, nse=3).data,
+            (FLOAT,),
+            "no mainloop: bcoo_fromdense",
+        ),
+        (
+            lambda x: jax.pure_callback(lambda v: v, FLOAT, x),
+            (FLOAT,),
+            "one call: a callback to the host",
         ),
         (lambda x: jax.debug.print("{}", x), (FLOAT,), "has effects, which bound groups"),
     ],

@@ -97,6 +97,7 @@ def test_devices():
         ("NVIDIA GeForce RTX 4090", "8.9", "RTX 4090"),
         ("NVIDIA L40S", "8.9", "NVIDIA L40S"),
         ("NVIDIA X900", "13.0", "NVIDIA X900"),
+        ("Tesla V100-SXM2-16GB", "7.0", "Tesla V100-SXM2-16GB"),
     ],
 )
 def test_devices_are_told_by_their_names(monkeypatch, kind, capability, expected):
@@ -105,7 +106,9 @@ def test_devices_are_told_by_their_names(monkeypatch, kind, capability, expected
         compute_capability = capability
 
     monkeypatch.setattr(jax, "devices", lambda platform: [Present()])
-    assert cost.device_model("cuda").name == expected
+    device = cost.device_model("cuda")
+    assert device.name == expected
+    assert device.compute_capability == round(10 * float(capability)), "what kernels are made for"
 
 
 def test_an_absent_gpu_is_taken_for_an_h100(monkeypatch):

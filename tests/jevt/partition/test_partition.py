@@ -370,6 +370,16 @@ def test_what_no_mainloop_takes():
     assert not product.fallback
 
 
+def test_arrays_without_elements_are_no_lack_of_kernels():
+    def function(x):
+        empty = x[:0]
+        return empty * 2, empty.sum(0) + 1, jax.nn.softmax(x[:, :0]), empty.T.reshape(0, 2, 3)
+
+    plan = partition(trace(function, X)[0], context("triton"))
+    assert not fallbacks(plan)
+    assert {g.reason for g in plan.groups if g.kind == "opaque"} == {"cost model: no elements"}
+
+
 def test_unknown_primitive_is_a_fallback():
     from jax.extend.core import Primitive
 

@@ -30,7 +30,7 @@ MAX_WHOLE = 8192
 
 #: Programs that walk the rows: a few for each multiprocessor of any present GPU. The number decides
 #: the order of summation, so it does not depend on the device.
-ROW_PROGRAMS = 528
+ROW_PROGRAMS = 1056
 
 _PER_WARP = 1024
 
@@ -43,13 +43,14 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
     result: dict[Config, None] = {}
     # A row on chip for each warp, its intermediates beside the accumulators; else short blocks of
     # columns, so that the partial results are few.
-    shapes = ((1024, width), (2048, width)) if whole else ((2048, 64), (2048, 256), (4096, 128))
+    shapes = ((1024, width), (2048, width)) if whole else ((4096, 64), (2048, 256), (4096, 128))
     for elements, widest in shapes:
         across = min(width, widest)
         down = min(max(1, elements // across), power_of_two(rows))
         blocks = (("row", down), ("col", across))
         warps = min(16, max(1, down * across // _PER_WARP))
-        result.setdefault(Config(blocks, warps, stages(spec, "row", dict(blocks))))
+        ahead = stages(spec, "row", dict(blocks), most=4 if whole else 3)
+        result.setdefault(Config(blocks, warps, ahead))
     return tuple(result)
 
 

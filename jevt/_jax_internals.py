@@ -21,6 +21,7 @@ from jax._src import (
     custom_batching,
     custom_derivatives,
     dtypes,
+    flattree,
     named_sharding,
     shard_map,
     tree_util,
@@ -79,12 +80,37 @@ def is_plain_jit(eqn: JaxprEqn) -> bool:
     )
 
 
-def scan_constants(eqn: JaxprEqn) -> int:
-    """Number of a ``scan``'s leading operands that its body sees unchanged in each iteration."""
-    if "num_consts" in eqn.params:
-        return int(eqn.params["num_consts"])
-    constants, _, _ = eqn.params["ft_in"].unpack()
-    return len(list(constants))
+def scan_operands(eqn: JaxprEqn) -> tuple[int, int, int]:
+    """Numbers of a ``scan``'s operands: constants, what is carried, and inputs by step."""
+    constants, carry, inputs = (len(list(part)) for part in eqn.params["ft_in"].unpack())
+    return constants, carry, inputs
+
+
+def scan_like(
+    eqn: JaxprEqn,
+    body: Jaxpr,
+    operands: Sequence[Any],
+    counts: tuple[int, int, int],
+    outvars: Sequence[Any],
+) -> JaxprEqn:
+    """A ``scan`` as ``eqn``, with another body, operands and results.
+
+    Args:
+      eqn: gives everything else.
+      body: of constants, carry and inputs to carry and outputs.
+      operands: constants, carry and inputs.
+      counts: how many of each.
+      outvars: carry and outputs.
+    """
+    constants, carry, inputs = map(flattree.nones, counts)
+    outputs = flattree.nones(len(outvars) - counts[1])
+    params = {
+        **eqn.params,
+        "jaxpr": body,
+        "ft_in": flattree.pack((constants, carry, inputs)),
+        "ft_out": flattree.pack((carry, outputs)),
+    }
+    return eqn.replace(invars=list(operands), outvars=list(outvars), params=params)
 
 
 def touches_refs(eqns: Iterable[JaxprEqn]) -> bool:

@@ -41,10 +41,10 @@ from jax.extend.core import primitives as p
 
 from jevt._context import Context
 from jevt.partition.targets import body_context
-from jevt.passes import canonicalize
+from jevt.passes import canonicalize, cse, dce
 from jevt.passes._rewrite import map_bodies, rebuild, substitute
-from jevt.passes._rules import Graph, merged
-from jevt.passes.attention import labels, policy, region, roles, scores, small
+from jevt.passes._rules import Graph, Rules, merged
+from jevt.passes.attention import labels, policy, region, roles, scans, scores, small
 from jevt.passes.attention.arrange import arrange
 from jevt.passes.attention.emit import Emitter
 from jevt.passes.attention.masks import seen_up_to, shows_some_key
@@ -60,6 +60,7 @@ _RULES = merged(canonicalize.RULES, {p.reduce_sum_p: (of_view,)})
 
 type Obstacle = Callable[[Case, Context], str]
 type Note = Callable[[str], None]
+type Misses = dict[str, list[str]]  # source lines of softmaxes by the reason for which they stay
 
 
 def on_cudnn(case: Case, context: Context) -> str:
@@ -100,41 +101,85 @@ class _Run:
 
     def __init__(self, obstacle: Obstacle) -> None:
         self.obstacle = obstacle
-        self.misses: dict[str, list[str]] = {}
+        self.misses: Misses = {}
         self.done: dict[tuple[Jaxpr, Context], Jaxpr] = {}
 
-    def run(self, jaxpr: Jaxpr, context: Context) -> Jaxpr:
-        """``jaxpr`` with its attentions raised; the same for a body that is shared."""
-        if (jaxpr, context) not in self.done:
-            self.done[jaxpr, context] = self._rewritten(jaxpr, context)
-        return self.done[jaxpr, context]
+    def run(self, jaxpr: Jaxpr, context: Context, *, quiet: bool = False) -> Jaxpr:
+        """``jaxpr`` with its attentions raised; the same for a body that is shared.
 
-    def _rewritten(self, jaxpr: Jaxpr, context: Context) -> Jaxpr:
-        program = Program(jaxpr)
-        graph = Graph(jaxpr, _RULES)
+        ``quiet`` is for bodies whose misses are known.
+        """
+        key = jaxpr, context
+        if key not in self.done:
+            misses = {} if quiet else self.misses
+            self.done[key], _ = self._rewritten(Program(jaxpr), context, misses)
+        return self.done[key]
+
+    def _rewritten(
+        self,
+        program: Program,
+        context: Context,
+        misses: Misses,
+        length: int = 0,
+        rules: Rules | None = None,
+    ) -> tuple[Jaxpr, int]:
+        """A jaxpr with its attentions raised, and how many equations its first ``length`` became.
+
+        Equations that are emitted for one of the first come before the others.
+        """
+        jaxpr = program.jaxpr
         replaced: set[int] = set()
         todo: dict[int, list[Callable[[], None]]] = {}
-        for match in self._matches(program, context):
+        graph = Graph(jaxpr, _RULES if rules is None else rules)
+        for match in self._matches(program, context, misses):
             writer = Emitter(match, arrange(match), graph)
             first, second = policy.places(match)
             todo.setdefault(first, []).append(writer.forward)
             if match.roles.d_out is not None:
                 todo.setdefault(second, []).append(writer.backward)
             replaced.update(i for part in match.roles.results for i in match.replaced(part))
-        if not todo:
-            return rebuild(jaxpr, [self._with_bodies(eqn, context) for eqn in jaxpr.eqns], {})
-        for position, eqn in enumerate(jaxpr.eqns):
+        loops, quiet = self._loops(program, context)
+        if not todo and not loops:
+            eqns = [self._with_bodies(e, context, i in quiet) for i, e in enumerate(program.eqns)]
+            return rebuild(jaxpr, eqns, {}), length
+        new_length = 0
+        for position, eqn in enumerate(program.eqns):
+            if position == length:
+                new_length = len(graph.eqns)
             for write in todo.get(position, ()):
                 write()
-            if position not in replaced:
-                graph.add(self._with_bodies(substitute(graph.env, eqn), context))
-        return rebuild(jaxpr, graph.eqns, graph.env)
+            if position in loops:
+                graph.add(substitute(graph.env, loops[position]))
+            elif position not in replaced:
+                whole = substitute(graph.env, eqn)
+                graph.add(self._with_bodies(whole, context, position in quiet))
+        return rebuild(jaxpr, graph.eqns, graph.env), new_length
 
-    def _with_bodies(self, eqn: JaxprEqn, context: Context) -> JaxprEqn:
+    def _with_bodies(self, eqn: JaxprEqn, context: Context, quiet: bool) -> JaxprEqn:
         inner = body_context(context, eqn.primitive.name, eqn.params)
-        return map_bodies(eqn, lambda body: self.run(body, inner))
+        return map_bodies(eqn, lambda body: self.run(body, inner, quiet=quiet))
 
-    def _matches(self, program: Program, context: Context) -> Iterator[Match]:
+    def _loops(self, program: Program, context: Context) -> tuple[dict[int, JaxprEqn], set[int]]:
+        """New loops for those whose attentions run forward in one and backward in another.
+
+        Also the positions of loops that stay as they are, whose attentions have been looked at.
+        """
+        loops: dict[int, JaxprEqn] = {}
+        quiet: set[int] = set()
+        for joint in scans.joints(program):
+            misses: Misses = {}
+            step = Program(joint.jaxpr)
+            new, length = self._rewritten(step, context, misses, joint.length, rules={})
+            if new is not joint.jaxpr:
+                first, second = scans.split(program, joint, new, length)
+                loops[joint.first], loops[joint.second] = map(_canonical, (first, second))
+            elif misses:
+                quiet |= {joint.first, joint.second}
+            for reason, places in misses.items():
+                self.misses.setdefault(reason, []).extend(places)
+        return loops, quiet
+
+    def _matches(self, program: Program, context: Context, misses: Misses) -> Iterator[Match]:
         taken: set[int] = set()
         for position, eqn in enumerate(program.eqns):
             if eqn.primitive is not p.exp_p or position in taken:
@@ -154,9 +199,11 @@ class _Run:
                 yield match
                 break
             if reason:
-                self.misses.setdefault(reason, []).append(
-                    source_info_util.summarize(eqn.source_info)
-                )
+                misses.setdefault(reason, []).append(source_info_util.summarize(eqn.source_info))
+
+
+def _canonical(loop: JaxprEqn) -> JaxprEqn:
+    return map_bodies(loop, lambda body: dce.run(cse.run(canonicalize.run(body))))
 
 
 def recognise(candidate: Region) -> Match | None:

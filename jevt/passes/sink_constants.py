@@ -40,7 +40,7 @@ type Definitions = Mapping[Var, JaxprEqn]
 
 
 def _scan(eqn: JaxprEqn) -> Iterator[tuple[str, int, range]]:
-    yield "jaxpr", 0, range(internals.scan_constants(eqn))
+    yield "jaxpr", 0, range(internals.scan_operands(eqn)[0])
 
 
 def _while(eqn: JaxprEqn) -> Iterator[tuple[str, int, range]]:

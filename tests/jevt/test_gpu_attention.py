@@ -135,17 +135,21 @@ def test_forward_alone():
     check(step, *operands("BTNH")[:3], calls=1)
 
 
-def test_scan_over_checkpointed_layers():
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_scan_over_layers(checkpoint):
     def attend(x, weights):
         def body(x, w):
-            return x + einsum(softmax=SOFTMAXES["in float32"], mask=causal)(x * w, x, x), None
+            mixed = einsum(softmax=SOFTMAXES["in float32"], mask=causal)(x * w, x, x)
+            return x + 0.1 * mixed, None
 
-        return jax.lax.scan(jax.checkpoint(body), x, weights)[0]
+        return jax.lax.scan(jax.checkpoint(body) if checkpoint else body, x, weights)[0]
 
     x, weights, d_out = arrays((2, 128, 4, 64), (3, 4, 64), (2, 128, 4, 64), dtype=jnp.bfloat16)
     args = 0.1 * x, weights, d_out
     jitted = jevt.jit(training(attend))
-    assert jitted.lower(*args).compile().as_text().count('custom_call_target="__cudnn$fmha') == 3
+    calls = 3 if checkpoint else 2
+    text = jitted.lower(*args).compile().as_text()
+    assert text.count('custom_call_target="__cudnn$fmha') == calls
     exact = exactly(training(attend), *args)
     by_jax = relative_error(jax.jit(training(attend))(*args), exact)
     assert relative_error(jitted(*args), exact) < 1.3 * by_jax + 3e-3

@@ -1,6 +1,7 @@
 """The parts of ``raise_attention``, in the order in which they run.
 
 ==================  ===============================================================================
+``scans.py``        a step of the loop forward and of the loop backward as one program
 ``region.py``       which equations may be one attention: everything between the products around a
                     softmax, forward and backward
 ``labels.py``       names for the axes of every value in a region, so that views say nothing more

@@ -414,28 +414,124 @@ def test_checkpointed():
     assert relative_norm(evaluate(jaxpr, x, d_out), step(x, d_out)) < 1e-5
 
 
-def scanned(checkpoint):
+def scanned(wrap=lambda body: body, **options):
     def attend(x, weights):
         def body(x, w):
-            return x + einsum(mask=causal)(x * w, x, x), None
+            return x + 0.1 * einsum(mask=causal)(x * w, x, x), None
 
-        return jax.lax.scan(jax.checkpoint(body) if checkpoint else body, x, weights)[0]
+        return jax.lax.scan(wrap(body), x, weights, **options)[0]
 
     x, weights, d_out = arrays((3, 6, 4, 8), (5, 4, 8), (3, 6, 4, 8))
     return training(attend), (0.1 * x, weights, d_out)
 
 
-def test_checkpointed_scan_over_layers():
-    step, args = scanned(True)
+def check_scan(step, *args, forward=1, backward=1):
+    """One attention a body, and no scores between the loops."""
     jaxpr, notes = raised(step, *args)
-    assert not notes and "exp" not in names(jaxpr)
-    assert names(jaxpr).count("attention") == 2 and names(jaxpr).count("attention_backward") == 1
-    assert relative_norm(evaluate(jaxpr, *args), step(*args)) < 1e-5
+    have = names(jaxpr)
+    assert not notes and "exp" not in have
+    assert have.count("attention") == forward and have.count("attention_backward") == backward
+    assert relative_norm(evaluate(jaxpr, *args, compiled=True), jax.jit(step)(*args)) < 1e-5
+    return [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
 
 
-def test_scan_keeps_what_its_backward_pass_reads():
-    step, args = scanned(False)
+def test_checkpointed_scan_over_layers():
+    step, args = scanned(jax.checkpoint)
+    check_scan(step, *args, forward=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"unroll": 2}])
+def test_scan_over_layers(options):
+    """What the forward loop leaves for the backward loop: q, k and v, out, and the statistics."""
+    step, args = scanned(**options)
+    (first, second) = check_scan(step, *args)
+    sizes = [v.aval.size for v in first.outvars[1:]]
+    assert max(sizes) == 5 * args[0].size
+    assert len(second.invars) <= 1 + 5
+
+
+def test_scan_with_a_mask_and_a_bias_for_all_layers():
+    mask = np.ones((3, 1, 1, 6), bool)
+    mask[0, ..., 4:] = False
+    (bias,) = arrays((4, 6, 6))
+
+    def step(mask, bias, x, weights, d_out):
+        def attend(x, weights):
+            def body(x, w):
+                scores = lambda s: hidden(mask)(causal(s + bias))  # noqa: E731
+                return x + einsum(mask=scores)(x * w, x, x), None
+
+            return jax.lax.scan(body, x, weights)[0]
+
+        return training(attend)(x, weights, d_out)
+
+    _, args = scanned()
+    (first, _) = check_scan(step, mask, bias, *args)
+    # What is the same for all layers is made again, not kept once a layer.
+    assert max(v.aval.size for v in first.outvars) == 5 * args[0].size
+
+
+def test_scan_whose_results_are_read():
+    def attend(x, weights):
+        def body(x, w):
+            y = x + einsum()(x * w, x, x)
+            return y, (y.mean(-1), x)
+
+        return jax.lax.scan(body, x, weights)
+
+    def step(x, weights, d_out):
+        (out, seen), vjp = jax.vjp(attend, x, weights)
+        return out, seen, *vjp((d_out, jax.tree.map(jnp.ones_like, seen)))
+
+    _, args = scanned()
+    check_scan(lambda *args: jax.tree.leaves(step(*args)), *args)
+
+
+def test_scan_in_scan():
+    def attend(x, weights):
+        def outer(x, w):
+            def inner(x, v):
+                return x + 0.1 * einsum(mask=causal)(x * w * v, x, x), None
+
+            return jax.lax.scan(inner, x, weights[:2])[0], None
+
+        return jax.lax.scan(outer, x, weights)[0]
+
+    _, args = scanned()
+    check_scan(training(attend), *args)
+
+
+def test_scan_with_two_attentions_a_step():
+    def attend(x, weights):
+        def body(x, w):
+            x = x + 0.1 * einsum(mask=causal)(x * w, x, x)
+            return x + 0.1 * jax.nn.dot_product_attention(x, x * w, x), None
+
+        return jax.lax.scan(body, x, weights)[0]
+
+    _, args = scanned()
+    check_scan(training(attend), *args, forward=2, backward=2)
+
+
+def test_scan_that_returns_probabilities():
+    def attend(x, weights):
+        def body(x, w):
+            p = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", x * w, x))
+            return x + jnp.einsum("bnts,bsnh->btnh", p, x), p
+
+        return jax.lax.scan(body, x, weights)
+
+    def step(x, weights, d_out):
+        out, vjp, p = jax.vjp(attend, x, weights, has_aux=True)
+        return out, p, *vjp(d_out)
+
+    _, args = scanned()
     is_left(step, *args, reason="computed from the scores are a result")
+
+
+def test_scan_without_a_kernel():
+    step, args = scanned()
+    is_left(step, *args, reason="no kernel", obstacle=lambda case, context: "no kernel")
 
 
 def test_vmap():

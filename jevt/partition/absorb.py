@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from jevt.partition.contract import merge, ordered
 from jevt.partition.graph import Graph, Node
 from jevt.partition.problem import Label
-from jevt.partition.reach import Links, Reach, bits
+from jevt.partition.reach import Links, Reach, bits, mates
 from jevt.partition.spaces import labels_of, places
 
 
@@ -43,7 +43,8 @@ def absorb(
     assumed: set[int] = set()
     for part in parts:
         labels = labels_of(graph, part)
-        found = places(graph, reach, part, links)
+        separated = reach.separated(graph, part)
+        found = places(graph, part, links, separated)
         inside = sum(1 << n for n in part)
         for leaf in part:
             producer = _producer(graph, links, leaf, inside)
@@ -55,9 +56,9 @@ def absorb(
                 spaces = {dataclasses.replace(label, late=True) for label in spaces}
                 if not spaces <= held:
                     continue
-                mates = reach.mates(producer, part, links)
-                if _may_store(graph, reach, mates, producer):
-                    if mates.issuperset(links.adjacent[leaf]):
+                near = mates(producer, separated, links)
+                if _may_store(graph, reach, near, producer):
+                    if near.issuperset(links.adjacent[leaf]):
                         continue
                     assumed.add(leaf)
             if spaces <= held:
@@ -93,10 +94,10 @@ def _strongest(labels: Sequence[Label]) -> set[Label]:
     return {label for label in labels if label.cols or label.size not in with_rows}
 
 
-def _may_store(graph: Graph, reach: Reach, mates: Iterable[int], node: int) -> bool:
+def _may_store(graph: Graph, reach: Reach, near: Iterable[int], node: int) -> bool:
     """Whether a kernel with a node may hold what makes a value of rows, but not all its readers."""
     above = reach.above[node]
-    for mate in mates:
+    for mate in near:
         for tensor in (graph.tensors[t] for t in graph.writes[mate]):
             stored = tensor.escapes or not all(above >> c & 1 for c in tensor.consumers)
             if stored and not tensor.late and tensor.size < graph.nodes[node].size:

@@ -73,6 +73,8 @@ def arranged(graph: Graph, reach: Reach, part: Sequence[int]) -> list[int]:
     what they compute, from what and for what (colour refinement in three steps); those that are not
     keep the program's order, and may then miss being recognised as equal.
     """
+    if len(part) == 1:
+        return list(part)
     inside = {node: position for position, node in enumerate(part)}
     tensors, eqns = graph.tensors, graph.jaxpr.eqns
     before: dict[int, str] = {}

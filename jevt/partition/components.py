@@ -45,14 +45,14 @@ def split(graph: Graph, reach: Reach, launch: int) -> tuple[list[list[int]], Lin
     parts = [fusible]
     while True:
         home = {n: index for index, part in enumerate(parts) for n in part}
-        outside = [~sum(1 << n for n in part if n not in single) for part in parts]
-        place = {
-            node: firm | inner
-            for part in parts
-            for node, (firm, inner) in places(graph, reach, part, links).items()
-        }
-
-        possible = _Possible(reach, home, outside, place)
+        separated: dict[int, int] = {}
+        place: dict[int, int] = {}
+        for part in parts:
+            inner = reach.separated(graph, [n for n in part if n not in single])
+            separated |= dict.fromkeys(part, 0) | inner
+            found = places(graph, part, links, separated)
+            place |= {node: firm | small for node, (firm, small) in found.items()}
+        possible = _Possible(home, separated, place)
         kept = near_readers(graph, links.where(possible), possible, launch)
         again = problems.components(fusible, kept.adjacent)
         if len(again) == len(parts) and kept == links:
@@ -73,7 +73,7 @@ def pose(graph: Graph, reach: Reach, part: Sequence[int], links: Links, launch: 
         for found in links.by_first
     )
     tensors = tuple(traffic for traffic, _ in moved(graph, part))
-    found = places(graph, reach, part, links)
+    found = places(graph, part, links, reach.separated(graph, part))
     return Problem(
         len(part),
         tuple(edges),
@@ -164,17 +164,15 @@ def _may_join(a: Node, b: Node) -> bool:
 class _Possible:
     """Whether a pair may share a group: one part, one space, no path that leaves the part."""
 
-    reach: Reach
     home: dict[int, int]
-    outside: list[int]
+    separated: dict[int, int]
     places: dict[int, int]
 
     def __call__(self, a: int, b: int) -> bool:
         part = self.home.get(a)
         if part is None or part != self.home.get(b) or not self.places[a] & self.places[b]:
             return False
-        between = self.reach.between(a, b) | self.reach.between(b, a)
-        return not between & self.outside[part]
+        return not self.separated[a] >> b & 1
 
 
 def _traffic(graph: Graph, index: int, local: dict[int, int]) -> Traffic:

@@ -21,13 +21,13 @@ from __future__ import annotations
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from jevt import _jaxpr
-from jevt.partition.graph import Graph, Node, nbytes
+from jevt.partition.graph import Node, Reading, nbytes
 
 #: Primitives of which copies are made.
 _COPIED = frozenset({"broadcast_in_dim", "convert_element_type", "iota", "reshape", "squeeze"})
 
 
-def duplicate(graph: Graph) -> Jaxpr:
+def duplicate(graph: Reading) -> Jaxpr:
     """The graph's jaxpr with copies.
 
     Args:

@@ -118,19 +118,33 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Graph:
-    """Nodes in an executable order, with the tensors between them.
+class Reading:
+    """Nodes in an executable order.
 
     Attributes:
       jaxpr: what the positions in ``Node.eqns`` refer to.
+    """
+
+    jaxpr: Jaxpr
+    nodes: tuple[Node, ...]
+
+    @functools.cached_property
+    def uses(self) -> dict[Var, set[int | None]]:
+        """Positions of the equations that read a variable; None stands for the jaxpr's output."""
+        return uses(self.jaxpr)
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph(Reading):
+    """Nodes in an executable order, with the tensors between them.
+
+    Attributes:
       tensors: only those that cross between nodes or the jaxpr's border.
       reads, writes: for each node, positions in ``tensors``.
       successors, predecessors: for each node, nodes that depend on it and that it depends on,
         through tensors and through the order of effects.
     """
 
-    jaxpr: Jaxpr
-    nodes: tuple[Node, ...]
     tensors: tuple[Tensor, ...]
     reads: tuple[tuple[int, ...], ...]
     writes: tuple[tuple[int, ...], ...]
@@ -159,11 +173,6 @@ class Graph:
                     outputs.append(var)
         return _jaxpr.make(list(inputs), outputs, [self.jaxpr.eqns[p] for p in chosen])
 
-    @functools.cached_property
-    def uses(self) -> dict[Var, set[int | None]]:
-        """Positions of the equations that read a variable; None stands for the jaxpr's output."""
-        return uses(self.jaxpr)
-
 
 def uses(jaxpr: Jaxpr) -> dict[Var, set[int | None]]:
     """For each variable that is read, the positions of its readers; None stands for the output."""
@@ -178,9 +187,14 @@ def uses(jaxpr: Jaxpr) -> dict[Var, set[int | None]]:
     return result
 
 
+def read(jaxpr: Jaxpr, classify: Classify) -> Reading:
+    """One node for each equation, in the jaxpr's order."""
+    return Reading(jaxpr, tuple(_node(i, eqn, classify) for i, eqn in enumerate(jaxpr.eqns)))
+
+
 def from_jaxpr(jaxpr: Jaxpr, classify: Classify) -> Graph:
     """The graph with one node for each equation, in the jaxpr's order."""
-    return assemble(jaxpr, [_node(i, eqn, classify) for i, eqn in enumerate(jaxpr.eqns)])
+    return assemble(jaxpr, read(jaxpr, classify).nodes)
 
 
 def assemble(jaxpr: Jaxpr, nodes: Sequence[Node]) -> Graph:

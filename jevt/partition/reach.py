@@ -33,27 +33,36 @@ class Reach:
             below[node] = mask
         return cls(below, above)
 
-    def between(self, a: int, b: int) -> int:
-        """The nodes on paths from ``a`` to ``b``, 0 if there is none."""
-        return self.below[a] & self.above[b]
+    def separated(self, graph: Graph, part: Sequence[int]) -> dict[int, int]:
+        """For each node of a part, the nodes with which a path that leaves the part connects it.
 
-    def mates(self, node: int, part: Sequence[int], links: Links) -> set[int]:
-        """The nodes of a part that some connected group may hold together with ``node``.
-
-        A path between the two must not leave the part, nor one between ``node`` and what links
-        them.
+        They can share no group: what lies on such a path would have to run inside the group.
         """
-        outside = ~sum(1 << n for n in part)
-        found = {node}
-        stack = [node]
-        while stack:
-            for other in links.adjacent[stack.pop()]:
-                if other not in found and not outside & (
-                    self.between(node, other) | self.between(other, node)
-                ):
-                    found.add(other)
-                    stack.append(other)
-        return found
+        part = sorted(part)
+        inside = set(part)
+        after: dict[int, int] = {}
+        for node in reversed(part):
+            after[node] = 0
+            for following in graph.successors[node]:
+                after[node] |= after[following] if following in inside else self.below[following]
+        before: dict[int, int] = {}
+        for node in part:
+            before[node] = 0
+            for previous in graph.predecessors[node]:
+                before[node] |= before[previous] if previous in inside else self.above[previous]
+        return {node: after[node] | before[node] for node in part}
+
+
+def mates(node: int, separated: Mapping[int, int], links: Links) -> set[int]:
+    """The nodes that some connected group may hold together with ``node``."""
+    found = {node}
+    stack = [node]
+    while stack:
+        for other in links.adjacent[stack.pop()]:
+            if other not in found and not separated[node] >> other & 1:
+                found.add(other)
+                stack.append(other)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,4 +100,11 @@ class Links:
 
 def bits(mask: int) -> list[int]:
     """The positions of the ones of a mask, ascending."""
-    return [i for i, digit in enumerate(bin(mask)[:1:-1]) if digit == "1"]
+    if mask.bit_count() * 16 > mask.bit_length():
+        return [i for i, digit in enumerate(bin(mask)[:1:-1]) if digit == "1"]
+    result: list[int] = []
+    while mask:
+        lowest = mask & -mask
+        result.append(lowest.bit_length() - 1)
+        mask ^= lowest
+    return result

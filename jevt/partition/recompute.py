@@ -29,7 +29,7 @@ from ortools.graph.python import max_flow
 
 from jevt._context import Device
 from jevt.partition import cost
-from jevt.partition.graph import Graph, nbytes
+from jevt.partition.graph import Reading, nbytes
 from jevt.passes import dce
 
 #: Kinds of nodes whose equations may be repeated.
@@ -39,7 +39,7 @@ _REPEATED = frozenset({"pointwise", "view", "source"})
 _SHORT = 1 << 16
 
 
-def recompute(graph: Graph, device: Device) -> Jaxpr:
+def recompute(graph: Reading, device: Device) -> Jaxpr:
     """The graph's jaxpr, with equations repeated where that saves traffic.
 
     Args:
@@ -52,7 +52,7 @@ def recompute(graph: Graph, device: Device) -> Jaxpr:
 class _Recompute:
     """The regions of a graph, and what memory holds so far."""
 
-    def __init__(self, graph: Graph, device: Device) -> None:
+    def __init__(self, graph: Reading, device: Device) -> None:
         self.graph = graph
         self.device = device
         self.eqns = graph.jaxpr.eqns
@@ -104,6 +104,7 @@ class _Recompute:
             home, operands = self._home(var), self._operands(var)
             if operands is None:
                 network.must_keep(var)
+            if operands is None or network.keeps(var):
                 continue
             network.repeat(var, operands, self._arithmetic(self.maker[var]))
             for operand in operands:
@@ -174,7 +175,7 @@ class _Recompute:
         return result
 
 
-def _regions(graph: Graph, maker: dict[Var, int]) -> list[int | None]:
+def _regions(graph: Reading, maker: dict[Var, int]) -> list[int | None]:
     """For each equation, a number that it shares with the fusible equations around it.
 
     Equations are of one region if they are connected and equally many equations without a kernel
@@ -228,9 +229,12 @@ class _Network:
     def must_keep(self, var: Var) -> None:
         self.arithmetic[var] = -1
 
+    def keeps(self, var: Var) -> bool:
+        return self.arithmetic.get(var) == -1
+
     def repeat(self, var: Var, operands: list[Var], arithmetic: int) -> None:
-        if self.arithmetic.setdefault(var, arithmetic) >= 0:
-            self.arcs += [(operand, var) for operand in operands]
+        self.arithmetic[var] = arithmetic
+        self.arcs += [(operand, var) for operand in operands]
 
     def solve(self) -> set[Var]:
         """The values that are repeated."""

@@ -80,8 +80,8 @@ class _Run:
     def plan(self, jaxpr: Jaxpr, context: Context) -> Plan:
         started = time.monotonic()
         # 1. equations as nodes; what is cheap to make again copied, what stays together joined
-        jaxpr = recompute(graphs.from_jaxpr(jaxpr, self.classify), context.device)
-        jaxpr = duplicate(graphs.from_jaxpr(jaxpr, self.classify))
+        jaxpr = recompute(graphs.read(jaxpr, self.classify), context.device)
+        jaxpr = duplicate(graphs.read(jaxpr, self.classify))
         single = self._checked(graphs.from_jaxpr(jaxpr, self.classify))
 
         def accepts(positions: tuple[int, ...]) -> bool:

@@ -6,14 +6,13 @@ rows. EVT's nodes differ in the same way by "the iteration space" that a templat
 
 from __future__ import annotations
 
-import bisect
-import itertools
-from collections.abc import Sequence
+import collections
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from jevt.partition.graph import Graph
 from jevt.partition.problem import Label
-from jevt.partition.reach import Links, Reach
+from jevt.partition.reach import Links
 
 
 def labels_of(graph: Graph, part: Sequence[int]) -> tuple[Label, ...]:
@@ -26,17 +25,18 @@ def labels_of(graph: Graph, part: Sequence[int]) -> tuple[Label, ...]:
 
 
 def places(
-    graph: Graph, reach: Reach, part: Sequence[int], links: Links
+    graph: Graph, part: Sequence[int], links: Links, separated: Mapping[int, int]
 ) -> dict[int, tuple[int, int]]:
     """For each node, two sets of labels, as bit masks of positions in :func:`labels_of`.
 
     First those that hold it as a full tile or as rows. A label with rows counts only if a reduction
     that gives a group such rows may be with the node. Second those that hold it as something whose
     results cannot be stored, because it is smaller or because sums along rows are: they need all
-    its consumers in the group, so each must have a place under the label too.
+    its consumers in the group, so each must have a place under the label too. ``separated`` is of
+    :meth:`.Reach.separated`.
     """
     labels = labels_of(graph, part)
-    reducible = _Reducible(graph, reach, part)
+    reducible = _Reducible(graph, part, separated)
     result: dict[int, tuple[int, int]] = {}
     for node in reversed(part):
         consumers = _all_consumers(graph, links, node)
@@ -89,28 +89,13 @@ class _Reducible:
     leave the component.
     """
 
-    def __init__(self, graph: Graph, reach: Reach, part: Sequence[int]) -> None:
-        inside = sum(1 << n for n in part)
-        part = sorted(part)
-        self.before = {n: reach.above[n] & ~inside for n in part}
-        self.after = {n: reach.below[n] & ~inside for n in part}
-        self.reductions: dict[Label, list[int]] = {}
+    def __init__(self, graph: Graph, part: Sequence[int], separated: Mapping[int, int]) -> None:
+        self.separated = separated
+        self.reductions: dict[Label, int] = collections.defaultdict(int)
         for n in part:
             node = graph.nodes[n]
             if node.cols:
-                label = Label(node.size, node.cols, bool(node.ends))
-                self.reductions.setdefault(label, []).append(n)
+                self.reductions[Label(node.size, node.cols, bool(node.ends))] |= 1 << n
 
     def __call__(self, node: int, label: Label) -> bool:
-        if not label.cols:
-            return True
-        before, after = self.before[node], self.after[node]
-        reductions = self.reductions[label]
-        # The nearest is most likely to be possible.
-        at = bisect.bisect(reductions, node)
-        return any(
-            not (after & self.before[other] or self.after[other] & before)
-            for other in itertools.chain(
-                reductions[at : at + 4], reversed(reductions[:at]), reductions[at + 4 :]
-            )
-        )
+        return not label.cols or bool(self.reductions[label] & ~self.separated[node])

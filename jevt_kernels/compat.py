@@ -248,6 +248,23 @@ def _dot_of_bfloat16(interpreter: Any) -> Callable[..., Any]:
     return create_dot
 
 
+def _splat_of_comparison(interpreter: Any) -> Callable[..., Any]:
+    """The interpreter's broadcast of a scalar, which would make numbers of a comparison's result.
+
+    It gives results of comparisons the type of what was compared, and only their data is boolean.
+    """
+    original = interpreter.InterpreterBuilder.create_splat
+
+    def create_splat(self: Any, shape: Any, scalar: Any) -> Any:
+        result = original(self, shape, scalar)
+        if scalar.data.dtype == np.bool_:
+            return interpreter.TensorHandle(result.data.astype(np.bool_), result.dtype.scalar)
+        return result
+
+    create_splat.original = original  # type: ignore[attr-defined]
+    return create_splat
+
+
 def supply_interpreter_functions(functions: Mapping[str, Callable[..., np.ndarray]]) -> None:
     """Makes libdevice callable in the interpreter, which has no external functions of its own.
 
@@ -274,6 +291,7 @@ def supply_interpreter_functions(functions: Mapping[str, Callable[..., np.ndarra
 
     interpreter.InterpreterBuilder.create_extern_elementwise = create_extern_elementwise
     interpreter.InterpreterBuilder.create_dot = _dot_of_bfloat16(interpreter)
+    interpreter.InterpreterBuilder.create_splat = _splat_of_comparison(interpreter)
     for name, member in inspect.getmembers(libdevice):
         if core.is_builtin(member):
             bound = functools.partial(member, _semantic=interpreter.interpreter_semantic)

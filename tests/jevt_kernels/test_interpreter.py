@@ -58,6 +58,23 @@ def test_every_dtype_is_copied(dtype: type) -> None:
 
 
 @pytest.mark.interpret
+def test_comparison_of_a_scalar_among_those_of_a_block() -> None:
+    body = (
+        "i = tl.arange(0, 8)\n"
+        "whole = tl.load(x0) <= 0.5\n"
+        "each = tl.load(x1 + i) <= 3\n"
+        "tl.store(y0 + i, whole & each)\n"
+        "tl.store(y1 + i, tl.where(whole | each, 1.0, 2.0))"
+    )
+    spec, source = kernel(body, [tensor(()), tensor((8,))], [tensor((8,), np.bool_), tensor((8,))])
+    x = np.arange(8, dtype=np.float32)
+    for scalar in (0, 1):
+        both, either = interpreter.run(spec, np.float32(scalar), x, source=source)
+        np.testing.assert_array_equal(both, (scalar == 0) & (x <= 3))
+        np.testing.assert_array_equal(either, np.where((scalar == 0) | (x <= 3), 1, 2))
+
+
+@pytest.mark.interpret
 def test_scalars_empty_arrays_and_elements_never_stored() -> None:
     spec, source = kernel("tl.store(y0 + 1, tl.load(x0))", [tensor(())], [tensor((2,))])
     (result,) = interpreter.run(spec, np.float32(3), source=source)

@@ -1,103 +1,111 @@
-"""Time and effect of the graph passes on a deep model, run by hand:
+"""What the graph passes do to the five workloads: ``python -m benchmarks passes``.
 
-    python -m benchmarks.passes [layers]
-
-prints, for the training step of a BERT of that depth (24) and a width of 32, what each pass takes
-and leaves. Passes are linear: all of them together should take less than 3 s of processor time.
+Nothing is run: the steps are traced at their full shapes and rewritten as for a GPU. For each pass:
+equations, reductions, the bytes that would move if each equation were a kernel, and processor time.
+The table goes to ``docs/passes.md``.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.extend.core import Jaxpr
+from jax.extend.core import Jaxpr, Literal
 
-from jevt.pipeline import GRAPH_PASSES
+from benchmarks import registry
+from benchmarks.machine import ROOT
+from benchmarks.options import SIZES, Options
+from jevt import pipeline
+from jevt._context import Context
+from jevt.partition.cost import DEVICES
+from jevt.partition.graph import nbytes
 
-WIDTH, HEADS, TOKENS, BATCH, WORDS = 32, 4, 8, 2, 50
+DEFAULT = "bert,vit,resnet,xmlcnn,gcn"
+PATH = ROOT / "docs" / "passes.md"
 
+_REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "reduce_and")
 
-class Layer(nn.Module):
-    """Post-norm attention and MLP, in bfloat16, with dropout."""
+_INTRODUCTION = """\
+# The graph passes on the five workloads
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        def dense(width: int, x: jax.Array) -> jax.Array:
-            return nn.Dense(width, dtype=jnp.bfloat16)(x)
-
-        def heads() -> jax.Array:
-            return dense(WIDTH, x).reshape(*x.shape[:2], HEADS, WIDTH // HEADS)
-
-        drop = nn.Dropout(0.1, deterministic=False)
-        q, k, v = heads(), heads(), heads()
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(WIDTH // HEADS).astype(q.dtype)
-        weights = drop(jax.nn.softmax(scores.astype(jnp.float32)).astype(q.dtype))
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
-        x = nn.LayerNorm(dtype=jnp.bfloat16)(x + drop(dense(WIDTH, mixed)))
-        hidden = nn.gelu(dense(4 * WIDTH, x), approximate=False)
-        return nn.LayerNorm(dtype=jnp.bfloat16)(x + drop(dense(WIDTH, hidden)))
+Made by `python -m benchmarks passes`: training steps at their full shapes, traced and rewritten as
+for a GPU, without one; no pass that asks for a library of a present GPU (cuDNN) does anything here.
+*Traffic* is what would move if each equation were a kernel, every operand read and every result
+written once; bodies of loops count once. *ms* is processor time.
+"""
 
 
-class Bert(nn.Module):
-    """Masked-word prediction over every token."""
+@dataclass(frozen=True)
+class Line:
+    """The program after one pass."""
 
-    layers: int
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        embed = nn.Embed(WORDS, WIDTH, dtype=jnp.bfloat16)
-        x = nn.LayerNorm(dtype=jnp.bfloat16)(embed(tokens))
-        for _ in range(self.layers):
-            x = Layer()(x)
-        return embed.attend(x).astype(jnp.float32)
+    name: str
+    equations: int
+    reductions: int
+    nbytes: int
+    milliseconds: float
 
 
-def joint_graph(layers: int) -> Jaxpr:
-    """The jaxpr of a training step."""
-    model, optimizer = Bert(layers), optax.sgd(1e-3)
-    tokens = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32)
-    key = jax.random.key(0)
-    params = jax.eval_shape(lambda t: model.init({"params": key, "dropout": key}, t), tokens)
-    state = jax.eval_shape(optimizer.init, params)
-
-    def step(params, state, tokens, key):
-        def loss(params):
-            logits = model.apply(params, tokens, rngs={"dropout": key})
-            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
-
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    return jax.make_jaxpr(step)(params, state, tokens, key)
-
-
-def main(layers: int = 24) -> float:
-    """Prints a line a pass; returns processor seconds of all of them."""
-    jaxpr = joint_graph(layers)
-    print(f"{'traced':22} {'':>9} {len(jaxpr.eqns):6} equations {_reductions(jaxpr):4} reductions")
-    total = 0.0
-    for name, graph_pass in GRAPH_PASSES:
+def measure(jaxpr: Jaxpr) -> Iterator[Line]:
+    """The program as it was traced, and after each pass."""
+    yield _line("traced", jaxpr, 0.0)
+    device = DEVICES["H100"]
+    context = Context("cuda", "auto", False, (False,) * len(jaxpr.invars), device)
+    for name, graph_pass in pipeline.graph_passes(context):
         start = time.process_time()
         jaxpr = graph_pass(jaxpr)
-        seconds = time.process_time() - start
-        total += seconds
-        size = f"{len(jaxpr.eqns):6} equations {_reductions(jaxpr):4} reductions"
-        print(f"{name:22} {seconds * 1e3:6.0f} ms {size}")
-    print(f"{'all':22} {total * 1e3:6.0f} ms")
-    return total
+        yield _line(name, jaxpr, (time.process_time() - start) * 1e3)
 
 
-def _reductions(jaxpr: Jaxpr) -> int:
-    names = ("reduce_sum", "reduce_max", "reduce_min")
-    return sum(eqn.primitive.name in names for eqn in jaxpr.eqns)
+def _line(name: str, jaxpr: Jaxpr, milliseconds: float) -> Line:
+    traffic = reductions = equations = 0
+    stack = [jaxpr]
+    while stack:
+        for eqn in stack.pop().eqns:
+            equations += 1
+            reductions += eqn.primitive.name in _REDUCTIONS
+            bodies = [v for v in jax.tree.leaves(list(eqn.params.values())) if isinstance(v, Jaxpr)]
+            stack += bodies
+            if not bodies:
+                read = [v for v in eqn.invars if not isinstance(v, Literal)]
+                traffic += sum(nbytes(v.aval) for v in (*dict.fromkeys(read), *eqn.outvars))
+    return Line(name, equations, reductions, traffic, milliseconds)
 
 
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+def table(name: str, lines: Sequence[Line]) -> str:
+    """One workload as Markdown."""
+    rows = [
+        f"| {x.name} | {x.equations} | {x.reductions} | {x.nbytes / 2**30:.2f} GiB | "
+        f"{x.milliseconds:.0f} |"
+        for x in lines
+    ]
+    total = sum(x.milliseconds for x in lines)
+    head = ["| after | equations | reductions | traffic | ms |", "|---|---|---|---|---|"]
+    return "\n".join([f"\n## {name}\n", *head, *rows, f"\nAll passes: {total / 1e3:.2f} s\n"])
+
+
+def run(arguments: Sequence[str]) -> int:
+    """``python -m benchmarks passes``: equations, reductions and bytes before and after each."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks passes", description=run.__doc__)
+    parser.add_argument("--workloads", default=DEFAULT, help=f"comma-separated; default {DEFAULT}")
+    parser.add_argument("--size", default="full", choices=SIZES)
+    parser.add_argument("--output", type=Path, default=PATH, help="default docs/passes.md")
+    args = parser.parse_args(arguments)
+    try:
+        names = registry.expand(args.workloads.split(","))
+    except ValueError as error:
+        parser.error(str(error))
+    parts = [_INTRODUCTION]
+    for name in names:
+        workload = registry.make(name, Options(size=args.size))
+        state, batch = (
+            jax.eval_shape(lambda make=m: make(0)) for m in (workload.init, workload.batch)
+        )
+        parts.append(table(name, list(measure(jax.make_jaxpr(workload.step)(state, batch)))))
+        print(parts[-1])
+    args.output.write_text("".join(parts))
+    return 0

@@ -55,6 +55,8 @@ def compile(  # noqa: A001
 ) -> Binary:
     """Compiles the kernel for an NVIDIA GPU with Triton's own ptxas; no GPU or driver is needed.
 
+    Of two stages, the first.
+
     Args:
       spec: the kernel.
       arch: compute capability, 80 (A100) or 90 (H100).
@@ -70,6 +72,8 @@ def compile(  # noqa: A001
     compat.check_compute_capability(arch)
     if source is None:
         source = launch.source_for(spec, config)
+    if source.stages is not None:
+        spec = source.stages.first
     launch.check_descriptors(spec, source, arch)
     return _compile(source, launch.signature(partials.written(spec, source), source), arch)
 

@@ -42,14 +42,18 @@ def generate(spec: KernelSpec, config: Config | None = None) -> Source:
     Raises:
       UnsupportedKernel: the mainloop cannot generate this spec.
     """
-    from jevt_kernels.mainloops import MAINLOOPS
+    from jevt_kernels.mainloops import MAINLOOPS, gemm
 
     if spec.mainloop not in MAINLOOPS:
         raise UnsupportedKernel(
             f"expected a mainloop of {sorted(MAINLOOPS)}, got {spec.mainloop!r}"
         )
     mainloop = MAINLOOPS[spec.mainloop]
-    config = _fitted(config or mainloop.configs(spec)[0], spec, mainloop.SMALLEST_BLOCK)
+    config = config or mainloop.configs(spec)[0]
+    if spec.mainloop == "gemm" and (stages := gemm.stages(spec, config)) is not None:
+        first = generate(stages.first, dataclasses.replace(config, splits=1))
+        return dataclasses.replace(first, stages=stages)
+    config = _fitted(config, spec, mainloop.SMALLEST_BLOCK)
     printer = Printer(spec, config)
     grid = mainloop.emit(printer)
     return Source(

@@ -152,6 +152,8 @@ def run(
     require()
     if source is None:
         source = launch.source_for(spec, config)
+    if source.stages is not None:
+        return launch.two_stages(run, source, [np.asarray(o) for o in operands])
     launch.check_grid(spec, source)
     inputs = []
     for operand, operand_type in zip(operands, spec.inputs, strict=True):

@@ -8,6 +8,7 @@ by hand.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import linecache
@@ -136,6 +137,23 @@ def check_operands(spec: KernelSpec, operands: Sequence[Any]) -> None:
             )
 
 
+def two_stages[Array](
+    run: Callable[..., tuple[Array, ...]], source: Source, operands: Sequence[Array]
+) -> tuple[Array, ...]:
+    """Runs the two kernels of ``source.stages``, of which ``source`` is the first.
+
+    Args:
+      run: :func:`call` or :func:`jevt_kernels.interpreter.run`.
+      source: with stages.
+      operands: of the whole.
+    """
+    stages = source.stages
+    assert stages is not None
+    first = dataclasses.replace(source, stages=None)
+    between = run(stages.first, *(operands[i] for i in stages.first_inputs), source=first)
+    return run(stages.second, *(operands[i] for i in stages.second_inputs), *between)
+
+
 def check_grid(spec: KernelSpec, source: Source) -> None:
     """Raises UnsupportedKernel if the launch grid is empty or exceeds CUDA's limit."""
     if not 1 <= source.grid <= MAXIMUM_GRID:
@@ -178,6 +196,9 @@ def call(
         return tuple(jnp.empty(output.shape, output.dtype) for output in spec.outputs)
     if source is None:
         source = source_for(spec, config)
+    if source.stages is not None:
+        run = functools.partial(call, compute_capability=compute_capability, name=name)
+        return two_stages(run, source, operands)
     check_grid(spec, source)
     kernel_spec = partials.written(spec, source)
     signature(kernel_spec, source)  # raises for dtypes that kernels do not support

@@ -130,6 +130,23 @@ class Descriptor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stages:
+    """A kernel that is computed by two.
+
+    Attributes:
+      first: a kernel with one output.
+      first_inputs: which inputs of the whole are its own.
+      second: a kernel with the outputs of the whole; its last input is the output of ``first``.
+      second_inputs: which inputs of the whole come before that.
+    """
+
+    first: KernelSpec
+    first_inputs: tuple[int, ...]
+    second: KernelSpec
+    second_inputs: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """A generated kernel.
 
@@ -142,6 +159,8 @@ class Source:
       config: the configuration that the text was printed for.
       partials: outputs that need a second stage (``jevt_kernels.partials``).
       descriptors: tensor descriptors of inputs.
+      stages: two kernels that compute what the spec asks for; then all the above is about the
+        first of them, and None otherwise.
     """
 
     text: str
@@ -150,6 +169,7 @@ class Source:
     config: Config
     partials: tuple[Partial, ...] = ()
     descriptors: tuple[Descriptor, ...] = ()
+    stages: Stages | None = None
 
 
 class UnsupportedKernel(ValueError):

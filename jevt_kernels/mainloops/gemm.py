@@ -9,20 +9,21 @@ tile.
 
 Reductions of the result leave a partial result for each tile. A product with few tiles and a long
 ``k`` (a weight gradient) can be split: the programs of a tile add up parts of ``k``, and
-``jevt_kernels.partials`` adds up theirs, in a fixed order.
+``jevt_kernels.partials`` adds up theirs, in a fixed order; where there is an epilogue, a second
+kernel does both (:mod:`jevt_kernels.mainloops.split`).
 """
 
 from __future__ import annotations
 
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer
-from jevt_kernels.mainloops import gemm_configs, product
+from jevt_kernels.mainloops import gemm_configs, product, split
 from jevt_kernels.mainloops.descriptors import Described, describe
 from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.mainloops.reduction import Reduction, hoist, store_partial
 from jevt_kernels.ops import TRITON_TYPES, compute_dtype, triton_type
-from jevt_kernels.spec import Partial, UnsupportedKernel
+from jevt_kernels.spec import Config, KernelSpec, Partial, Stages, UnsupportedKernel
 from jevt_kernels.view import View, dimension
 
 #: Triton multiplies no smaller tiles of every type.
@@ -41,12 +42,17 @@ _RHS = View((dimension("k", "rhs_k"), _N), prefix="b")
 _RESULT = View((_M, _N))
 
 
+def stages(spec: KernelSpec, config: Config) -> Stages | None:
+    """The two kernels of a product that is split and has an epilogue, None of any other."""
+    found = product.find(spec)
+    if config.splits == 1 or product.is_plain(spec, found):
+        return None
+    return split.stages(spec, found, config.splits)
+
+
 def emit(printer: Printer) -> int:
     """Prints the body; a program instance a tile and split, or less that walk them in turn."""
     found = product.find(printer.spec)
-    splits = printer.config.splits
-    if splits > 1 and not product.is_plain(printer.spec, found):
-        raise UnsupportedKernel("a product with an epilogue cannot be split along its k axis")
     printer.constants()
     described = _describe(printer, found)
     printer.descriptors += [d.parameter(name, printer.config) for name, d in described.items()]

@@ -10,7 +10,7 @@ import numpy as np
 
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer, power_of_two
-from jevt_kernels.mainloops import product
+from jevt_kernels.mainloops import product, split
 from jevt_kernels.mainloops.descriptors import describe
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.spec import Config, KernelSpec
@@ -86,13 +86,13 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
         if config.block("m") * config.block("n") > largest:
             continue
         candidates = [config] if held < _MANY or (plain and loaded) else []
-        if plain:
-            candidates += [
-                dataclasses.replace(config, splits=splits)
-                for splits in _SPLITS
-                if candidates and found.k >= splits * _SHORTEST_PART
-            ]
-        elif divisible and loaded and config.block("n") >= 128:
+        candidates += [
+            dataclasses.replace(config, splits=splits)
+            for splits in _SPLITS
+            if (loaded or held < _MANY) and found.k >= splits * _SHORTEST_PART
+            if plain or split.divisible(spec, splits)
+        ]
+        if not plain and divisible and loaded and config.block("n") >= 128:
             candidates.append(dataclasses.replace(config, subtiles=2))
         for candidate in candidates:
             seconds.setdefault(candidate, _seconds(found, candidate, plain))
@@ -203,7 +203,7 @@ def _seconds(found: Product, config: Config, plain: bool) -> float:
     length = max(1, -(-found.k // config.splits))
     rate = _RATE / (1 + _READS * (1 / m + 1 / n))
     rounds = -(-_programs(found, config) // MULTIPROCESSORS)
-    element = _PLAIN_ELEMENT if plain else _ELEMENT
+    element = _PLAIN_ELEMENT if plain or config.splits > 1 else _ELEMENT
     if _held(config) < _MANY:
         element /= 3
     seconds = rounds * (m * n * (length / rate + element) + _PROGRAM)

@@ -6,11 +6,13 @@ The same kernels run in the interpreter and, where there is one, on a GPU.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
 
 import gemm_kernels as gemm
+import jax
 import kernel_contract as contract
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from jevt_kernels.mainloops import product
 from jevt_kernels.mainloops.gemm_configs import configs
 from jevt_kernels.reference import reference
 from jevt_kernels.spec import Config, KernelSpec, UnsupportedKernel
-from jevt_kernels.visitor import Compute, Contract, Load, Reduce, Store
+from jevt_kernels.visitor import Compute, Contract, Iota, Load, Reduce, Store
 
 BFLOAT16, FLOAT = contract.BFLOAT16, np.dtype("float32")
 
@@ -102,6 +104,72 @@ def test_parts_of_the_contracted_axis(splits: int) -> None:
     gemm.check(gemm.weight_gradient((2, 33, 40, 170)), config)
     (partial,) = codegen.generate(gemm.weight_gradient((2, 33, 40, 170)), config).partials
     assert (partial.programs, partial.op, partial.dtype) == (splits, "sum", FLOAT)
+
+
+def update(sizes: tuple[int, int, int, int], layout: str = "bmn") -> KernelSpec:
+    """A step down a weight gradient, in place, and the gradient itself in another layout."""
+    b = gemm.tree(*sizes)
+    half = b.compute("mul", b.load("bkm", BFLOAT16), b.constant(0.5), dtype=BFLOAT16)
+    gradient = b.contract(half, b.load("bkn", BFLOAT16))
+    step = b.compute("mul", gradient, b.load("", FLOAT))
+    b.store(b.compute("sub", b.load(layout, FLOAT), step), layout, FLOAT)
+    b.store(b.compute("mul", gradient, b.load("n", FLOAT)), "nbm", FLOAT)
+    return b.spec("update", aliases=((3, 0),))
+
+
+def several_contracted_axes() -> KernelSpec:
+    b = gemm.GemmTree({"x": 40, "n": 33, "c": 1, "d": 6, "e": 7}, m="x", n="n", k="cde")
+    number = b.add(Iota(IndexMap((0, 0, 0, 3, 1), 2), np.dtype("int32")))
+    lhs = b.compute("mul", b.load("xdce", FLOAT), b.compute("convert", number))
+    b.store(b.compute("tanh", b.contract(lhs, b.load("den", FLOAT))), "xn", FLOAT)
+    return b.spec("several_contracted_axes")
+
+
+SPLIT: dict[str, tuple[KernelSpec, int]] = {
+    "update": (update((2, 33, 40, 165)), 3),
+    "update of the transpose": (update((2, 33, 40, 165), "nbm"), 5),
+    "several axes": (several_contracted_axes(), 2),
+    "heads": (gemm.split_heads(), 4),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", SPLIT)
+def test_split_with_an_epilogue(name: str) -> None:
+    spec, splits = SPLIT[name]
+    config = dataclasses.replace(gemm.SMALL, splits=splits)
+    stages = codegen.generate(spec, config).stages
+    assert stages is not None
+    assert stages.first.outputs[0].shape[0] == splits
+    gemm.check(spec, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SPLIT)
+def test_split_with_an_epilogue_on_a_gpu(name: str) -> None:
+    spec, splits = SPLIT[name]
+    gemm.check(spec, dataclasses.replace(gemm.SMALL, splits=splits), launch.run)
+
+
+@pytest.mark.interpret
+def test_split_through_descriptors() -> None:
+    config = dataclasses.replace(gemm.SMALL, splits=2, descriptors=True)
+    spec = gemm.bias_residual((2, 40, 48, 96))
+    source = codegen.generate(spec, config)
+    assert source.stages is not None
+    assert len(source.descriptors) == 2
+    gemm.check(spec, config)
+
+
+@pytest.mark.cuda_lowering
+def test_split_lowers_to_two_kernels() -> None:
+    spec, splits = SPLIT["update"]
+    config = dataclasses.replace(gemm.SMALL, splits=splits)
+    call = functools.partial(launch.call, spec, config=config, compute_capability=90)
+    text = jax.jit(call).trace(*gemm.operands(spec)).lower(lowering_platforms=("cuda",)).as_text()
+    first, second = (line for line in text.splitlines() if "@triton_kernel_call_ffi" in line)
+    assert "operand_index" not in first
+    assert "operand_index = 1" in second  # the weights; the step's size comes before them
 
 
 @pytest.mark.interpret
@@ -315,7 +383,8 @@ def test_what_cannot_be_generated(spec: KernelSpec, message: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "config", "message"),
     [
-        (EVERY, dataclasses.replace(gemm.SMALL, splits=2), "with an epilogue cannot be split"),
+        (EVERY, dataclasses.replace(gemm.SMALL, splits=2), "cannot be split into 2 parts"),
+        (gemm.bias_gelu((1, 64, 64, 99)), dataclasses.replace(gemm.SMALL, splits=2), "cannot be"),
         (
             EVERY,
             Config((("m", 32), ("n", 64), ("k", 32)), subtiles=2),

@@ -47,7 +47,10 @@ class Jitted[**P, R](Protocol):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> Trace:
-        """How the call with these arguments is compiled; XLA compiles and runs nothing."""
+        """How the call with these arguments is compiled; XLA compiles and runs nothing.
+
+        The result prints itself; ``.plan.to_svg()`` and ``.plan.to_dot()`` draw its plan.
+        """
 
     def compute_lazy(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The call with outputs marked by ``jevt.lazy`` computed in the same program."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from jax.extend.core import Jaxpr
 
+from jevt._context import Context
 from jevt_kernels.spec import KernelSpec
 
 type Target = Literal["triton", "xla"]
@@ -83,9 +84,27 @@ class Plan:
       groups: in an order in which they can run; every equation is in exactly one.
       solution: the solver's account.
       nested: plans of the bodies of control-flow equations, by equation position and body position.
+      context: the circumstances that it was made for.
     """
 
     jaxpr: Jaxpr
     groups: tuple[Group, ...]
     solution: Solution
     nested: tuple[tuple[tuple[int, int], Plan], ...] = ()
+    context: Context | None = None
+
+    def to_dot(self) -> str:
+        """The plan as a drawing in Graphviz's language, see :mod:`jevt.report.drawing`."""
+        from jevt.report import drawing
+
+        return drawing.to_dot(self)
+
+    def to_svg(self) -> str:
+        """The drawing as SVG; needs Graphviz's program ``dot``.
+
+        Raises:
+          RuntimeError: it is not there, or failed.
+        """
+        from jevt.report import drawing
+
+        return drawing.to_svg(self)

@@ -107,7 +107,7 @@ def _row(group: Group) -> tuple[str, ...]:
         group.name,
         group.target + (" !" if group.fallback else ""),
         str(len(group.eqns)),
-        _size(traffic(group)),
+        format_bytes(traffic(group)),
         _time(group.predicted_us),
         _time(group.xla_us),
         group.reason,
@@ -177,7 +177,8 @@ def _time(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def _size(amount: float) -> str:
+def format_bytes(amount: float) -> str:
+    """``1536`` as ``1.5 KiB``."""
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"

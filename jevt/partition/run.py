@@ -121,7 +121,7 @@ class _Run:
             max((o.stopped for o in outcomes), default="", key=("", "work", "clock").index),
         )
         # 5. bodies of control flow, each a plan of its own
-        return Plan(jaxpr, chosen, solution, self._nested(jaxpr, context))
+        return Plan(jaxpr, chosen, solution, self._nested(jaxpr, context), context)
 
     def _checked(self, graph: Graph) -> Graph:
         """The graph, with what ``build`` refuses even alone made opaque."""

@@ -21,7 +21,7 @@ def format_trace(trace: Trace) -> str:
     for position, stage in enumerate(trace.stages):
         parts.append(format_stage(trace, position, same=_is_same(previous, stage)))
         previous = stage
-    parts.append(f"# plan of {trace.name}\n{format_plan(trace.plan)}")
+    parts.append(f"# plan of {trace.name}, as a drawing: .plan.to_svg()\n{format_plan(trace.plan)}")
     parts += [f"# source of {group}\n{source}" for group, source in trace.sources.items()]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
@@ -81,6 +81,7 @@ def write(trace: Trace, directory: pathlib.Path) -> pathlib.Path:
         (folder / f"{position:02d}_{stage.name}.jaxpr").write_text(body, encoding="utf-8")
     plan = f"{format_summary(trace)}\n{format_plan(trace.plan)}\n"
     (folder / "plan.txt").write_text(plan, encoding="utf-8")
+    (folder / "plan.dot").write_text(trace.plan.to_dot(), encoding="utf-8")
     for group, source in trace.sources.items():
         (folder / f"{_file_name(group)}.py").write_text(source, encoding="utf-8")
     return folder

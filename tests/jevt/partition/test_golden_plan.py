@@ -1,9 +1,10 @@
-"""The printed plan of a small step, for an H100."""
+"""The plan of a small step for an H100, as a table and as a drawing."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from jevt import pipeline
 from jevt._context import Context
@@ -30,7 +31,8 @@ def _step(params, x, labels):
     return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), loss
 
 
-def test_plan_of_a_step(golden):
+@pytest.fixture(scope="module")
+def plan():
     shapes = {"scale": (1024,), "up": (1024, 4096), "down": (4096, 2000), "bias": (2000,)}
     params = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
     x, labels = (
@@ -41,4 +43,12 @@ def test_plan_of_a_step(golden):
     context = Context("cuda", "auto", False, (False,) * len(jaxpr.invars), DEVICES["H100"])
     for _, run in pipeline.graph_passes(context):
         jaxpr = run(jaxpr)
-    golden("plans/step.txt", format_plan(partition(jaxpr.with_consts(()), context)))
+    return partition(jaxpr.with_consts(()), context)
+
+
+def test_table(golden, plan):
+    golden("plans/step.txt", format_plan(plan))
+
+
+def test_drawing(golden, plan):
+    golden("plans/step.dot", plan.to_dot())

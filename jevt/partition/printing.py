@@ -1,8 +1,7 @@
-"""A plan as text, as JSON, and in numbers."""
+"""A plan as text and in numbers."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -23,11 +22,6 @@ def format_plan(plan: Plan) -> str:
     is part of the name.
     """
     return "\n".join(_lines(plan))
-
-
-def to_json(plan: Plan) -> str:
-    """The plan as JSON with one line a field, so that a text diff compares two plans."""
-    return json.dumps(_data(plan), indent=1, ensure_ascii=False)
 
 
 def summary(plan: Plan) -> dict[str, Any]:
@@ -119,6 +113,8 @@ def _totals(plan: Plan) -> str:
     known = [g.predicted_us for g in plan.groups if g.predicted_us is not None]
     solution = plan.solution
     gap = "" if solution.status in ("optimal", "trivial") else f", gap {solution.gap:.1%}"
+    if solution.stopped == "clock":
+        gap += ", stopped by the clock: another run may give another plan"
     return (
         f"{len(plan.jaxpr.eqns)} equations in {len(plan.groups)} groups; "
         f"{len(kernels)} kernels with {sum(len(g.eqns) for g in kernels)} equations; "
@@ -133,44 +129,9 @@ def traffic(group: Group) -> int:
     return sum(nbytes(v.aval) for v in (*group.jaxpr.invars, *outputs))
 
 
-def _data(plan: Plan) -> dict[str, Any]:
-    solution = plan.solution
-    return {
-        "solution": {
-            "status": solution.status,
-            "objective_us": round(solution.objective_us, 3),
-            "bound_us": round(solution.bound_us, 3),
-            "rounds": solution.rounds,
-        },
-        "groups": [
-            {
-                "name": group.name,
-                "target": group.target,
-                "kind": group.kind,
-                "eqns": list(group.eqns),
-                "bytes": traffic(group),
-                "predicted_us": _rounded(group.predicted_us),
-                "xla_us": _rounded(group.xla_us),
-                "measured_us": _rounded(group.measured_us),
-                "reason": group.reason,
-                "fallback": group.fallback,
-            }
-            for group in plan.groups
-        ],
-        "nested": [
-            {"equation": position, "body": body, "plan": _data(inner)}
-            for (position, body), inner in plan.nested
-        ],
-    }
-
-
 def _category(reason: str) -> str:
     """A reason without its particulars: the cost model's numbers vary from group to group."""
     return "cost model: XLA's fusion is predicted faster" if "as XLA fuses it" in reason else reason
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
 
 
 def _time(value: float | None) -> str:

@@ -16,6 +16,7 @@ import pytest
 from jax import lax
 from lazy_steps import W, X, Y, is_lazy, make_step, names
 from programs import close
+from small_models import MODELS
 
 import jevt
 from jevt import _call
@@ -264,6 +265,19 @@ def test_flax_with_gradient_accumulation(accumulate):
     for primitive in ("argmax", "= log ", "= sqrt "):
         assert primitive in whole
     assert "argmax" not in reduced and "= log " not in reduced
+
+
+@pytest.mark.parametrize("name", ["lstm", "gpt_checkpointed"])
+def test_losses_of_models(name):
+    fun, args = MODELS[name]()
+
+    def marked(*args):
+        return jax.tree.map(lambda x: jevt.lazy(x) if x.shape == () else x, fun(*args))
+
+    got, want = jevt.jit(marked)(*args), jax.jit(fun)(*args)
+    assert any(is_lazy(got))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=1e-2, atol=1e-3)
 
 
 def test_value_and_grad_of_a_marked_loss():

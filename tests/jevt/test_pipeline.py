@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.extend.core import Var
 from programs import F32, PROGRAMS, close
+from small_models import MODELS
 
 import jevt
 from jevt import _config, pipeline
@@ -90,6 +91,15 @@ def test_constants_are_inputs_of_the_plan_and_constants_of_the_program():
     assert len(trace.plan.jaxpr.invars) == 2 and not trace.plan.jaxpr.consts
     assert len(trace.lowered.invars) == 1 and len(trace.lowered.consts) == 1
     close(jax.core.eval_jaxpr(trace.lowered, trace.lowered.consts, F32), [F32 * table + 1])
+
+
+@pytest.mark.parametrize("name", ["lstm", "mixed_precision", "mixture_of_experts"])
+def test_models_have_no_fallbacks(name):
+    """Whatever is left to XLA in a usual step is left to it by decision."""
+    fun, args = MODELS[name]()
+    trace = jevt.jit(fun, backend="triton", strict=True).explain(*args)
+    assert trace.warnings == ()
+    assert [g for g in trace.plan.groups if g.target == "triton"]
 
 
 def test_context():

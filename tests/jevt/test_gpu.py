@@ -178,3 +178,38 @@ def test_shard_map_runs_kernels_per_device():
     x = jax.random.normal(jax.random.key(0), (64 * len(jax.devices()), 700))
     step = jevt.jit(function, backend="triton")
     assert relative_error(step(x), jax.jit(function)(x)) < 1e-5
+
+
+def test_lazy_loss():
+    model = Mixer()
+    x, y = data()
+    params = model.init(jax.random.key(0), x)
+    plain = gradient_step(model)
+
+    def marked(*args):
+        loss, gradients = plain(*args)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, args[0], gradients), jevt.lazy(loss)
+
+    args = x, y, jax.random.key(1)
+    with jax.default_matmul_precision("highest"):
+        want, _ = jax.jit(plain)(params, *args)
+        step = jevt.jit(marked, backend="triton", donate_argnums=0)
+        kept = jevt.jit(marked, backend="triton")
+        _, loss = kept(params, *args)
+        assert isinstance(loss, jevt.LazyArray) and kernels(kept)
+        np.testing.assert_allclose(loss, want, rtol=1e-5)
+        new, loss = step(jax.tree.map(jnp.copy, params), *args)
+        with pytest.raises(jevt.DonatedInputError):
+            float(loss)
+        _, loss = step.compute_lazy(jax.tree.map(jnp.copy, params), *args)
+        np.testing.assert_allclose(loss, want, rtol=1e-5)
+        assert float(step.compute_lazy(new, *args)[1]) < float(want)
+
+
+def test_numpy_inputs_of_lazy_outputs_may_be_overwritten():
+    step = jevt.jit(lambda x: (x * 2, jevt.lazy(x.sum())), backend="triton")
+    for size in (64, 5_000_000):
+        x = np.ones(size, np.float32)
+        _, total = step(x)
+        x[:] = 5
+        assert total == size

@@ -199,7 +199,8 @@ class _Run:
                 yield match
                 break
             if reason:
-                misses.setdefault(reason, []).append(source_info_util.summarize(eqn.source_info))
+                place = source_info_util.summarize(eqn.source_info) or "a line of no file"
+                misses.setdefault(reason, []).append(place)
 
 
 def _canonical(loop: JaxprEqn) -> JaxprEqn:

@@ -1,9 +1,9 @@
 """Constants of loops and branches are made where they are read.
 
 Purpose: tracing moves what a loop's body computes from no input out of the loop: masks of
-positions, arrays of one number. Inside, they are then arrays like any other, which are read from
-memory in each iteration, and of which nothing is known. Made in the body, they cost a kernel no
-operand, and a mask can be seen to be causal.
+positions, arrays of one number, numbers. Inside, they are then arrays like any other, which are
+read from memory in each iteration, and of which nothing is known. Made in the body, they cost a
+kernel no operand, and a mask can be seen to be causal.
 
 Invariant: the same values. What is repeated is arithmetic on numbers and positions, of at most
 ``MAX_EQUATIONS`` equations. Operands that the bodies read no more are left to dead-code
@@ -83,9 +83,10 @@ def _sunk(
     for parameter, first, inputs in carrier(eqn):
         found = {}
         for i in inputs:
-            equations = _constant(eqn.invars[first + i], definitions)
+            operand = eqn.invars[first + i]
+            equations = _constant(operand, definitions)
             if equations is not None:
-                found[i] = equations
+                found[i] = operand, equations
         if found:
             value = eqn.params[parameter]
             bodies = (value,) if isinstance(value, Jaxpr) else value
@@ -96,9 +97,10 @@ def _sunk(
 
 
 def _constant(atom: Atom, definitions: Definitions) -> list[JaxprEqn] | None:
-    """The equations that compute an array from no input; None if there are none, or too many."""
-    if isinstance(atom, Literal):
-        return None
+    """The equations that compute a value from no input; None if there are none, or too many.
+
+    No equation at all for a number.
+    """
     found: dict[Var, JaxprEqn] = {}
     stack: list[Atom] = [atom]
     while stack:
@@ -114,13 +116,21 @@ def _constant(atom: Atom, definitions: Definitions) -> list[JaxprEqn] | None:
     return [found[var] for var in sorted(found, key=order.__getitem__)]
 
 
-def _with(body: Jaxpr, constants: Mapping[int, list[JaxprEqn]]) -> Jaxpr:
+def _is_same(var: Var, constant: Atom) -> bool:
+    """Whether a constant can stand for an input: a number has no weak type, and no mesh axes."""
+    have: Any = constant.aval
+    want: Any = var.aval
+    same: bool = have == want or (isinstance(constant, Literal) and have.strip_weak_type() == want)
+    return same
+
+
+def _with(body: Jaxpr, constants: Mapping[int, tuple[Atom, list[JaxprEqn]]]) -> Jaxpr:
     """A body that computes some of its inputs."""
     env: dict[Var, Atom] = {}
     eqns: list[JaxprEqn] = []
     readers = {v for eqn in body.eqns for v in eqn.invars if isinstance(v, Var)}
-    for i, equations in constants.items():
-        if body.invars[i] not in readers:
+    for i, (constant, equations) in constants.items():
+        if body.invars[i] not in readers or not _is_same(body.invars[i], constant):
             continue
         made: dict[Var, Atom] = {}
         for eqn in equations:
@@ -128,7 +138,7 @@ def _with(body: Jaxpr, constants: Mapping[int, list[JaxprEqn]]) -> Jaxpr:
             invars = [read(made, atom) for atom in eqn.invars]
             eqns.append(eqn.replace(invars=invars, outvars=[out]))
             made[eqn.outvars[0]] = out
-        env[body.invars[i]] = read(made, equations[-1].outvars[0])
+        env[body.invars[i]] = read(made, constant)
     if not env:
         return body
     eqns += [

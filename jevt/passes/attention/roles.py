@@ -71,17 +71,25 @@ def assign(region: Region, labels: Labels) -> Roles | None:
     q, k = (labels.uses[region.score, i] for i in (0, 1))
     if not summed <= set(k.atoms()):
         q, k = k, q
+    if _is_loss(region, labels, q, k):
+        return None
     results = _results(region, labels, summed)
     values = _operand_with(region, labels, results, summed, of_values=True)
     if values is None:
         return None
     if region.obstacles:
-        if {_outer(i, labels).root for i in region.products} == {q.root, k.root}:
-            return None
         raise NoMatch(region.obstacles[0])
     gradient = _operand_with(region, labels, results, summed, of_values=False)
     _unite(region, labels, summed, results, q, k, values, gradient)
     return _roles(region, labels, summed, q, k, values, gradient, results)
+
+
+def _is_loss(region: Region, labels: Labels, q: Use, k: Use) -> bool:
+    """Whether the products are those of the score's own gradient, as of a loss on logits."""
+    if region.gradients or len(region.products) < 2:
+        return False
+    roots = {use.root for (i, _), use in labels.uses.items() if i in region.products}
+    return roots == {q.root, k.root}
 
 
 def _results(region: Region, labels: Labels, summed: set[Factor]) -> dict[Part, int]:

@@ -440,6 +440,18 @@ def test_checkpointed_scan_over_layers():
     check_scan(step, *args, forward=2)
 
 
+def test_scan_with_a_scale_that_jax_computes():
+    def attend(x, weights):
+        def body(x, w):
+            scaled = einsum(scale=SCALES["root after"], mask=causal)
+            return x + 0.1 * scaled(x * w, x, x), None
+
+        return jax.lax.scan(body, x, weights)[0]
+
+    _, args = scanned()
+    check_scan(training(attend), *args)
+
+
 @pytest.mark.parametrize("options", [{}, {"reverse": True}, {"unroll": 2}])
 def test_scan_over_layers(options):
     """What the forward loop leaves for the backward loop: q, k and v, out, and the statistics."""
@@ -680,6 +692,12 @@ def test_what_only_looks_like_attention_is_not_mentioned(softmax):
 
     w, x, labels = arrays((8, 10), (6, 8), (6, 10))
     jaxpr, notes = raised(jax.value_and_grad(loss, argnums=(0, 1)), w, x, jnp.abs(labels))
+    assert not notes and "attention" not in names(jaxpr)
+
+    def contrastive(w, x, labels):  # both ways: each row, and each column
+        return loss(w, x, labels) + loss(x.T, w.T, labels.T)
+
+    jaxpr, notes = raised(jax.value_and_grad(contrastive, argnums=(0, 1)), w, x, jnp.abs(labels))
     assert not notes and "attention" not in names(jaxpr)
 
 

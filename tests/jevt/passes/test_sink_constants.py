@@ -55,6 +55,20 @@ def test_scan():
     assert "iota" not in names(after)
 
 
+def test_numbers():
+    def fun(x):
+        scale = jnp.sqrt(jnp.float32(6.0))
+
+        def body(carry, _):
+            return jnp.sin(carry) * scale, None
+
+        return lax.scan(body, x, None, length=3)[0]
+
+    _, after = sunk(fun, X)
+    (body,) = bodies(after, "scan")
+    assert len(body.invars) == 1
+
+
 def test_gradient_of_scan():
     def fun(x):
         def body(carry, _):

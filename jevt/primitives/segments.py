@@ -26,6 +26,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jevt import _jax_internals as internals
+from jevt.lowering.errors import JevtWarning
 from jevt_kernels import launch
 from jevt_kernels.ops import compute_dtype
 from jevt_kernels.segment_sum import segment_sum as kernel
@@ -118,6 +119,7 @@ def _kernel(
         warnings.warn(
             "jevt: a sum of segments runs through XLA: its kernel did not compile:"
             f" {type(error).__name__}: {first_line}",
+            JevtWarning,
             stacklevel=2,
         )
         return reference(bounds, columns, table, *weights)

@@ -10,6 +10,7 @@ import pytest
 
 import jevt
 from jevt.passes import cse, dce, inline, segment_sums
+from jevt_kernels import launch
 
 
 def traced(function, *args):
@@ -166,6 +167,19 @@ def test_a_step_calls_the_kernel():
     text = step.trace(h).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("triton_kernel_call") == 1
     assert "scatter" not in text
+
+
+@pytest.mark.cuda_lowering
+def test_a_kernel_that_does_not_compile_falls_back_with_a_warning(monkeypatch):
+    def refuse(spec, capability):
+        raise RuntimeError("no registers left")
+
+    monkeypatch.setattr(launch, "precompile", refuse)
+    h, src, dst, weight = graph(**LARGE)
+    step = jevt.jit(lambda h: aggregate(h, src, dst, weight))
+    with pytest.warns(jevt.JevtWarning, match="sum of segments.*no registers left"):
+        text = step.trace(h).lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton_kernel_call" not in text
 
 
 def test_the_plan_says_what_it_is():

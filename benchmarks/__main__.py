@@ -1,4 +1,5 @@
-"""``python -m benchmarks``: whole steps (the default), ``kernels``, ``passes``, ``report``."""
+"""``python -m benchmarks``: whole steps (the default), ``kernels``, ``passes``, ``partition``,
+``report``."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ def main(arguments: list[str]) -> int:
         "run": cli.run_steps,
         "kernels": cli.run_kernels,
         "passes": _run_passes,
+        "partition": _run_partition,
         "report": cli.run_report,
     }
     if arguments and arguments[0] in commands:
@@ -25,6 +27,12 @@ def _run_passes(arguments: Sequence[str]) -> int:
     from benchmarks import passes  # it imports JAX, which the other commands leave to their workers
 
     return passes.run(arguments)
+
+
+def _run_partition(arguments: Sequence[str]) -> int:
+    from benchmarks import partition
+
+    return partition.run(arguments)
 
 
 if __name__ == "__main__":

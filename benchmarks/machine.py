@@ -40,6 +40,16 @@ def framework_versions() -> dict[str, str]:
     return versions
 
 
+def processor(cores: int) -> str:
+    """The processor's model and how many of its cores there are to use."""
+    try:
+        model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        model = None
+    name = model.group(1).strip() if model else platform.processor() or platform.machine()
+    return f"{name}, {cores} core{'s' * (cores > 1)}"
+
+
 def device_slug(device: str) -> str:
     """The file name for a device: ``NVIDIA H100 80GB HBM3`` gives ``h100``, a CPU ``cpu``."""
     model = re.search(r"\b([A-Z]{1,3}\d{2,4}[A-Z]?)\b", device)

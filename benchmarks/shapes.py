@@ -89,6 +89,19 @@ class GcnShape:
     skew: float = 2.14
 
 
+@dataclass(frozen=True)
+class GptShape:
+    """GPT: ``batch`` sequences of ``sequence`` tokens."""
+
+    batch: int
+    sequence: int
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+    vocabulary: int
+
+
 BERT: Mapping[Size, BertShape] = {
     "full": BertShape(32, 512, 1024, 24, 16, 4096, 30528),
     "smoke": BertShape(2, 32, 64, 1, 4, 128, 256),
@@ -105,6 +118,8 @@ XMLCNN: Mapping[Size, XmlcnnShape] = {
     "full": XmlcnnShape(1024, 512, 304, (2, 4, 8), 32, 32, 512, 670208),
     "smoke": XmlcnnShape(8, 64, 16, (2, 4, 8), 8, 8, 32, 512),
 }
+#: GPT-3 175B (Brown et al. 2020, table 2.1), a batch of eight sequences a device.
+GPT3 = GptShape(8, 2048, 12288, 96, 96, 49152, 50257)
 GCN: Mapping[Size, GcnShape] = {
     "full": GcnShape(736_389, 5_416_271, 128, 64, 3, 352),
     "smoke": GcnShape(512, 4096, 16, 16, 3, 8),

@@ -99,9 +99,9 @@ def layer_norm(options: Options) -> nn.LayerNorm:
     return nn.LayerNorm(1e-12, dtype=options.dtype, param_dtype=options.param_dtype)
 
 
-def make(options: Options) -> Workload:
-    """The training step of BERT-Large on batches of random tokens."""
-    s = BERT[options.size]
+def make(options: Options, shape: BertShape | None = None) -> Workload:
+    """The training step of BERT-Large, or of another shape, on batches of random tokens."""
+    s = shape or BERT[options.size]
     model = Bert(s, options)
 
     def init(seed: int) -> Tree:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -93,6 +94,25 @@ def _milliseconds(profile: Results, workload: str, variant: str, category: str) 
 def _measured(results: Results, over: str) -> dict[str, float]:
     found = {name: results.speedup(name, over) for name in MODELS}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def planning_time(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Processor seconds of the partitioner against the number of equations, a line a model."""
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for colour, model in zip(_COLOURS, dict.fromkeys(row["model"] for row in rows), strict=False):
+        own = sorted((r for r in rows if r["model"] == model), key=lambda r: r["equations"])
+        places = [r["equations"] for r in own]
+        axes.plot(places, [r["cpu_seconds"] for r in own], "o-", color=colour, label=model)
+        for row in own[-1:]:
+            axes.annotate(f"{row['layers']} layers", (row["equations"], row["cpu_seconds"]))
+    axes.set_xlabel("equations after the passes")
+    axes.set_ylabel("processor seconds")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    if rows:
+        axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["steps", "kernels", "profile"]
+Kind = Literal["steps", "kernels", "profile", "partition"]
 JsonRow = dict[str, Any]
 
 
@@ -68,4 +68,6 @@ def _read(path: Path) -> Results:
     for suffix in ("kernels", "profile"):
         if slug.endswith(f"-{suffix}"):
             kind, slug = suffix, slug.removesuffix(f"-{suffix}")
+    if slug == "partition":  # of no device
+        kind = "partition"
     return Results(slug, kind, content, rows)

@@ -17,18 +17,22 @@ an assumption: a leaf that links its producer to nodes that can be in no group w
 even if values of rows might have to be stored. The problem is then stated as if the leaf forbade
 nothing, so that its optimum is a bound for all partitions. If ``build`` takes the solution all the
 same, as it mostly does, that is the optimum; otherwise there remains a gap (``Problem.assumed``).
+Where the leaf does not fit at all, because rows are too long to be on chip beside sums along them,
+it is loosened: links to other readers of ``t`` are dropped. Every partition that uses them costs no
+less than one that does not, minus a launch and one time reading ``t`` (:func:`allowance`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Literal
 
 from jevt.partition.contract import merge, ordered
 from jevt.partition.graph import Graph, Node
 from jevt.partition.problem import Label
 from jevt.partition.reach import Links, Reach, bits, mates
-from jevt.partition.spaces import labels_of, places
+from jevt.partition.spaces import labels_of, late_rows, places
 
 
 def absorb(
@@ -38,43 +42,73 @@ def absorb(
     links: Links,
     accepts: Callable[[tuple[int, ...]], bool],
 ) -> Graph:
-    """The graph with leaves joined to their producers; the same object if there are none."""
+    """The graph with leaves joined to their producers; the same object if there is none to join."""
     home: dict[int, int] = {}
-    assumed: set[int] = set()
+    changed: dict[int, Node] = {}
     for part in parts:
-        labels = labels_of(graph, part)
-        separated = reach.separated(graph, part)
-        found = places(graph, part, links, separated)
-        inside = sum(1 << n for n in part)
+        pieces = _Part(graph, reach, links, part)
         for leaf in part:
-            producer = _producer(graph, links, leaf, inside)
-            if producer is None or reach.below[leaf] & inside != 1 << leaf:
+            producer = _producer(graph, links, leaf, pieces.inside)
+            if producer is None or reach.below[leaf] & pieces.inside != 1 << leaf:
                 continue
-            held = {labels[bit] for bit in bits(found[leaf][0])}
-            spaces = _strongest([labels[bit] for bit in bits(sum(found[producer]))])
-            if any(label.late for label in held):
-                spaces = {dataclasses.replace(label, late=True) for label in spaces}
-                if not spaces <= held:
-                    continue
-                near = mates(producer, separated, links)
-                if _may_store(graph, reach, near, producer):
-                    if near.issuperset(links.adjacent[leaf]):
-                        continue
-                    assumed.add(leaf)
-            if spaces <= held:
-                home[leaf] = home.get(producer, producer)
+            match pieces.verdict(leaf, producer):
+                case "join":
+                    home[leaf] = home.get(producer, producer)
+                case "assume":
+                    home[leaf] = home.get(producer, producer)
+                    changed[leaf] = dataclasses.replace(graph.nodes[leaf], assumed=True)
+                case "loosen":
+                    changed[leaf] = dataclasses.replace(graph.nodes[leaf], loose=True)
+    if not home and not changed:
+        return graph
     groups: dict[int, list[int]] = {}
     for node in range(len(graph.nodes)):
         groups.setdefault(home.get(node, node), []).append(node)
     nodes: list[Node] = []
     for group in groups.values():
-        members = [graph.nodes[n] for n in group]
+        members = [changed.get(n, graph.nodes[n]) for n in group]
         if len(members) > 1 and accepts(tuple(p for m in members for p in m.eqns)):
-            joined = merge(graph, members)
-            nodes.append(dataclasses.replace(joined, assumed=not assumed.isdisjoint(group)))
+            nodes.append(merge(graph, members))
         else:
-            nodes.extend(members)
-    return ordered(graph, nodes) if len(nodes) < len(graph.nodes) else graph
+            nodes.extend(dataclasses.replace(m, assumed=False) for m in members)
+    return ordered(graph, nodes)
+
+
+def allowance(graph: Graph, launch: int) -> int:
+    """Bytes by which a partition that puts loose leaves with other readers may be cheaper."""
+    loose = [index for index, node in enumerate(graph.nodes) if node.loose]
+    return sum(launch + sum(graph.tensors[t].nbytes for t in graph.reads[n]) for n in loose)
+
+
+class _Part:
+    """What there is to know of a component before its leaves are joined."""
+
+    def __init__(self, graph: Graph, reach: Reach, links: Links, part: Sequence[int]) -> None:
+        self.graph, self.reach, self.links = graph, reach, links
+        self.inside = sum(1 << n for n in part)
+        self.labels = labels_of(graph, part)
+        self.separated = reach.separated(graph, part)
+        self.places = places(graph, part, links, self.separated)
+
+    def verdict(self, leaf: int, producer: int) -> Literal["join", "assume", "loosen", ""]:
+        """What is to become of a leaf; "" where it stays as it is."""
+        held = self._labels(self.places[leaf][0])
+        spaces = _strongest(self._labels(sum(self.places[producer])))
+        near = mates(producer, self.separated, self.links)
+        bridge = not near.issuperset(self.links.adjacent[leaf])
+        if any(label.late for label in held):
+            with_sums = {dataclasses.replace(x, late=True) for x in spaces}
+            short = all(late_rows(x) for x in spaces if x.cols and not x.late)
+            if short and with_sums <= held:
+                if not _may_store(self.graph, self.reach, near, producer):
+                    return "join"
+                return "assume" if bridge else ""
+        elif spaces <= held:
+            return "join"
+        return "loosen" if bridge else ""
+
+    def _labels(self, mask: int) -> set[Label]:
+        return {self.labels[bit] for bit in bits(mask)}
 
 
 def _producer(graph: Graph, links: Links, leaf: int, inside: int) -> int | None:
@@ -88,7 +122,7 @@ def _producer(graph: Graph, links: Links, leaf: int, inside: int) -> int | None:
     return made[0].producer
 
 
-def _strongest(labels: Sequence[Label]) -> set[Label]:
+def _strongest(labels: Collection[Label]) -> set[Label]:
     """The labels without those that another one with rows of the same points stands for."""
     with_rows = {label.size for label in labels if label.cols}
     return {label for label in labels if label.cols or label.size not in with_rows}

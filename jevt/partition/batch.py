@@ -2,9 +2,9 @@
 
 What ends a search is counted in the solver's deterministic seconds, so that the same program gets
 the same plan with one worker or many, on a busy machine or an idle one. They are dealt out before
-anything is solved, by the components' numbers of variables. The clock is a second
-limit, for the user's sake: where it strikes first, what is left gets the best grouping so far, or a
-greedy one, and the outcome says so.
+anything is solved, by the components' numbers of variables; what is left over is dealt out again.
+The clock is a second limit, for the user's sake: where it strikes first, what is left gets the best
+grouping so far, or a greedy one, and the outcome says so.
 """
 
 from __future__ import annotations
@@ -56,24 +56,27 @@ class Solver:
         if self._deadline is None:
             self._deadline = time.monotonic() + self._seconds
         fresh = {c.key: c for c in components if c.key not in self._solved}
-        limits = self._limits(list(fresh.values()))
-        if self._workers == 1 or len(fresh) < 2:
-            outcomes = [
-                solve(c.problem, c.oracle, x) for c, x in zip(fresh.values(), limits, strict=True)
-            ]
-        else:  # the solver runs outside Python's lock
-            with ThreadPoolExecutor(min(self._workers, len(fresh))) as pool:
-                outcomes = list(
-                    pool.map(lambda c, x: solve(c.problem, c.oracle, x), fresh.values(), limits)
-                )
-        self._solved.update(zip(fresh, outcomes, strict=True))
-        self._work -= sum(outcome.work for outcome in outcomes)
+        self._round(list(fresh.values()), max(_LATER, self._work))
+        # What the others have left over may be enough for those that it was not enough for.
+        again = [c for c in fresh.values() if self._solved[c.key].stopped == "work"]
+        if self._work > sum(self._solved[c.key].work for c in again):
+            self._round(again, self._work)
         return [self._solved[c.key] for c in components]
 
-    def _limits(self, components: Sequence[Component]) -> list[Limits]:
+    def _round(self, components: Sequence[Component], work: float) -> None:
+        limits = self._limits(components, work)
+        if self._workers == 1 or len(components) < 2:
+            outcomes = list(map(_solve, components, limits))
+        else:  # the solver runs outside Python's lock
+            with ThreadPoolExecutor(min(self._workers, len(components))) as pool:
+                outcomes = list(pool.map(_solve, components, limits))
+        self._solved.update(zip((c.key for c in components), outcomes, strict=True))
+        self._work -= sum(outcome.work for outcome in outcomes)
+
+    def _limits(self, components: Sequence[Component], work: float) -> list[Limits]:
         assert self._deadline is not None
         weights = [apart.variables(c.problem) ** 2 for c in components]
-        share = max(_LATER, self._work) / max(1, sum(weights))
+        share = work / max(1, sum(weights))
         return [Limits(min(max(_LEAST, share * w), _MOST), self._deadline) for w in weights]
 
 

@@ -142,7 +142,8 @@ def _candidates(graph: Graph, single: set[int]) -> Links:
                     if tensor.var in graph.jaxpr.eqns[p].invars
                 ):
                     edges.add((producer, reader))
-        whole = [r for r in readers if tensor.size >= max(graph.nodes[r].size, 2)]
+        sized = [r for r in readers if tensor.size >= max(graph.nodes[r].size, 2)]
+        whole = [r for r in sized if not graph.nodes[r].loose]
         reach = len(whole) if len(whole) <= _ALL_PAIRS else 2
         for index, first in enumerate(whole):
             for second in whole[index + 1 : index + 1 + reach]:

@@ -174,6 +174,7 @@ def merge(graph: Graph, parts: list[Node]) -> Node:
         reductions[0].size if reductions else size,
         reductions[0].cols if reductions else 0,
         ends=tuple(sorted(ends)),
+        assumed=any(p.assumed for p in parts),
         free=all(p.free for p in parts),
     )
 

@@ -74,6 +74,7 @@ class Node:
         along rows and what relabels them. Nothing else in the same group can read these.
       assumed: some positions in ``ends`` were joined to the others without proof (see
         :mod:`.absorb`).
+      loose: a leaf that is only to be with what it reads, or alone (see :mod:`.absorb`).
       free: only relabels its operand's bytes (a row-major reshape), so that XLA runs it for
         nothing.
       reason: for opaque nodes, why.
@@ -86,6 +87,7 @@ class Node:
     cols: int = 0
     ends: tuple[int, ...] = ()
     assumed: bool = False
+    loose: bool = False
     free: bool = False
     reason: str = ""
     fallback: bool = False

@@ -25,6 +25,15 @@ def merge(problem: Problem) -> Grouping:
     return state.groups()
 
 
+def merge_along(
+    problem: Problem, start: Grouping, pairs: Sequence[tuple[int, int]], accepts: Accepts
+) -> Grouping:
+    """Merges the groups of each pair of nodes in the given order, where the result is accepted."""
+    state = _State(problem, start)
+    state.merge_all(pairs, accepts)
+    return state.groups()
+
+
 def repair(problem: Problem, groups: Grouping, accepts: Accepts) -> Grouping:
     """The groups, those that ``accepts`` refuses replaced by pieces that it takes."""
     kept, refused = [], set[int]()

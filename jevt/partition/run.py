@@ -14,7 +14,7 @@ from jevt._context import Context
 from jevt.lowering.errors import NotFusible
 from jevt.partition import graph as graphs
 from jevt.partition import order, targets
-from jevt.partition.absorb import absorb
+from jevt.partition.absorb import absorb, allowance
 from jevt.partition.batch import Component, Solver
 from jevt.partition.build import Build, Builder
 from jevt.partition.build import part as part_of
@@ -112,10 +112,11 @@ class _Run:
             for index, nodes in enumerate(groups)
         )
         scale = 1 / context.device.bytes_per_us
+        lost = allowance(graph, launch)
         solution = Solution(
-            _worst([o.status for o in outcomes]),
+            _worst([o.status for o in outcomes] + ["feasible"] * (lost > 0)),
             sum(o.cost for o in outcomes) * scale,
-            sum(o.bound for o in outcomes) * scale,
+            (sum(o.bound for o in outcomes) - lost) * scale,
             time.monotonic() - started,
             max((o.rounds for o in outcomes), default=0),
             max((o.stopped for o in outcomes), default="", key=("", "work", "clock").index),

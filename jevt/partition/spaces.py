@@ -13,6 +13,7 @@ from typing import Literal
 from jevt.partition.graph import Graph
 from jevt.partition.problem import Label
 from jevt.partition.reach import Links
+from jevt_kernels.mainloops import columnwise
 
 
 def labels_of(graph: Graph, part: Sequence[int]) -> tuple[Label, ...]:
@@ -61,6 +62,8 @@ def _fit(graph: Graph, index: int, label: Label) -> Literal["full", "rows", "par
     node = graph.nodes[index]
     if node.cols:
         strict = bool(node.ends) and not node.assumed
+        if label.late and not node.ends and not late_rows(label):
+            return ""
         if (node.size, node.cols) != (label.size, label.cols) or (strict and not label.late):
             return ""
         early = [t for t in map(graph.tensors.__getitem__, graph.writes[index]) if not t.late]
@@ -70,6 +73,11 @@ def _fit(graph: Graph, index: int, label: Label) -> Literal["full", "rows", "par
     if label.cols and node.size * label.cols == label.size:
         return "rows"
     return "part" if node.size < label.size else ""
+
+
+def late_rows(label: Label) -> bool:
+    """Whether a kernel with sums along rows can reduce its rows too, all of one on chip."""
+    return label.cols <= columnwise.MAX_WHOLE
 
 
 def _all_consumers(graph: Graph, links: Links, node: int) -> list[int] | None:

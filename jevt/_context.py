@@ -20,6 +20,11 @@ class Device:
       xla_launch_us: cost of one small XLA fusion inside a program.
       triton_launch_us: cost of one small Triton call inside a program.
       l2_bytes: size of the last-level cache.
+      processors: number of streaming multiprocessors.
+      cublas_flops_per_us: bfloat16 rate of cuBLAS in the matrix products of training steps.
+      kernel_flops_per_us: the same of our matrix products, where their tiles fill the processors.
+      exposed_epilogue: the part of an epilogue's time, beyond one plain store, that is not hidden
+        behind other tiles' products.
     """
 
     name: str
@@ -29,6 +34,10 @@ class Device:
     xla_launch_us: float
     triton_launch_us: float
     l2_bytes: int
+    processors: int
+    cublas_flops_per_us: float
+    kernel_flops_per_us: float
+    exposed_epilogue: float
 
 
 @dataclasses.dataclass(frozen=True)

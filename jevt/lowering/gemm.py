@@ -110,16 +110,19 @@ def _varying(group: Resolved, cone: set[int]) -> set[Factor]:
     return {a for p in cone for a, stride in group.strides.get(p, {}).items() if stride}
 
 
-def _directions(group: Resolved, axes: _Axes) -> dict[int, str]:
-    """For each reduction, "m" or "n"."""
-    over: dict[int, str] = {}
+def _directions(group: Resolved, axes: _Axes) -> dict[int, tuple[str, ...]]:
+    """For each reduction, the tile axes along which it runs."""
+    over: dict[int, tuple[str, ...]] = {}
     for reduction in group.reductions:
         reduced, own = group.reduced(reduction).keys(), atoms_of(flat(reduction.axes)).keys()
         if own != _tile(axes):
             raise NotFusible("a reduction of something else than the matrix product's tile")
-        if reduced not in (axes.m.keys(), axes.n.keys()):
-            raise NotFusible("a reduction along neither the rows nor the columns of the product")
-        over[reduction.node] = "m" if reduced == axes.m.keys() else "n"
+        if reduced == axes.m.keys() | axes.n.keys():
+            over[reduction.node] = tuple(name for name in ("n", "m") if getattr(axes, name))
+        elif reduced in (axes.m.keys(), axes.n.keys()):
+            over[reduction.node] = ("m",) if reduced == axes.m.keys() else ("n",)
+        else:
+            raise NotFusible("a reduction along a part of the product's rows or columns")
     for node in group.nodes:
         if not isinstance(node, visitor.Store) and not over.keys().isdisjoint(
             visitor.operands(node)
@@ -128,14 +131,14 @@ def _directions(group: Resolved, axes: _Axes) -> dict[int, str]:
     return over
 
 
-def _check_stores(group: Resolved, axes: _Axes, over: dict[int, str]) -> None:
+def _check_stores(group: Resolved, axes: _Axes, over: dict[int, tuple[str, ...]]) -> None:
     for position in group.stores:
         own = group.strides[position].keys()
         (operand,) = visitor.operands(group.nodes[position])
-        lost: Atoms = {"m": axes.m, "n": axes.n}.get(over.get(operand, ""), {})
+        lost = {atom for name in over.get(operand, ()) for atom in getattr(axes, name)}
         if not own.isdisjoint(axes.k):
             raise NotFusible("a value along the contracted axes is needed outside")
-        if own != _tile(axes) - lost.keys():
+        if own != _tile(axes) - lost:
             raise NotFusible("an output does not run along every axis of the matrix product")
 
 

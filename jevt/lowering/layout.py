@@ -22,13 +22,13 @@ class Layout:
     Attributes:
       mainloop: a key of ``jevt_kernels.mainloops.MAINLOOPS``.
       tiles: the tile axes, each with its atoms, outermost first.
-      over: for each reduction node, the tile axis along which it runs.
+      over: for each reduction node, the tile axis along which it runs, or two, one after the other.
       swapped: the operands of the matrix product change places.
     """
 
     mainloop: str
     tiles: list[tuple[str, list[Factor]]]
-    over: dict[int, str]
+    over: dict[int, tuple[str, ...]]
     swapped: bool = False
 
 

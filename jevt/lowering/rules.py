@@ -40,10 +40,13 @@ class Role:
       kind: "pointwise", "view", "reduction", "contraction" (a matrix product), or "source" (reads
         no array).
       axes: for a reduction, the reduced axes of its operand.
+      split: for a reduction, it has rows that are too few and too long for one program each: only
+        beside a matrix product, which sums them up tile by tile.
     """
 
     kind: Literal["pointwise", "view", "reduction", "contraction", "source"]
     axes: tuple[int, ...] = ()
+    split: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +262,11 @@ def check_aval(aval: Any) -> None:
         raise NotFusible(f"operand in {memory} memory")
 
 
+def long_rows(size: int, rows: int) -> bool:
+    """Whether rows with so many elements in all would leave most of a GPU idle."""
+    return 0 < rows < 64 and size > 1 << 17
+
+
 def _check_source(eqn: JaxprEqn) -> None:
     if eqn.invars:
         raise NotFusible(f"{eqn.primitive.name} with a dynamic shape")
@@ -274,8 +282,4 @@ def _classify_reduction(eqn: JaxprEqn) -> Role:
         raise NotFusible(f"bitwise {eqn.primitive.name} of {dtype} has no kernel form")
     inner = next((i for i in reversed(range(operand.ndim)) if operand.shape[i] > 1), None)
     kept = operand.size // max(1, math.prod(operand.shape[i] for i in axes))
-    if inner in axes and kept and kept < 64 and operand.size > 1 << 17:
-        raise NotFusible(
-            f"no mainloop: reduction of {operand.size} elements to only {kept} (needs split rows)"
-        )
-    return Role("reduction", axes)
+    return Role("reduction", axes, inner in axes and long_rows(operand.size, kept))

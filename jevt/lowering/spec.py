@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from jax.extend.core import Jaxpr, Literal, Var
@@ -84,7 +85,9 @@ def _resolve(builder: Builder, name: str) -> KernelSpec:
     ]
     space = Space(tuple(atom.size for atom in atoms), tuple(tile_axes))
     nodes: list[visitor.Node] = []
-    for position, node in enumerate(builder.nodes):
+    renamed: dict[int, int] = {}
+    for position, original in enumerate(builder.nodes):
+        node = _reading(original, renamed)
         if position in builder.addresses:
             found = group.strides[position]
             index = IndexMap(
@@ -92,9 +95,14 @@ def _resolve(builder: Builder, name: str) -> KernelSpec:
             )
             node = _at(node, index)
         if isinstance(node, visitor.Reduce):
-            node = dataclasses.replace(node, over=layout.over[position])
+            *first, last = layout.over[position]
+            for direction in first:
+                nodes.append(dataclasses.replace(node, over=direction))
+                node = dataclasses.replace(node, operand=len(nodes) - 1)
+            node = dataclasses.replace(node, over=last)
         if isinstance(node, visitor.Contract) and layout.swapped:
             node = dataclasses.replace(node, lhs=node.rhs, rhs=node.lhs)
+        renamed[position] = len(nodes)
         nodes.append(node)
     return KernelSpec(
         name=name,
@@ -115,6 +123,19 @@ def _tensor(var: Var | Literal) -> TensorType:
     return TensorType(tuple(aval(var).shape), np.dtype(aval(var).dtype))
 
 
+def _reading(node: visitor.Node, renamed: Mapping[int, int]) -> visitor.Node:
+    """The node with its operands at their new positions."""
+    match node:
+        case visitor.Compute():
+            return dataclasses.replace(node, operands=tuple(renamed[o] for o in node.operands))
+        case visitor.Reduce() | visitor.Store():
+            return dataclasses.replace(node, operand=renamed[node.operand])
+        case visitor.Contract():
+            return dataclasses.replace(node, lhs=renamed[node.lhs], rhs=renamed[node.rhs])
+        case _:
+            return node
+
+
 def _compact(nodes: list[visitor.Node]) -> visitor.Tree:
     """Merges equal nodes and drops what no store needs."""
     needed: set[int] = set()
@@ -130,15 +151,7 @@ def _compact(nodes: list[visitor.Node]) -> visitor.Tree:
     for position, node in enumerate(nodes):
         if position not in needed:
             continue
-        match node:
-            case visitor.Compute():
-                node = dataclasses.replace(node, operands=tuple(renamed[o] for o in node.operands))
-            case visitor.Reduce() | visitor.Store():
-                node = dataclasses.replace(node, operand=renamed[node.operand])
-            case visitor.Contract():
-                node = dataclasses.replace(node, lhs=renamed[node.lhs], rhs=renamed[node.rhs])
-            case _:
-                pass
+        node = _reading(node, renamed)
         # repr tells 0.0 from -0.0 and 1 from True, which compare equal.
         key = (repr(node), node)
         if key not in seen:

@@ -97,7 +97,7 @@ class _Part:
         near = mates(producer, self.separated, self.links)
         bridge = not near.issuperset(self.links.adjacent[leaf])
         if any(label.late for label in held):
-            with_sums = {dataclasses.replace(x, late=True) for x in spaces}
+            with_sums = {dataclasses.replace(x, late=not x.product) for x in spaces}
             short = all(late_rows(x) for x in spaces if x.cols and not x.late)
             if short and with_sums <= held:
                 if not _may_store(self.graph, self.reach, near, producer):
@@ -116,6 +116,10 @@ def _producer(graph: Graph, links: Links, leaf: int, inside: int) -> int | None:
     made = [t for t in map(graph.tensors.__getitem__, graph.reads[leaf]) if t.producer is not None]
     if len(made) != 1 or (made[0].producer, leaf) not in links.edges:
         return None
+    if made[0].producer is None or graph.nodes[made[0].producer].kind == "contraction":
+        return None  # which may be left to cuBLAS, alone
+    if graph.nodes[leaf].free and (made[0].escapes or made[0].consumers != (leaf,)):
+        return None  # alone, it has its operand's buffer; with it, a buffer of its own
     given = [t for t in map(graph.tensors.__getitem__, graph.reads[leaf]) if t.producer is None]
     if any(t.size > 1 and any(c != leaf and inside >> c & 1 for c in t.consumers) for t in given):
         return None
@@ -125,7 +129,7 @@ def _producer(graph: Graph, links: Links, leaf: int, inside: int) -> int | None:
 def _strongest(labels: Collection[Label]) -> set[Label]:
     """The labels without those that another one with rows of the same points stands for."""
     with_rows = {label.size for label in labels if label.cols}
-    return {label for label in labels if label.cols or label.size not in with_rows}
+    return {x for x in labels if x.cols or x.product or x.size not in with_rows}
 
 
 def _may_store(graph: Graph, reach: Reach, near: Iterable[int], node: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from jevt.partition.problem import Problem
@@ -26,6 +27,9 @@ def never_together(problem: Problem, above: Sequence[int], below: Sequence[int])
             never[u] |= below[b]
         for v in bits(below[b]):
             never[v] |= above[a]
+    for (a, _), (b, _) in itertools.combinations(problem.products, 2):
+        never[a] |= 1 << b
+        never[b] |= 1 << a
     places = [firm | inner for firm, inner in zip(problem.firm, problem.inner, strict=True)]
     for a in range(problem.size):
         for b in range(a):
@@ -55,6 +59,8 @@ def widest(problem: Problem) -> list[int]:
     held = [firm[label] | _holders(problem.inner, label) for label in labels]
 
     def covers(a: int, b: int) -> bool:
+        if problem.labels[a].product and not problem.labels[b].product:
+            return False  # a group without a product has no such space
         return not firm[b] & ~firm[a] and not held[b] & ~held[a]
 
     return [

@@ -9,6 +9,12 @@ nothing changes. In a transformer every residual connection is struck out by the
 multiplications beside it, so the components are what lies between two of them, however many layers
 there are.
 
+A matrix product belongs to what reads its result, its epilogue. It is no link to what makes its
+operands, and a path into it is struck out like one through an opaque node. This loses the groups
+that would compute an operand inside the mainloop (a prologue), beyond the views and casts that
+:mod:`.contract` has joined to the product: for each operand at most the time of writing and reading
+it once, and nothing where it is needed elsewhere too, as by the other products of a backward pass.
+
 EVT's second step: the border is rebuilt. For two nodes of a component with a path outside it, the
 problem gets the pair in ``ordered``, because any partition must respect that path. Two components'
 groups can still form a cycle together (each alone is fine); the driver looks for that and solves
@@ -19,7 +25,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from jax.extend.core import Var
 
@@ -60,8 +66,18 @@ def split(graph: Graph, reach: Reach, launch: int) -> tuple[list[list[int]], Lin
         parts, links = again, kept
 
 
-def pose(graph: Graph, reach: Reach, part: Sequence[int], links: Links, launch: int) -> Problem:
-    """The problem of one component; local node ``i`` is ``part[i]``, in an executable order."""
+def pose(
+    graph: Graph,
+    reach: Reach,
+    part: Sequence[int],
+    links: Links,
+    launch: int,
+    company: Mapping[int, int],
+) -> Problem:
+    """The problem of one component; local node ``i`` is ``part[i]``, in an executable order.
+
+    ``company`` are the bytes that each matrix product costs more in a group with others.
+    """
     local = {node: index for index, node in enumerate(part)}
     edges, siblings = (
         sorted(
@@ -86,6 +102,7 @@ def pose(graph: Graph, reach: Reach, part: Sequence[int], links: Links, launch: 
         tuple(graph.nodes[n].free for n in part),
         launch,
         frozenset(local[n] for n in part if graph.nodes[n].assumed),
+        tuple((local[n], company[n]) for n in part if n in company),
     )
 
 
@@ -131,10 +148,12 @@ def _candidates(graph: Graph, single: set[int]) -> Links:
     """
     edges: set[tuple[int, int]] = set()
     siblings: set[tuple[int, int]] = set()
+    ends = single.union(n for n, node in enumerate(graph.nodes) if node.kind == "contraction")
     for tensor in graph.tensors:
-        readers = [c for c in tensor.consumers if c not in single]
+        readers = [c for c in tensor.consumers if c not in ends]
         producer = tensor.producer
-        if producer is not None and producer not in single and not tensor.late:
+        late = tensor.late or (producer is not None and graph.nodes[producer].split)
+        if producer is not None and producer not in single and not late:
             for reader in readers:
                 if _may_join(graph.nodes[producer], graph.nodes[reader]) and not any(
                     shrinks(graph.jaxpr.eqns[p], tensor.var)

@@ -22,6 +22,9 @@ neither written nor read any more; its operands, not larger in sum, are written 
 stead at worst. Template: ``s`` is computed in the space in which ``w`` consumed it. Of the group
 that ``s`` left, nodes smaller than its space whose only consumer was ``s`` go along.
 
+A matrix product may be left to cuBLAS, alone. So nothing behind it joins it, and before it only
+what a kernel of ours reads in the product's stead at no cost: views, and casts to wider types.
+
 What the proofs cannot see is a pair of views that does not compose into one index map. Therefore a
 joined node is kept only if ``build`` accepts it; otherwise its equations stay apart.
 """
@@ -77,6 +80,7 @@ class _Joined:
         self.parent = list(range(len(graph.nodes)))
         self.members = [[n] for n in range(len(graph.nodes))]
         self.reduces = [node.kind == "reduction" for node in graph.nodes]
+        self.multiplies = [node.kind == "contraction" for node in graph.nodes]
         self.late = {t.var for t in graph.tensors if t.late}
 
     def find(self, node: int) -> int:
@@ -93,6 +97,7 @@ class _Joined:
         self.members[a].extend(self.members[b])
         self.members[b] = []
         self.reduces[a] = self.reduces[a] or self.reduces[b]
+        self.multiplies[a] = self.multiplies[a] or self.multiplies[b]
 
 
 def _into_producer(joined: _Joined, v: int) -> None:
@@ -103,7 +108,9 @@ def _into_producer(joined: _Joined, v: int) -> None:
         return
     (operand,), result = reads, graph.tensors[graph.writes[v][0]]
     u = operand.producer
-    if u is None or graph.nodes[u].opaque or operand.consumers != (v,) or operand.escapes:
+    if u is None or graph.nodes[u].kind in ("opaque", "contraction"):
+        return
+    if operand.consumers != (v,) or operand.escapes:
         return
     if result.size != operand.size or node.size != operand.size or result.nbytes > operand.nbytes:
         return
@@ -123,14 +130,16 @@ def _given_scalar(tensor: Tensor) -> bool:
 def _into_consumer(joined: _Joined, s: int) -> None:
     graph = joined.graph
     root = joined.find(s)
-    if max(joined.members[root]) != s or graph.nodes[s].opaque or joined.reduces[root]:
+    if max(joined.members[root]) != s or graph.nodes[s].opaque:
+        return
+    if joined.reduces[root] or joined.multiplies[root]:
         return
     results = [t for n in joined.members[root] for t in graph.writes[n]]
     outside = {joined.find(c) for t in results for c in graph.tensors[t].consumers} - {root}
     if len(outside) != 1 or any(graph.tensors[t].escapes for t in results):
         return
     (w,) = outside
-    if graph.nodes[w].opaque:
+    if graph.nodes[w].opaque or (joined.multiplies[w] and not _seen(graph, joined.members[root])):
         return
     leaving = [
         graph.tensors[t]
@@ -151,6 +160,18 @@ def _into_consumer(joined: _Joined, s: int) -> None:
         joined.join(root, w)
 
 
+def _seen(graph: Graph, nodes: list[int]) -> bool:
+    """Whether an operand of a matrix product can be read through these nodes."""
+    return all(
+        graph.nodes[n].kind == "view"
+        or all(
+            graph.jaxpr.eqns[p].primitive.name == "convert_element_type"
+            for p in graph.nodes[n].eqns
+        )
+        for n in nodes
+    )
+
+
 def _sees_a_part(graph: Graph, node: int, var: Var) -> bool:
     eqns = (graph.jaxpr.eqns[p] for p in graph.nodes[node].eqns)
     return any(graphs.shrinks(eqn, var) for eqn in eqns if var in eqn.invars)
@@ -165,17 +186,18 @@ def merge(graph: Graph, parts: list[Node]) -> Node:
         if late.intersection(v for v in eqn.invars if isinstance(v, Var)):
             ends.add(position)
             late.update(eqn.outvars)
-    reductions = [p for p in parts if p.kind == "reduction"]
+    spaces = [p for p in parts if p.kind in ("reduction", "contraction")]
     kinds = {p.kind for p in parts}
     size = max(p.size for p in parts)
     return Node(
         tuple(sorted(position for part in parts for position in part.eqns)),
-        "reduction" if reductions else "pointwise" if "pointwise" in kinds else "view",
-        reductions[0].size if reductions else size,
-        reductions[0].cols if reductions else 0,
+        spaces[0].kind if spaces else "pointwise" if "pointwise" in kinds else "view",
+        spaces[0].size if spaces else size,
+        spaces[0].cols if spaces else 0,
         ends=tuple(sorted(ends)),
         assumed=any(p.assumed for p in parts),
         free=all(p.free for p in parts),
+        split=any(p.split for p in parts),
     )
 
 

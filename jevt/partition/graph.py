@@ -34,6 +34,9 @@ class Role(Protocol):
     @property
     def axes(self) -> tuple[int, ...]: ...
 
+    @property
+    def split(self) -> bool: ...
+
 
 type Classify = Callable[[JaxprEqn], Role]
 
@@ -66,8 +69,8 @@ class Node:
 
     Attributes:
       eqns: positions in the jaxpr, ascending.
-      kind: the part it plays; "reduction" if any of its equations is one.
-      size: number of points that a kernel has to visit for it.
+      kind: the part it plays; "reduction" or "contraction" if any of its equations is one.
+      size: number of points that a kernel has to visit for it; of a matrix product, its elements.
       cols: length of the rows, 0 without a reduction. A reduction along rows (over all axes but the
         contiguous ones) has the rows that it keeps.
       ends: positions of equations whose results are only known after the whole kernel: reductions
@@ -75,6 +78,7 @@ class Node:
       assumed: some positions in ``ends`` were joined to the others without proof (see
         :mod:`.absorb`).
       loose: a leaf that is only to be with what it reads, or alone (see :mod:`.absorb`).
+      split: a reduction with a place in the kernels of matrix products only.
       free: only relabels its operand's bytes (a row-major reshape), so that XLA runs it for
         nothing.
       reason: for opaque nodes, why.
@@ -88,6 +92,7 @@ class Node:
     ends: tuple[int, ...] = ()
     assumed: bool = False
     loose: bool = False
+    split: bool = False
     free: bool = False
     reason: str = ""
     fallback: bool = False
@@ -289,15 +294,13 @@ def _node(position: int, eqn: JaxprEqn, classify: Classify) -> Node:
         role = classify(eqn)
     except NotFusible as refusal:
         reason = str(refusal)
-        return Node((position,), "opaque", reason=reason, fallback=_unexpected(reason))
+        return Node((position,), "opaque", reason=reason, fallback=unexpected(reason))
     if any(elements(a.aval) == 0 for a in (*eqn.invars, *eqn.outvars)):
         return Node((position,), "opaque", reason="cost model: no elements")
-    if role.kind == "contraction":
-        return Node((position,), "opaque", reason=f"no mainloop: {name} (GEMM)")
     size = max(elements(v.aval) for v in eqn.outvars)
     if role.kind == "reduction":
         operand: Any = eqn.invars[0].aval
-        return _reduction(position, operand.shape, role.axes)
+        return _reduction(position, operand.shape, role)
     if role.kind == "pointwise":
         size = max(size, *(elements(a.aval) for a in eqn.invars))
     operands = [a for a in eqn.invars if isinstance(a, Var)]
@@ -305,14 +308,14 @@ def _node(position: int, eqn: JaxprEqn, classify: Classify) -> Node:
     return Node((position,), kind, size, free=_relabels(eqn, kind))
 
 
-def _reduction(position: int, shape: Sequence[int], axes: Sequence[int]) -> Node:
-    size = math.prod(shape)
+def _reduction(position: int, shape: Sequence[int], role: Role) -> Node:
+    size, axes = math.prod(shape), role.axes
     reduced = math.prod(shape[a] for a in axes)
     if reduced == 1:  # over axes of size 1: relabels
         return Node((position,), "pointwise", size)
     inner = max(a for a, extent in enumerate(shape) if extent > 1)
     if inner in axes:
-        return Node((position,), "reduction", size, reduced)
+        return Node((position,), "reduction", size, reduced, split=role.split)
     return Node((position,), "reduction", size, size // reduced, ends=(position,))
 
 
@@ -324,7 +327,7 @@ def _relabels(eqn: JaxprEqn, kind: NodeKind) -> bool:
     return len(eqn.invars) == 1 and elements(before) == elements(after)
 
 
-def _unexpected(reason: str) -> bool:
+def unexpected(reason: str) -> bool:
     """Whether an equation without a mainloop is a lack of jevt rather than outside its scope."""
     expected = reason.startswith(("no mainloop", "one call")) or "stays with XLA" in reason
     return not expected

@@ -8,6 +8,7 @@ distance of neighbours and not the size of the graph.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from jevt.partition.order import executable, quotient
@@ -63,7 +64,11 @@ def _by_saving(problem: Problem) -> list[tuple[int, int]]:
             for other in tensor.consumers[index + 1 :]:
                 if (node, other) in saving:
                     saving[node, other] += amount
-    return sorted(saving, key=lambda pair: (-saving[pair], pair))
+    dearer = dict(problem.products)
+    for pair in saving:
+        saving[pair] -= dearer.get(pair[0], 0)
+    worth = (pair for pair, saved in saving.items() if saved >= 0)
+    return sorted(worth, key=lambda pair: (-saving[pair], pair))
 
 
 class _State:
@@ -79,7 +84,8 @@ class _State:
         successors = problem.successors()
         self.consumers = problem.consumers()
         self.apart: list[set[int]] = [set() for _ in range(problem.size)]
-        for a, b in problem.ordered:
+        products = [node for node, _ in problem.products]
+        for a, b in (*problem.ordered, *itertools.combinations(products, 2)):
             self.apart[a].add(b)
             self.apart[b].add(a)
         self.members = {group[0]: list(group) for group in start}
@@ -133,6 +139,8 @@ class _State:
     def _fit(self, first: int, second: int) -> int:
         """The labels that hold the union, see ``Problem.fitting``."""
         mask = self.firm[first] & self.firm[second]
+        if not {first, second} & {self.owner[node] for node, _ in self.problem.products}:
+            mask &= ~self.problem.product_labels()
         for node in (*self.small[first], *self.small[second]):
             here = self.problem.firm[node]
             if all(self.owner[c] in (first, second) for c in self.consumers[node]):

@@ -23,7 +23,8 @@ Constraints, by the methods that add them:
 * ``acyclic``: the quotient graph has no cycle, which convexity of each group does not give: a cut
   edge puts the consumer's group at a later time. Added lazily, when a solution has a cycle: few
   graphs of training steps have one, and the times make the others twice as slow.
-* ``one_space``: every node has a place in its group's iteration space. A node smaller than the
+* ``one_space``: every node has a place in its group's iteration space, which is a matrix product's
+  only if the group has one. A node smaller than the
   space and its rows has one only together with all its consumers, since its results could not be
   stored.
 * ``traffic``: the objective of :meth:`~.problem.Problem.cost`, term for term.
@@ -185,12 +186,17 @@ class Program:
     def one_space(self) -> None:
         problem, model = self.problem, self.model
         labels = apart.widest(problem)
-        if all(firm >> labels[0] & 1 for firm in problem.firm):
+        plain = [label for label in labels if not problem.labels[label].product]
+        if plain and all(firm >> plain[0] & 1 for firm in problem.firm):
             return
         consumers = problem.consumers()
         for r in self.nodes:
             space = {label: model.new_bool_var(f"space_{r}_{label}") for label in labels}
             model.add_exactly_one(space.values())
+            products = [x for p, _ in problem.products for x in self._inside(p, r)]
+            for label, chosen in space.items():
+                if problem.labels[label].product:
+                    model.add_bool_or(~chosen, *products)
             for v in range(r, problem.size):
                 if (v, r) not in self.inside:
                     continue
@@ -208,13 +214,11 @@ class Program:
         problem, model = self.problem, self.model
         for v in self.nodes:
             if problem.free[v]:
-                alone = self.alone[v] = model.new_bool_var(f"alone_{v}")
-                model.add_implication(alone, self.inside[v, v])
-                for w in range(v + 1, problem.size):
-                    for inside in self._inside(w, v):
-                        model.add_implication(alone, ~inside)
+                self.alone[v] = self._lonely(v)
         terms = [(problem.launch, self.inside[r, r]) for r in self.nodes]
         terms += [(-problem.launch, alone) for alone in self.alone.values()]
+        company = [(v, dearer) for v, dearer in problem.products if dearer]
+        terms += [(-dearer, self._lonely(v)) for v, dearer in company]
         for t, tensor in enumerate(problem.tensors):
             u = tensor.producer
             if u is not None and (tensor.leaves or tensor.consumers):
@@ -227,7 +231,17 @@ class Program:
                     cut = self.cut[u, c]
                     model.add_bool_or(spared if cut is None else [*spared, ~cut])
             terms += self._reads(t)
-        model.minimize(sum(weight * variable for weight, variable in terms))
+        at_most = sum(dearer for _, dearer in company)
+        model.minimize(at_most + sum(weight * variable for weight, variable in terms))
+
+    def _lonely(self, v: int) -> cp_model.IntVar:
+        """A variable that is true only if a node is a group by itself."""
+        alone = self.model.new_bool_var(f"alone_{v}")
+        self.model.add_implication(alone, self.inside[v, v])
+        for w in range(v + 1, self.problem.size):
+            for inside in self._inside(w, v):
+                self.model.add_implication(alone, ~inside)
+        return alone
 
     def _reads(self, t: int) -> list[tuple[int, cp_model.IntVar]]:
         """A group with consumers of different shares of a tensor reads the largest share."""

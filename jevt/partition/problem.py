@@ -6,6 +6,7 @@ one description, so that they agree on what is optimised:
     cost = launch · (number of groups)
          + bytes of tensors written (once each, if anything outside the producer's group needs them)
          + bytes of tensors read (once by each group that reads them from memory)
+         + what a matrix product takes longer in a group with others than alone
 
 in bytes, a launch counted as the bytes that the device moves in its time. EVT's objective is the
 second and third line ("minimize the data movement between partitions", ASPLOS 2024, section 5);
@@ -32,11 +33,13 @@ class Label:
       size: points.
       cols: length of its rows, 0 if nothing is reduced.
       late: sums along rows are among its results; such a kernel writes no values of rows.
+      product: the space of a matrix product, with sums of any kind among its results.
     """
 
     size: int
     cols: int
     late: bool = False
+    product: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Problem:
       launch: bytes that a launch is worth.
       assumed: nodes that hold more than is proven to belong together (see :mod:`.absorb`): a
         refusal of a group with one of them says nothing of groups without.
+      products: the matrix products, of which a group holds one at most, each with the bytes that it
+        is dearer with others than alone, where cuBLAS runs it.
     """
 
     size: int
@@ -89,6 +94,7 @@ class Problem:
     free: tuple[bool, ...]
     launch: int
     assumed: frozenset[int] = frozenset()
+    products: tuple[tuple[int, int], ...] = ()
 
     def successors(self) -> list[list[int]]:
         """For each node, the nodes that run after it, those of ``ordered`` included."""
@@ -117,6 +123,13 @@ class Problem:
         return result
 
     def cost(self, groups: Sequence[Sequence[int]]) -> int:
+        """Bytes and launches of a grouping, and what its matrix products are dearer for it."""
+        dearer = dict(self.products)
+        return self._moved(groups) + sum(
+            dearer.get(node, 0) for group in groups if len(group) > 1 for node in group
+        )
+
+    def _moved(self, groups: Sequence[Sequence[int]]) -> int:
         """Bytes and launches of a grouping."""
         owner = {node: index for index, group in enumerate(groups) for node in group}
         idle = {i for i, group in enumerate(groups) if len(group) == 1 and self.free[group[0]]}
@@ -157,12 +170,27 @@ class Problem:
             self.tensors[b].producer is None for b in leaving
         ):
             return None
-        return self.cost([list(range(self.size))])
+        return self._moved([list(range(self.size))])
+
+    def without(self, product: int) -> Problem:
+        """The problem with a matrix product that is to be alone."""
+        after = [b for a, b in self.edges if a == product]
+        return dataclasses.replace(
+            self,
+            edges=tuple(e for e in self.edges if e[0] != product),
+            ordered=tuple(sorted({*self.ordered, *((product, b) for b in after)})),
+        )
+
+    def product_labels(self) -> int:
+        """The labels that take a matrix product, as a bit mask."""
+        return sum(label.product << bit for bit, label in enumerate(self.labels))
 
     def fitting(self, group: Iterable[int], consumers: Sequence[set[int]]) -> int:
         """The labels under which every node of the group has its place, as a bit mask."""
         members = group if isinstance(group, (set, frozenset)) else set(group)
         mask = (1 << len(self.labels)) - 1
+        if not any(node in members for node, _ in self.products):
+            mask &= ~self.product_labels()
         for node in members:
             here = self.firm[node]
             if self.inner[node] and consumers[node] <= members:
@@ -183,6 +211,9 @@ class Problem:
         consumers = self.consumers()
         owner = {node: index for index, group in enumerate(groups) for node in group}
         if any(owner[a] == owner[b] for a, b in self.ordered):
+            return False
+        together = [owner[node] for node, _ in self.products]
+        if len(set(together)) < len(together):
             return False
         links = self.links()
         if any(len(components(g, links)) > 1 for g in groups):
@@ -207,6 +238,7 @@ class Problem:
             self.free,
             self.launch,
             self.assumed,
+            self.products,
         )
 
 

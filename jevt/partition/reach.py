@@ -36,20 +36,23 @@ class Reach:
     def separated(self, graph: Graph, part: Sequence[int]) -> dict[int, int]:
         """For each node of a part, the nodes with which a path that leaves the part connects it.
 
-        They can share no group: what lies on such a path would have to run inside the group.
+        They can share no group: what lies on such a path would have to run inside the group. A path
+        into a matrix product counts as one that leaves the part (see :mod:`.components`).
         """
         part = sorted(part)
         inside = set(part)
+        passable = {node for node in part if graph.nodes[node].kind != "contraction"}
         after: dict[int, int] = {}
         for node in reversed(part):
             after[node] = 0
             for following in graph.successors[node]:
-                after[node] |= after[following] if following in inside else self.below[following]
+                after[node] |= after[following] if following in passable else self.below[following]
         before: dict[int, int] = {}
         for node in part:
             before[node] = 0
             for previous in graph.predecessors[node]:
-                before[node] |= before[previous] if previous in inside else self.above[previous]
+                within = previous in inside and node in passable
+                before[node] |= before[previous] if within else self.above[previous]
         return {node: after[node] | before[node] for node in part}
 
 

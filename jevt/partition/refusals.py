@@ -26,10 +26,13 @@ class Oracle:
       holds: whether these nodes can be part of one group that stores these tensors (positions in
         ``Problem.tensors``), whatever else is in it: the same question with only those results as
         outputs, beside the largest of what nothing in the set reads.
+      worthwhile: whether these nodes are predicted to be faster as one group than apart from the
+        matrix product among them, the second argument.
     """
 
     accepts: Callable[[Sequence[int]], bool]
     holds: Callable[[Sequence[int], Sequence[int]], bool]
+    worthwhile: Callable[[Sequence[int], int], bool] = lambda nodes, product: True
 
 
 @dataclasses.dataclass(frozen=True)

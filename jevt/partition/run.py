@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
@@ -67,6 +67,21 @@ def partition(
     return plan if context.fuel is None else targets.limit_fuel(plan, context.fuel)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Prices:
+    """What of a plan's costs is no traffic.
+
+    Attributes:
+      launch: what a launch is worth in bytes.
+      company: for each matrix product, the same of what it takes longer in a group with others.
+      worthwhile: see ``Oracle.worthwhile``, for nodes of the graph.
+    """
+
+    launch: int
+    company: Mapping[int, int]
+    worthwhile: Callable[[Sequence[int], int], bool]
+
+
 class _Run:
     """One call of :func:`partition`: its tools, and what it has already built and solved."""
 
@@ -97,14 +112,19 @@ class _Run:
             graph, reach = fewer, Reach.of(fewer)
             parts, links = split(graph, reach, launch)
         parts = [arranged(graph, reach, part) for part in parts]
-        outcomes = self._solve(graph, reach, parts, links, launch)
+        prices = _Prices(
+            launch,
+            targets.company(graph, context),
+            lambda nodes, product: targets.worthwhile(graph, single, nodes, product, context),
+        )
+        outcomes = self._solve(graph, reach, parts, links, prices)
         # 3. components whose groups form a cycle together, solved as one
         while (cyclic := self._cycle(graph, parts, outcomes)) is not None:
             merged = arranged(graph, reach, sorted(n for index in cyclic for n in parts[index]))
             keep = [i for i in range(len(parts)) if i not in cyclic]
             parts = [parts[i] for i in keep] + [merged]
             outcomes = [outcomes[i] for i in keep]
-            outcomes += self._solve(graph, reach, [merged], links, launch)
+            outcomes += self._solve(graph, reach, [merged], links, prices)
         # 4. groups in an executable order, each with its target
         groups = _ordered(graph, _all_groups(graph, parts, outcomes))
         chosen = tuple(
@@ -128,23 +148,24 @@ class _Run:
         """The graph, with what ``build`` refuses even alone made opaque."""
         nodes = list(graph.nodes)
         for index, node in enumerate(nodes):
-            if node.kind in ("pointwise", "reduction") and node.size > 1:
+            asked = node.kind in ("pointwise", "reduction", "contraction") and not node.split
+            if asked and node.size > 1:
                 reason = self.builder.refusal(graph.extract(node.eqns))
                 if reason:
                     nodes[index] = graphs.Node(node.eqns, "opaque", reason=reason, fallback=True)
         return dataclasses.replace(graph, nodes=tuple(nodes))
 
     def _solve(
-        self, graph: Graph, reach: Reach, parts: Sequence[list[int]], links: Links, launch: int
+        self, graph: Graph, reach: Reach, parts: Sequence[list[int]], links: Links, prices: _Prices
     ) -> list[Outcome]:
         return self.solver.solve(
-            [self._component(graph, reach, part, links, launch) for part in parts]
+            [self._component(graph, reach, part, links, prices) for part in parts]
         )
 
     def _component(
-        self, graph: Graph, reach: Reach, part: Sequence[int], links: Links, launch: int
+        self, graph: Graph, reach: Reach, part: Sequence[int], links: Links, prices: _Prices
     ) -> Component:
-        problem = pose(graph, reach, part, links, launch)
+        problem = pose(graph, reach, part, links, prices.launch, prices.company)
 
         def positions(local: Sequence[int]) -> list[int]:
             return [p for n in local for p in graph.nodes[part[n]].eqns]
@@ -158,6 +179,7 @@ class _Run:
             lambda local, stored: self._accepts(
                 part_of(graph, positions(local), [variables()[t] for t in stored])
             ),
+            lambda local, product: prices.worthwhile([part[n] for n in local], part[product]),
         )
         return Component(self._key(graph, part, problem), problem, oracle)
 

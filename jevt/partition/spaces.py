@@ -10,7 +10,9 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from jevt.partition.graph import Graph
+from jax.extend.core import Var
+
+from jevt.partition.graph import Graph, Node, elements
 from jevt.partition.problem import Label
 from jevt.partition.reach import Links
 from jevt_kernels.mainloops import columnwise
@@ -19,9 +21,9 @@ from jevt_kernels.mainloops import columnwise
 def labels_of(graph: Graph, part: Sequence[int]) -> tuple[Label, ...]:
     """The spaces that the nodes of a component can give a group."""
     nodes = [graph.nodes[n] for n in part]
-    spaces = {(node.size, node.cols, False) for node in nodes if not node.ends}
-    spaces |= {(node.size, node.cols, True) for node in nodes if node.ends}
-    spaces |= {(node.size, 0, False) for node in nodes}
+    spaces = {(node.size, node.cols, bool(node.ends), False) for node in nodes if not node.split}
+    spaces |= {(node.size, 0, False, False) for node in nodes}
+    spaces |= {(node.size, 0, False, True) for node in nodes if node.kind == "contraction"}
     return tuple(Label(*space) for space in sorted(spaces))
 
 
@@ -48,7 +50,7 @@ def places(
                 shared &= sum(result[consumer])
         firm = inner = 0
         for bit, label in enumerate(labels):
-            fit = _fit(graph, node, label)
+            fit = _fit(graph, links, node, label)
             if fit == "full" or (fit == "rows" and not label.late):
                 firm |= reducible(node, label) << bit
             elif fit and shared >> bit & 1:
@@ -57,16 +59,26 @@ def places(
     return result
 
 
-def _fit(graph: Graph, index: int, label: Label) -> Literal["full", "rows", "part", ""]:
+def _fit(
+    graph: Graph, links: Links, index: int, label: Label
+) -> Literal["full", "rows", "part", ""]:
     """What of a label's space the results of a node span, "" if it has no place there."""
     node = graph.nodes[index]
+    early = [t for t in map(graph.tensors.__getitem__, graph.writes[index]) if not t.late]
+    if node.kind == "contraction":
+        return "full" if label.product and node.size == label.size else ""
+    if node.cols and label.product:
+        sums = [t for t in early if t.size < label.size]
+        read = any((index, c) in links.edges for t in sums for c in t.consumers)
+        return "" if read or node.size != label.size or _reads_sums(graph, node) else "full"
     if node.cols:
         strict = bool(node.ends) and not node.assumed
         if label.late and not node.ends and not late_rows(label):
             return ""
         if (node.size, node.cols) != (label.size, label.cols) or (strict and not label.late):
             return ""
-        early = [t for t in map(graph.tensors.__getitem__, graph.writes[index]) if not t.late]
+        if node.split:
+            return ""
         return "full" if all(t.size == label.size for t in early) else "rows"
     if node.size == label.size:
         return "full"
@@ -78,6 +90,13 @@ def _fit(graph: Graph, index: int, label: Label) -> Literal["full", "rows", "par
 def late_rows(label: Label) -> bool:
     """Whether a kernel with sums along rows can reduce its rows too, all of one on chip."""
     return label.cols <= columnwise.MAX_WHOLE
+
+
+def _reads_sums(graph: Graph, node: Node) -> bool:
+    """Whether one of a node's equations reads what another has reduced."""
+    eqns = [graph.jaxpr.eqns[p] for p in node.eqns]
+    sums = {v for e in eqns for v in e.outvars if elements(v.aval) < node.size}
+    return any(v in sums for e in eqns for v in e.invars if isinstance(v, Var))
 
 
 def _all_consumers(graph: Graph, links: Links, node: int) -> list[int] | None:
@@ -94,7 +113,7 @@ class _Reducible:
     """Whether a node can be in a group whose rows have the length of a label.
 
     Some reduction of the component must give the group such rows, and no path between the two may
-    leave the component.
+    leave the component. In the same way a matrix product must be there, and the node not before it.
     """
 
     def __init__(self, graph: Graph, part: Sequence[int], separated: Mapping[int, int]) -> None:
@@ -102,8 +121,11 @@ class _Reducible:
         self.reductions: dict[Label, int] = collections.defaultdict(int)
         for n in part:
             node = graph.nodes[n]
-            if node.cols:
+            if node.kind == "contraction":
+                self.reductions[Label(node.size, 0, product=True)] |= 1 << n
+            if node.cols and not node.split:
                 self.reductions[Label(node.size, node.cols, bool(node.ends))] |= 1 << n
 
     def __call__(self, node: int, label: Label) -> bool:
-        return not label.cols or bool(self.reductions[label] & ~self.separated[node])
+        plain = not label.cols and not label.product
+        return plain or bool(self.reductions[label] & ~self.separated[node])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from jevt._context import Context
+from jax.extend.core import Jaxpr
+
+from jevt._context import Context, Device
 from jevt.lowering.errors import NotFusible
-from jevt.partition import cost, names
+from jevt.partition import cost, fusions, names, products
 from jevt.partition.build import Builder
 from jevt.partition.duplicate import merge_copies
-from jevt.partition.graph import Graph, Node
+from jevt.partition.graph import Graph, Node, unexpected
 from jevt.partition.plan import Group, Plan
 
 #: Kinds of the groups of one equation that stands for many and runs as a library's call.
@@ -40,16 +42,12 @@ def choose(
             name, "xla", kind, positions, jaxpr, reason=node.reason, fallback=node.fallback
         )
     parts = [single.nodes[p] for p in positions]
-    reductions = {i for i, part in enumerate(parts) if part.kind == "reduction"}
-    ends = [i for i, part in enumerate(parts) if part.ends]
-    kind = "columnwise" if ends else "rowwise" if reductions else "pointwise"
-    predicted = cost.predict_us(jaxpr, context.device)
-    predicted += cost.second_stage_us([jaxpr.eqns[i] for i in ends], context.device)
-    xla = cost.xla_us(jaxpr, context.device, reductions)
+    kind = _kind(parts)
+    predicted, xla = _times(jaxpr, parts, context.device)
     group = Group(
         names.group_name(index, kind, jaxpr), "xla", kind, positions, jaxpr, None, xla, xla
     )
-    trivial = _trivial(parts)
+    trivial = _trivial(parts, context)
     if trivial:
         return dataclasses.replace(group, reason=trivial)
     jaxpr = merge_copies(jaxpr)
@@ -57,13 +55,47 @@ def choose(
     try:
         spec = builder.spec(jaxpr, group.name)
     except NotFusible as refusal:
-        return dataclasses.replace(group, reason=str(refusal), fallback=True)
+        reason = str(refusal)
+        return dataclasses.replace(group, reason=reason, fallback=unexpected(reason))
     name = names.group_name(index, spec.mainloop, jaxpr)
     group = dataclasses.replace(group, name=name, kind=spec.mainloop, spec=spec)
     reason, fallback = _elsewhere(context, predicted, xla)
     if reason:
         return dataclasses.replace(group, reason=reason, fallback=fallback)
     return dataclasses.replace(group, target="triton", predicted_us=predicted)
+
+
+def worthwhile(
+    graph: Graph, single: Graph, nodes: Sequence[int], product: int, context: Context
+) -> bool:
+    """Whether a matrix product is predicted to be faster with the others of its group than apart.
+
+    Apart, cuBLAS runs it and one kernel, of ours or XLA's, all the others.
+    """
+    if not _chooses(context):
+        return True
+    device = context.device
+
+    def times(chosen: Sequence[int]) -> tuple[float, float]:
+        positions = sorted(p for n in chosen for p in graph.nodes[n].eqns)
+        return _times(graph.extract(positions), [single.nodes[p] for p in positions], device)
+
+    together, xla = times(nodes)
+    alone = times([product])[1]
+    return together <= min(xla, alone + min(times([n for n in nodes if n != product])))
+
+
+def company(graph: Graph, context: Context) -> dict[int, int]:
+    """What each matrix product takes longer with company than alone, in bytes of that time."""
+    result: dict[int, int] = {}
+    for index, node in enumerate(graph.nodes):
+        if node.kind == "contraction":
+            jaxpr = graph.extract(node.eqns)
+            at = products.position(jaxpr)
+            assert at is not None
+            us = products.company_us(jaxpr.eqns[at], context.device) if _chooses(context) else 0.0
+            result[index] = round(us * context.device.bytes_per_us)
+    return result
 
 
 def limit_fuel(plan: Plan, fuel: int) -> Plan:
@@ -92,13 +124,42 @@ def _burn(plan: Plan, fuel: int) -> tuple[Plan, int]:
     )
 
 
-def _trivial(parts: Sequence[Node]) -> str:
-    """Why a group is not worth a kernel on any device, "" if it might be."""
-    if all(part.kind in ("view", "source") for part in parts):
+def _kind(parts: Sequence[Node]) -> str:
+    """The mainloop that a group of such equations would have."""
+    kinds = {part.kind for part in parts}
+    if "contraction" in kinds:
+        return "gemm"
+    if any(part.ends for part in parts):
+        return "columnwise"
+    return "rowwise" if "reduction" in kinds else "pointwise"
+
+
+def _times(jaxpr: Jaxpr, parts: Sequence[Node], device: Device) -> tuple[float, float]:
+    """Predicted microseconds of a group as one kernel and as XLA runs it."""
+    reductions = {i for i, part in enumerate(parts) if part.kind == "reduction"}
+    xla = fusions.xla_us(jaxpr, device, reductions)
+    if products.position(jaxpr) is not None:
+        sums = [jaxpr.eqns[i] for i in sorted(reductions)]
+        return products.kernel_us(jaxpr, device) + products.second_stage_us(sums, device), xla
+    ends = [jaxpr.eqns[i] for i, part in enumerate(parts) if part.ends]
+    return cost.predict_us(jaxpr, device) + cost.second_stage_us(ends, device), xla
+
+
+def _trivial(parts: Sequence[Node], context: Context) -> str:
+    """Why a group is not worth a kernel, "" if it might be."""
+    kinds = {part.kind for part in parts}
+    if kinds <= {"view", "source"}:
         return "cost model: only views, no arithmetic"
     if all(part.size <= 1 for part in parts):
         return "cost model: scalars only"
+    if kinds <= {"view", "source", "contraction"} and _chooses(context):
+        return "cost model: a matrix product alone is cuBLAS's"
     return ""
+
+
+def _chooses(context: Context) -> bool:
+    """Whether the cost model has a say."""
+    return context.backend == "auto" and context.platform != "cpu" and not context.partitioned
 
 
 def _elsewhere(context: Context, predicted: float, xla: float) -> tuple[str, bool]:

@@ -53,9 +53,10 @@ def lower_for_cuda(step, *args):
 def test_groups_become_triton_calls():
     text, trace = lower_for_cuda(jevt.jit(block, backend="triton"), *arguments())
     groups = [g for g in trace.plan.groups if g.target == "triton"]
-    assert [g.kind for g in groups] == ["rowwise", "rowwise"]
-    assert len(kernel_equations(trace)) == 2
-    assert text.count("@triton_kernel_call_ffi(") == 2
+    assert [g.kind for g in groups] == ["rowwise", "gemm", "rowwise"]
+    assert len(kernel_equations(trace)) == 3
+    assert text.count("@triton_kernel_call_ffi(") == 3
+    assert "dot_general" not in text
 
 
 @pytest.mark.cuda_lowering
@@ -81,7 +82,7 @@ def test_lowered_jaxpr_evaluates_to_the_same_values():
     args = arguments()
     step = jevt.jit(block, backend="triton")
     trace = step.explain(*args)
-    assert len(kernel_equations(trace)) == 2
+    assert len(kernel_equations(trace)) == 3
     lowered = trace.stages[-1].jaxpr
     (got,) = jax.core.eval_jaxpr(lowered, lowered.consts, *args)
     np.testing.assert_allclose(got, block(*args), rtol=1e-5, atol=1e-5)
@@ -92,7 +93,7 @@ def test_kernels_run_in_the_interpreter():
     args = arguments(rows=12, width=40)
     step = jevt.jit(block, backend="interpret")
     got = step(*args)
-    assert len(kernel_equations(jevt.last_trace(step))) == 2
+    assert len(kernel_equations(jevt.last_trace(step))) == 3
     np.testing.assert_allclose(got, jax.jit(block)(*args), rtol=1e-5, atol=1e-5)
 
 
@@ -155,10 +156,10 @@ def test_one_warning_for_one_reason(monkeypatch):
     monkeypatch.setattr(launch, "precompile", refuse)
     x, weight, scale = arguments()
     step = jevt.jit(lambda *a: jax.lax.map(lambda _: block(*a), jnp.ones(3)), backend="triton")
-    with pytest.warns(jevt.JevtWarning, match=r"2 groups \(g\d+_rowwise.*, …\) run ") as caught:
+    with pytest.warns(jevt.JevtWarning, match=r"3 groups \(g\d+_rowwise.*, …\) run ") as caught:
         _, trace = lower_for_cuda(step, x, weight, scale)
     assert len(caught) == 1
-    assert len(trace.warnings) == 2
+    assert len(trace.warnings) == 3
 
 
 @contextlib.contextmanager
@@ -208,7 +209,7 @@ def test_machines_that_cannot_run_kernels(circumstance, message):
     compat.import_jax_triton.cache_clear()
     with circumstance():
         step = jevt.jit(block, backend="triton")
-        with pytest.warns(jevt.JevtWarning, match=f"2 groups .* run through XLA.*{message}") as log:
+        with pytest.warns(jevt.JevtWarning, match=f"3 groups .* run through XLA.*{message}") as log:
             text, trace = lower_for_cuda(step, x, weight, scale)
         assert len(log) == 1
         assert "triton_kernel_call_ffi" not in text

@@ -97,6 +97,12 @@ GROUPS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         (np.arange(24, dtype=np.int32).reshape(4, 6), W),
     ),
     "sum of squares a row": (lambda x, w: jnp.square(x @ w).sum(-1), (X, W)),
+    "sum of squares": (lambda x, w: (lambda y: (y, jnp.square(y).sum()))(x @ w), (X, W)),
+    "sums of a batch": (
+        lambda q, k: (lambda s: (s.sum((2, 3)), s.max(-1)))(jnp.einsum("bhqd,bhkd->bhqk", q, k)),
+        (HEADS, HEADS),
+    ),
+    "mean of a vector": (lambda w, b: jnp.tanh(w @ b).sum(), (W, BIAS)),
     "slices": (lambda x, w: x[1:, ::2, :16] @ w[16:, ::3], (X, W)),
 }
 
@@ -207,20 +213,20 @@ REFUSALS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
         (X, W),
         "a value along the contracted axes is needed outside|does not have",
     ),
-    "sum of all": (
-        lambda x, w: (x @ w).sum(),
-        (X, W),
-        "along neither the rows nor the columns of the product",
-    ),
     "sum of a part of the rows": (
         lambda x, w: (x @ w).sum(0),
         (X, W),
-        "along neither the rows nor the columns of the product",
+        "along a part of the product's rows or columns",
     ),
     "sum over the batch": (
         lambda q, k: jnp.einsum("bhqd,bhkd->bhqk", q, k).sum((0, 1)),
         (HEADS, HEADS),
-        "along neither the rows nor the columns of the product",
+        "along a part of the product's rows or columns",
+    ),
+    "sum of a batch": (
+        lambda q, k: jnp.einsum("bhqd,bhkd->bhqk", q, k).sum(),
+        (HEADS, HEADS),
+        "along a part of the product's rows or columns",
     ),
     "wider behind": (
         lambda x, w, y: (x @ w)[..., None] + y,

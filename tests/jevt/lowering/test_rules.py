@@ -87,6 +87,9 @@ def test_views_reductions_sources_and_products() -> None:
     assert rules.classify(equation(lambda x: lax.rev(x, (0,)), FLOAT)).kind == "view"
     reduction = equation(lambda x: lax.reduce_max_p.bind(x, axes=(1,), out_sharding=None), FLOAT)
     assert rules.classify(reduction) == rules.Role("reduction", (1,))
+    square = jax.ShapeDtypeStruct((4096, 4096), np.float32)
+    whole = equation(lambda x: lax.reduce_max_p.bind(x, axes=(0, 1), out_sharding=None), square)
+    assert rules.classify(whole) == rules.Role("reduction", (0, 1), split=True)
     iota = equation(lambda: lax.broadcasted_iota(np.int32, (4, 5), 1))
     assert rules.classify(iota).kind == "source"
     product = equation(jnp.matmul, FLOAT, jax.ShapeDtypeStruct((FLOAT.shape[1], 3), np.float32))
@@ -130,11 +133,6 @@ def test_views_reductions_sources_and_products() -> None:
             lambda x: lax.reduce_and_p.bind(x, axes=(1,)),
             (INT,),
             "bitwise reduce_and of int32",
-        ),
-        (
-            lambda x: lax.reduce_max_p.bind(x, axes=(0, 1), out_sharding=None),
-            (jax.ShapeDtypeStruct((4096, 4096), np.float32),),
-            "needs split rows",
         ),
         (
             jax.random.wrap_key_data,

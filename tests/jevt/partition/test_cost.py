@@ -7,7 +7,7 @@ import pytest
 from partitions import trace
 
 from jevt.lowering.rules import classify
-from jevt.partition import cost
+from jevt.partition import cost, fusions
 from jevt.partition import graph as graphs
 
 H100 = cost.DEVICES["H100"]
@@ -22,7 +22,7 @@ def bytes_of(function, *shapes):
     nodes = graphs.from_jaxpr(jaxpr, classify).nodes
     reductions = {i for i, n in enumerate(nodes) if n.kind == "reduction"}
     device = jax.tree_util.Partial(_free_launches, H100)()
-    ours, xla = cost.predict_us(jaxpr, device), cost.xla_us(jaxpr, device, reductions)
+    ours, xla = cost.predict_us(jaxpr, device), fusions.xla_us(jaxpr, device, reductions)
     return ours * device.bytes_per_us / BYTES, xla * device.bytes_per_us / BYTES
 
 

@@ -49,7 +49,8 @@ def test_sizes_of_nodes():
     graph = graph_of(function, X, BIAS)
     by_name = {graph.jaxpr.eqns[n.eqns[0]].primitive.name: n for n in graph.nodes}
     assert (by_name["exp"].kind, by_name["exp"].size) == ("pointwise", 512)
-    assert by_name["dot_general"].opaque
+    product = by_name["dot_general"]
+    assert (product.kind, product.size, product.cols) == ("contraction", 64, 0)
     reductions = [n for n in graph.nodes if n.kind == "reduction"]
     assert sorted((n.size, n.cols) for n in reductions) == [(512, 64), (512, 512)]
     assert any(n.free for n in graph.nodes if n.kind == "view")
@@ -155,8 +156,41 @@ def test_a_residual_connection_is_no_link():
 
     graph = contract(graph_of(function, X, np.ones((64, 64), np.float32)), lambda p: True)
     parts, links = split(graph, Reach.of(graph), 0)
-    assert not links.edges
-    assert [len(p) for p in parts] == [1] * len(parts)
+    ((producer, _),) = links.edges
+    assert graph.nodes[producer].kind == "contraction"
+    assert sorted(map(len, parts)) == [1, 2]
+
+
+def test_a_product_belongs_to_what_reads_its_result():
+    """Not to what makes its operands, nor to other readers of them; two are never together."""
+
+    def function(x, y, w):
+        x, y = jnp.sin(x) * 2, jnp.cos(y) * 2
+        return jnp.tanh(x @ w + y @ w) + x, (x @ w.T).sum(0)
+
+    graph = contract(graph_of(function, X, X, np.ones((64, 64), np.float32)), lambda p: True)
+    _, links = split(graph, Reach.of(graph), 0)
+    products = {n for n, node in enumerate(graph.nodes) if node.kind == "contraction"}
+    assert len(products) == 3
+    assert {a for a, _ in links.edges} >= products
+    assert not any(b in products for _, b in links.edges)
+    assert not any(products.intersection(pair) for pair in links.siblings)
+
+
+def test_views_and_wider_types_of_operands_join_their_product():
+    def function(x, w, b):
+        x = x.reshape(-1, 64).astype(jnp.float32)
+        return jnp.tanh(x @ w.T.astype(jnp.float32) + b)
+
+    narrow = np.ones((4, 16, 64), jnp.bfloat16)
+    graph = contract(graph_of(function, narrow, narrow[0], np.ones(16, np.float32)), lambda p: True)
+    names = [[graph.jaxpr.eqns[p].primitive.name for p in n.eqns] for n in graph.nodes]
+    (product,) = [n for n in names if "dot_general" in n]
+    assert sorted(product) == sorted(
+        ["reshape", "convert_element_type", "transpose", "convert_element_type", "dot_general"]
+    )
+    (node,) = [n for n in graph.nodes if n.kind == "contraction"]
+    assert node.size == 64 * 16
 
 
 def test_layers_are_components_of_their_own():
@@ -185,7 +219,8 @@ def test_a_leaf_that_two_layers_share_does_not_link_them():
     fewer = absorb(graph, reach, parts, links, lambda p: True)
     assert len(fewer.nodes) == len(graph.nodes) - 1
     parts, links = split(fewer, Reach.of(fewer), 0)
-    assert not links.edges
+    ((producer, _),) = links.edges
+    assert fewer.nodes[producer].kind == "contraction"
     assert not links.siblings
 
 

@@ -28,7 +28,7 @@ def test_table():
     text = format_plan(plan())
     lines = text.splitlines()
     assert lines[0].split() == ["group", "target", "eqns", "bytes", "µs", "XLA", "µs", "reason"]
-    assert any(line.startswith("g00_opaque") and "dot_general" in line for line in lines)
+    assert any(line.startswith("g00_gemm_scores") and " triton " in line for line in lines)
     assert any(line.startswith("g01_rowwise_scores") and " triton " in line for line in lines)
     inner = lines.index("    scan, body 0:")
     assert lines[inner + 1].startswith("    group")
@@ -44,11 +44,11 @@ def test_names_are_unique_identifiers():
 
 def test_summary_counts_bodies():
     counts = summary(plan())
-    assert counts["triton"] == 3
-    assert counts["kinds"] == {"pointwise": 1, "rowwise": 2}
+    assert counts["triton"] == 4
+    assert counts["kinds"] == {"gemm": 1, "pointwise": 1, "rowwise": 2}
     assert counts["groups"] == counts["triton"] + sum(counts["xla"].values())
     assert counts["fallbacks"] == 0
-    assert counts["equations"] == counts["fused_equations"] + 2  # the product and the scan
+    assert counts["equations"] == counts["fused_equations"] + 1  # the scan
 
 
 def test_summary_joins_reasons_that_differ_in_numbers():

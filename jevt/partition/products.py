@@ -1,0 +1,179 @@
+"""Predicted microseconds of a matrix product: as cuBLAS runs it, and in a kernel of ours.
+
+A kernel of ours takes the product's neighbours along. That saves what they would read and write,
+and costs what its mainloop is slower than cuBLAS's and what of the neighbours' time is not hidden
+behind the mainloop. XLA is assumed to be at its best: cuBLAS at its sustained rate whatever the
+shape, and with what its epilogues take (scaling, the bias, relu) for nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+
+from jevt._context import Device
+from jevt._jaxpr import aval
+from jevt.lowering.products import product
+from jevt.partition import cost
+from jevt.partition.graph import elements, nbytes
+
+#: Rates by operand type and precision, for bfloat16's 1: cuBLAS's and ours.
+_RATES = {
+    ("bfloat16", "ieee"): (1.0, 1.0),
+    ("float16", "ieee"): (1.0, 1.0),
+    ("int8", "ieee"): (2.0, 2.0),
+    ("float32", "tf32"): (1 / 2, 1 / 2),
+    ("float32", "tf32x3"): (1 / 2, 1 / 6),  # XLA does not multiply in parts
+    ("float32", "ieee"): (1 / 15, 1 / 30),  # no tensor cores
+    ("float64", "ieee"): (1 / 15, 1 / 30),
+}
+
+#: Rows and columns of tiles that our kernels have.
+_TILES = ((128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
+
+#: A processor reads a tile's operands from the L2 cache: of a tile of m × n, the share of time that
+#: is not spent on that is 1 / (1 + _READS · (1/m + 1/n)).
+_READS = 40.0
+
+#: What XLA folds into cuBLAS's call, if nothing else reads what it is applied to.
+_FOLDED = frozenset({"add", "add_jaxvals", "mul", "max", "convert_element_type"})
+
+#: Views of an operand that cuBLAS's layouts stand for.
+VIEWS = frozenset({"reshape", "squeeze", "transpose", "broadcast_in_dim"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A matrix product's extents and the rates of its types.
+
+    Attributes:
+      batch, m, n, k: extents.
+      moved: bytes of the operands and the result.
+      rates: cuBLAS's and ours, in parts of bfloat16's.
+    """
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    moved: int
+    rates: tuple[float, float]
+
+    @classmethod
+    def of(cls, eqn: JaxprEqn) -> Size:
+        """The size of a ``dot_general``."""
+        asked = product(eqn)
+        lhs, rhs = (aval(atom).shape for atom in eqn.invars)
+        batch = math.prod(lhs[left] for left, _ in asked.batch)
+        k = math.prod(lhs[left] for left, _ in asked.contracted)
+        return cls(
+            batch,
+            math.prod(lhs) // (batch * k),
+            math.prod(rhs) // (batch * k),
+            k,
+            sum(nbytes(v.aval) for v in (*eqn.invars, *eqn.outvars)),
+            _RATES[aval(eqn.invars[0]).dtype.name, asked.precision],
+        )
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.batch * self.m * self.n * self.k
+
+
+def position(jaxpr: Jaxpr) -> int | None:
+    """Where the matrix product of a group is, None if there is none."""
+    found = (p for p, eqn in enumerate(jaxpr.eqns) if eqn.primitive.name == "dot_general")
+    return next(found, None)
+
+
+def cublas_us(eqn: JaxprEqn, device: Device) -> float:
+    """The product alone, left to XLA."""
+    size = Size.of(eqn)
+    rate = device.cublas_flops_per_us * size.rates[0]
+    return max(size.flops / rate, size.moved / device.bytes_per_us) + device.xla_launch_us
+
+
+def kernel_us(jaxpr: Jaxpr, device: Device) -> float:
+    """One kernel of ours that runs a group around a product."""
+    at = position(jaxpr)
+    assert at is not None
+    size = Size.of(jaxpr.eqns[at])
+    moved = cost.traffic(jaxpr)
+    others = [eqn for p, eqn in enumerate(jaxpr.eqns) if p != at]
+    epilogue = max(0, moved - size.moved) / device.bytes_per_us
+    epilogue += cost.arithmetic_us(others, device)
+    busy = _mainloop_us(size, device) + device.exposed_epilogue * epilogue
+    return max(busy, moved / device.bytes_per_us) + device.triton_launch_us
+
+
+def second_stage_us(reductions: Collection[JaxprEqn], device: Device) -> float:
+    """Combining the partial results that a kernel leaves, one a tile, of reductions beside it."""
+    if not reductions:
+        return 0.0
+    moved = 0
+    for eqn in reductions:
+        operand, result = elements(eqn.invars[0].aval), elements(eqn.outvars[0].aval)
+        moved += 2 * 4 * result * math.ceil(operand / result / 128)
+    return moved / device.bytes_per_us + device.xla_launch_us
+
+
+def company_us(eqn: JaxprEqn, device: Device) -> float:
+    """What a product takes longer in a kernel of ours than left to XLA, before any saving."""
+    size = Size.of(eqn)
+    ours = max(_mainloop_us(size, device), size.moved / device.bytes_per_us)
+    return max(0.0, ours + device.triton_launch_us - cublas_us(eqn, device))
+
+
+def _mainloop_us(size: Size, device: Device) -> float:
+    """The products of all tiles, in rounds of one tile a processor."""
+    rate = device.kernel_flops_per_us * size.rates[1] / device.processors
+
+    def time(m: int, n: int) -> float:
+        tiles = size.batch * math.ceil(size.m / m) * math.ceil(size.n / n)
+        slower = (1 + _READS * (1 / m + 1 / n)) / (1 + _READS * (1 / 128 + 1 / 256))
+        return math.ceil(tiles / device.processors) * 2 * m * n * size.k * slower / rate
+
+    return min(time(m, n) for m, n in _TILES)
+
+
+def folded(jaxpr: Jaxpr, at: int) -> list[int]:
+    """Positions of the equations that XLA's call of cuBLAS takes along, the product's first."""
+    readers: dict[Var, list[int]] = {}
+    for p, eqn in enumerate(jaxpr.eqns):
+        for v in dict.fromkeys(v for v in eqn.invars if isinstance(v, Var)):
+            readers.setdefault(v, []).append(p)
+    outputs = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    maker = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    result = [at]
+    while True:
+        (var,) = jaxpr.eqns[result[-1]].outvars
+        if var in outputs or len(readers.get(var, ())) != 1:
+            return result
+        (reader,) = readers[var]
+        eqn = jaxpr.eqns[reader]
+        others = [v for v in eqn.invars if v is not var]
+        if eqn.primitive.name not in _FOLDED or not all(_short(v, maker) for v in others):
+            return result
+        result.append(reader)
+
+
+def _short(atom: Var | Literal, maker: dict[Var, JaxprEqn]) -> bool:
+    """Whether an operand is a scalar or a vector, or a broadcast one."""
+    while isinstance(atom, Var) and atom in maker and maker[atom].primitive.name in VIEWS:
+        atom = maker[atom].invars[0]
+    return elements(atom.aval) == max(aval(atom).shape, default=1)
+
+
+def operands(jaxpr: Jaxpr, at: int) -> Sequence[Var]:
+    """What of the group XLA has in memory before it calls cuBLAS for a product."""
+    maker = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    result: list[Var] = []
+    for atom in jaxpr.eqns[at].invars:
+        while isinstance(atom, Var) and atom in maker and maker[atom].primitive.name in VIEWS:
+            atom = maker[atom].invars[0]
+        if isinstance(atom, Var):
+            result.append(atom)
+    return result

@@ -63,7 +63,8 @@ def solve(problem: Problem, oracle: Oracle, limits: Limits) -> Outcome:
     """
     work = 0.0
     while True:
-        outcome = _solve(problem, oracle, limits)
+        left = max(limits.work - work, limits.work / 4)
+        outcome = _solve(problem, oracle, dataclasses.replace(limits, work=left))
         work += outcome.work
         alone = [
             node

@@ -52,9 +52,7 @@ def test_kinds_have_colours_and_bodies_frames(plan):
     text = plan.to_dot()
     fills = dict(re.findall(r'"(g\d\d_[a-z]+)[^"]*" \[.*fillcolor="(#\w+)"', text))
     assert fills["g02_opaque"] == "#e6e6e6"
-    assert len(set(fills.values())) == 4, (
-        "a product, a rowwise, a pointwise kernel, a scan"
-    )
+    assert len(set(fills.values())) == 4, "a product, a rowwise, a pointwise kernel, a scan"
     assert 'label="scan, body 0";' in text
     assert "style=dashed" in text
 

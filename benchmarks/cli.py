@@ -29,7 +29,10 @@ def run_steps(arguments: Sequence[str]) -> int:
     parser.add_argument("--workloads", help="comma-separated names or groups; default models")
     parser.add_argument("--profile", action="store_true", help="also write the kernels by time")
     parser.add_argument("--dropout", type=float, default=0.0, help="dropout rate of bert")
-    parser.add_argument("--param-dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    for option, what in (("--dtype", "the computation"), ("--param-dtype", "the parameters")):
+        parser.add_argument(
+            option, default="bfloat16", choices=("bfloat16", "float32"), help=f"type of {what}"
+        )
     parser.add_argument("--attention", default="einsum", choices=ATTENTIONS)
     parser.add_argument("--data", help="folder with the files of ogbn-mag, for gcn")
     parser.add_argument("--no-reference", action="store_true", help="do not check gradients")
@@ -43,6 +46,7 @@ def run_steps(arguments: Sequence[str]) -> int:
     names = _parse(parser, variants.check, args.variants or default)
     options = Options(
         size="smoke" if args.smoke else "full",
+        dtype=args.dtype,
         param_dtype=args.param_dtype,
         dropout=args.dropout,
         attention=args.attention,

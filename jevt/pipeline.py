@@ -17,6 +17,7 @@ from jevt.lowering import emit
 from jevt.partition import Plan, device_model, fallbacks, partition
 from jevt.passes import (
     canonicalize,
+    convolutions,
     cse,
     dce,
     eliminate_reductions,
@@ -60,9 +61,12 @@ GRAPH_PASSES: tuple[tuple[str, Pass], ...] = (
 
 # After them, for GPUs only: what a CPU would not gain from.
 GPU_PASSES: tuple[tuple[str, Pass], ...] = (
+    # Convolutions that are matrix products become such.
+    ("convolutions", convolutions.run),
     # Gradients of lookups in short tables become matrix products.
     ("table_gradient", table_gradient.run),
-    # What it has left without a reader goes.
+    # What both have made equal is computed once, and what they have left without a reader goes.
+    ("cse", cse.run),
     ("dce", dce.run),
 )
 

@@ -146,7 +146,12 @@ class Printer(IndexPrinter):
         dtype = self.spec.inputs[node.input].dtype
         row = self.value(node.row) + (".to(tl.int64)" if self.wide else "")
         arguments = [f"x{node.input} + {times(row, node.stride)} + {self.address(node.index)}"]
-        if mask := self.mask(varies):
+        mask = self.mask(varies)
+        if node.rows is not None:
+            number = self.value(node.row)
+            inside = f"({number} >= 0) & ({number} < {node.rows})"
+            mask = f"{mask} & {inside}" if mask else inside
+        if mask:
             arguments += [f"mask={mask}", "other=0"]
         text = f"tl.load({', '.join(arguments)})"
         return text if compute_dtype(dtype) == dtype else f"{text}.to({triton_type(dtype)})"

@@ -97,12 +97,14 @@ def _evaluate(
             return _contract(node, spec, values)
         case visitor.Lookup():
             array = jnp.asarray(arrays[node.input])
-            rows = jnp.asarray(values[node.row]) * node.stride
-            return array.reshape(-1)[rows + addresses(node.index, spec.space)].astype(
-                compute_dtype(np.dtype(array.dtype))
-            )
+            rows = jnp.asarray(values[node.row])
+            there = addresses(node.index, spec.space)
+            value = array.reshape(-1)[rows * node.stride + there]
+            if node.rows is not None:
+                value = jnp.where((rows >= 0) & (rows < node.rows), value, 0)
+            return value.astype(compute_dtype(np.dtype(array.dtype)))
         case visitor.Segment():
-            return _segment(node, spec, values[node.operand], jnp.asarray(arrays[node.bounds]))
+            return _segment(node, spec, values[node.operand], arrays)
 
 
 def _broadcast_shape(target: tuple[int, ...], source: tuple[int, ...]) -> tuple[int, ...]:
@@ -176,14 +178,33 @@ def _contract(node: visitor.Contract, spec: KernelSpec, values: list[Any]) -> An
     return product.reshape([n if axis in free else 1 for axis, n in enumerate(space.sizes)])
 
 
-def _segment(node: visitor.Segment, spec: KernelSpec, value: Any, bounds: Any) -> Any:
+def _segment(node: visitor.Segment, spec: KernelSpec, value: Any, arrays: tuple[Any, ...]) -> Any:
     (row,), (edge,) = (spec.space.tile_axis(name).axes for name in ("row", node.over))
     sizes = spec.space.sizes
     shape = list(value.shape)
     shape[edge] = sizes[edge]
-    edges = jnp.moveaxis(jnp.broadcast_to(value, shape), edge, 0)
-    owner = jnp.searchsorted(bounds, jnp.arange(sizes[edge]), side="right") - 1
-    owner = jnp.where(owner < 0, sizes[row], owner)  # before the first row's: dropped
-    totals = jax.ops.segment_sum(edges.astype(node.dtype), owner, num_segments=sizes[row] + 1)
-    totals = jnp.expand_dims(totals[:-1], edge + 1)  # the edge axis again, of one element
+    edges = jnp.moveaxis(jnp.broadcast_to(value, shape), edge, 0).astype(node.dtype)
+    bounds = jnp.asarray(arrays[node.bounds])
+    firsts, lasts = bounds if bounds.ndim == 2 else (bounds[:-1], bounds[1:])
+    positions = jnp.arange(sizes[edge])
+    begins = jnp.where(lasts > firsts, firsts, sizes[edge])  # what is dropped owns nothing
+    marks = jnp.zeros(sizes[edge], int).at[begins].set(jnp.arange(1, sizes[row] + 1), mode="drop")
+    owner = lax.cummax(marks) - 1
+    owner = jnp.where((owner >= 0) & (positions < lasts[owner]), owner, sizes[row])
+    if node.blocks is None:
+        totals = _totals(edges, owner, sizes[row])
+    else:
+        length, sums = node.length, jnp.asarray(arrays[node.blocks])
+        low, high = (firsts + length - 1) // length, lasts // length
+        block = positions // length
+        summed = (low[owner] <= block) & (block < high[owner]) & (owner < sizes[row])
+        totals = _totals(edges, jnp.where(summed, sizes[row], owner), sizes[row])
+        starts = jnp.arange(sums.shape[0]) * length
+        owner = jnp.where(summed[starts], owner[starts], sizes[row])
+        totals += _totals(sums.reshape(-1, *edges.shape[1:]), owner, sizes[row])
+    totals = jnp.expand_dims(totals, edge + 1)  # the edge axis again, of one element
     return jnp.moveaxis(totals, 0, row + (row > edge)).squeeze(row + (row <= edge))
+
+
+def _totals(terms: Any, owner: Any, rows: int) -> Any:
+    return jax.ops.segment_sum(terms, owner, num_segments=rows + 1)[:-1]

@@ -102,31 +102,47 @@ class Contract:
 class Lookup:
     """Elements of kernel input ``input`` at ``stride`` times the value of node ``row`` + ``index``.
 
-    The rows' numbers are integers and within the input; nothing checks that.
+    Attributes:
+      input: kernel input.
+      row: position of a node of integers.
+      stride: elements from one row to the next.
+      index: place in the row.
+      rows: number of rows of the input, elements of others being 0; None where every number is
+        that of a row, which nothing checks.
     """
 
     input: int
     row: int
     stride: int
     index: IndexMap
+    rows: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """The sum of ``operand`` over the positions along tile axis ``over`` that belong to a row.
 
+    A long row need not be added up by one program: blocks of ``length`` positions, beginning at
+    multiples of it, that lie within one row can come as sums that another kernel has made.
+
     Attributes:
       operand: position of a node that varies along ``over``, and not along ``row``.
-      bounds: kernel input of rows + 1 integers, ascending: row r owns positions ``bounds[r]`` to
-        ``bounds[r + 1] - 1``.
+      bounds: kernel input of integers. Of shape [rows + 1], ascending: row r owns positions
+        ``bounds[r]`` to ``bounds[r + 1] - 1``. Of shape [2, rows]: ``bounds[0, r]`` to
+        ``bounds[1, r] - 1``.
       over: name of the tile axis, ``"edge"``.
       dtype: of the sum.
+      blocks: kernel input ``[blocks, columns]`` of type ``dtype``, the sums of the blocks that lie
+        within one row (others are not read); None where there are none.
+      length: of a block.
     """
 
     operand: int
     bounds: int
     over: str
     dtype: Dtype
+    blocks: int | None = None
+    length: int = 0
 
 
 #: How float32 numbers are multiplied in a :class:`Contract`; ``jax.lax.Precision``'s name of it.

@@ -28,7 +28,12 @@ from jevt._jaxpr import aval
 from jevt.lowering.errors import NotFusible
 from jevt.lowering.products import Product, product
 from jevt.primitives.attention import attention_backward_p, attention_p
-from jevt.primitives.segments import segment_bounds_p, segment_order_p, segment_sum_p
+from jevt.primitives.segments import (
+    segment_blocks_p,
+    segment_bounds_p,
+    segment_order_p,
+    segment_sum_p,
+)
 from jevt_kernels import ops
 
 
@@ -184,6 +189,7 @@ _AWAITED: dict[Primitive, str] = _table(
 _CALLS: dict[Primitive, str] = {
     segment_order_p: "XLA's sort",
     segment_bounds_p: "XLA",
+    segment_blocks_p: "XLA",
     segment_sum_p: "a kernel of its own",
     attention_p: "cuDNN's fused attention",
     attention_backward_p: "cuDNN's fused attention",

@@ -4,13 +4,17 @@ Purpose: aggregation on a graph and the gradient of a lookup add many rows to ro
 name. XLA adds each element atomically, which in bfloat16 is a loop of compare-and-swap, and writes
 the rows to be added to memory first. Sorting the indices makes the additions to one row neighbours:
 one program adds them up in float32, reading the table that the rows came from. Indices are sorted
-once however often they are used.
+once however often they are used, and not at all where the scatter says that they are, or where a
+matrix is in CSR form.
 
-    scatter_add(0[R, F], i, w·table[c]) = segment_sum(bounds(i), c[order(i)], table, w[order(i)])
+    scatter_add(x, i, w·t[c])            = x + segment_sum(bounds(i), c[o], t, w[o]), o = order(i)
+    scatter_add(0, i, 1)                 = bounds(i)[1:] - bounds(i)[:-1]
+    bcsr_dot_general(data, c, indptr, x) = segment_sum(indptr, c, x, data)
 
 Invariant: the same sums, each rounded once and in an order that does not change from run to run.
 An index outside of the result adds nothing (CLIP: to the nearest row), as in the scatter. Left
-alone: few updates, for which sorting is not worth it, and updates that are not floating-point.
+alone: few updates, for which sorting is not worth it, updates that are not floating-point, indices
+that are known to differ from one another, and rows that are many more than the indices.
 
     before  { lambda ; a:f32[9,4] b:i32[50,1] c:i32[50,1] d:f32[50]. let
                 e:f32[50,4] = gather[PROMISE_IN_BOUNDS] a b; f:f32[50,1] = reshape d
@@ -18,168 +22,222 @@ alone: few updates, for which sorting is not worth it, and updates that are not 
                 i:f32[9,4] = scatter-add h c g in (i,) }
     after   { lambda ; a:f32[9,4] b:i32[50,1] c:i32[50,1] d:f32[50]. let
                 e:i32[50] = reshape c; f:i32[50] = segment_order e
-                g:i32[10] = segment_bounds[rows=9] e f; h:i32[50] = reshape b
-                i:i32[50] = gather h f; j:f32[50] = gather d f
-                k:f32[9,4] = segment_sum g i a j in (k,) }
+                g:i32[10] = segment_bounds[rows=9] e f; h:i32[2,0] = segment_blocks[edges=50] g
+                i:i32[50] = reshape b; j:i32[50] = gather i f; k:f32[50] = gather d f
+                l:f32[9,4] = segment_sum g h j a k in (l,) }
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.experimental.sparse import bcsr_dot_general_p
+from jax.extend import source_info_util
+from jax.extend.core import Jaxpr, JaxprEqn, Primitive
 from jax.extend.core import primitives as p
 from jax.lax import GatherDimensionNumbers
 from jax.lax import GatherScatterMode as Mode
 
 from jevt._jaxpr import Atom
+from jevt.passes import _rows, _terms
 from jevt.passes._facts import shape_of
+from jevt.passes._rows import convert, transposed
 from jevt.passes._rules import Graph, Rule, rewrite
-from jevt.passes._scatters import adds_rows, row_numbers
-from jevt.primitives.segments import segment_bounds_p, segment_order_p, segment_sum_p
+from jevt.primitives.segments import (
+    segment_blocks_p,
+    segment_bounds_p,
+    segment_order_p,
+    segment_sum_p,
+)
+from jevt_kernels.segment_sum import BLOCK
 
 #: Fewest updates, in elements: below, sorting costs more than the additions.
 MIN_UPDATES = 1 << 20
 
+#: Most rows for each index: what is added to is read and written as a whole.
+_MOST_ROWS = 4
+
 _FLOATS = (jax.numpy.bfloat16, np.float16, np.float32, np.float64)
-_ROW_OF = GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0,))
-_ELEMENT_OF = GatherDimensionNumbers(
-    offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
-)
+_LARGEST = 2**31 - BLOCK
+
+type Note = Callable[[str], None]
 
 
-def run(jaxpr: Jaxpr, capability: int, smallest: int = MIN_UPDATES) -> Jaxpr:
-    """Rewrites scatters of ``jaxpr`` and of its bodies.
+def run(
+    jaxpr: Jaxpr, capability: int, note: Note = lambda _: None, smallest: int = MIN_UPDATES
+) -> Jaxpr:
+    """Rewrites scatters, and products with CSR matrices, of ``jaxpr`` and of its bodies.
 
     Args:
       jaxpr: the program.
       capability: compute capability of the GPU, 90 for sm_90.
-      smallest: number of elements of the updates from which on.
+      note: receives a line for each reason for which such sums stay, or their terms are made.
+      smallest: number of elements of the terms from which on.
     """
-    return rewrite(jaxpr, {p.scatter_add_p: (_rule(capability, smallest),)})
+    this = _Run(capability, smallest)
+    rules: dict[Primitive, tuple[Rule, ...]] = {
+        p.scatter_add_p: (this.scatter_add,),
+        bcsr_dot_general_p: (this.bcsr_dot_general,),
+    }
+    result = rewrite(jaxpr, rules)
+    for reason, places in this.notes.items():
+        others = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        note(f"{reason.format(f'at {places[0]}{others}')}")
+    return result
 
 
-def _rule(capability: int, smallest: int) -> Rule:
-    def scatter_add(eqn: JaxprEqn, graph: Graph) -> Atom | None:
+class _Run:
+    """One run of the pass.
+
+    Attributes:
+      notes: source lines by what is said of them.
+    """
+
+    def __init__(self, capability: int, smallest: int) -> None:
+        self.capability = capability
+        self.smallest = smallest
+        self.notes: dict[str, list[str]] = {}
+
+    def _say(self, eqn: JaxprEqn, text: str) -> None:
+        place = source_info_util.summarize(eqn.source_info) or "a line of no file"
+        self.notes.setdefault(text, []).append(place)
+
+    def scatter_add(self, eqn: JaxprEqn, graph: Graph) -> Atom | None:
         into, indices, updates = eqn.invars
         out: Any = eqn.outvars[0].aval
-        if graph.constant(into) != 0 or not adds_rows(eqn) or out.dtype not in _FLOATS:
+        if math.prod(shape_of(updates)) < self.smallest or out.dtype not in _FLOATS:
             return None
-        count, width = math.prod(shape_of(indices)[:-1]), math.prod(out.shape[1:])
-        if count * width < smallest or not 0 < out.shape[0] < 2**31 or not 1 < count < 2**31:
+        access = _rows.of_scatter(eqn)
+        reason = _obstacle(eqn, access)
+        if access is None or reason:
+            self._say(eqn, f"the scatter that adds {{}} stays: {reason}")
             return None
-        index = row_numbers(eqn, graph)
-        if index is None:
-            return None
-        table, columns, weights, fills = _source(updates, count, width, graph)
-        if fills and columns is not None:
-            index = _dropped(index, columns, shape_of(table)[0], out.shape[0], graph)
-        order = graph.emit(segment_order_p, index)
-        bounds = graph.emit(segment_bounds_p, index, order, rows=out.shape[0])
-        columns = order if columns is None else _permuted(columns, order, graph)
-        total = graph.emit(
+        rows, mode = access.tables * access.rows, eqn.params["mode"]
+        index = access.numbers(indices, mode, graph)
+        ascends = eqn.params["indices_are_sorted"] and not access.batch
+        order = () if ascends else (graph.emit(segment_order_p, index),)
+        bounds = graph.emit(segment_bounds_p, index, *order, rows=rows)
+        number = graph.constant(updates)
+        if number is not None and np.isfinite(number):
+            total = _counted(bounds, number, (rows, access.width), out.dtype, graph)
+        else:
+            terms = _terms.read(updates, access, out.dtype, graph)
+            if terms.reason:
+                self._say(eqn, f"the terms of the sum of segments {{}} are made: {terms.reason}")
+            total = self._sum(bounds, order, access.count, terms, out.dtype, graph)
+        total = access.array(total, graph)
+        return total if graph.constant(into) == 0 else graph.emit(p.add_p, into, total)
+
+    def _sum(
+        self,
+        bounds: Atom,
+        order: tuple[Atom, ...],
+        edges: int,
+        terms: _terms.Terms,
+        dtype: Any,
+        graph: Graph,
+    ) -> Atom:
+        columns = terms.columns
+        if columns is not None:
+            columns = _permuted(columns, order, graph)
+        elif order:
+            columns = order[0]
+        else:
+            columns = graph.emit(
+                p.iota_p, dtype=np.dtype("int32"), shape=(edges,), dimension=0, sharding=None
+            )
+        weights = () if terms.weight is None else (_permuted(terms.weight, order, graph),)
+        return graph.emit(
             segment_sum_p,
             bounds,
+            graph.emit(segment_blocks_p, bounds, edges=edges),
             columns,
-            table,
-            *(_permuted(w, order, graph) for w in weights),
-            capability=capability,
+            terms.table,
+            *weights,
+            dtype=np.dtype(dtype),
+            fills=terms.fills,
+            capability=self.capability,
         )
+
+    def bcsr_dot_general(self, eqn: JaxprEqn, graph: Graph) -> Atom | None:
+        data, indices, indptr, dense = eqn.invars
+        out: Any = eqn.outvars[0].aval
+        (_, (contracted,)), _ = eqn.params["dimension_numbers"]
+        sizes, edges = shape_of(dense), shape_of(indices)[-1]
+        width = math.prod(sizes) // max(1, sizes[contracted])
+        if not is_plain_csr(eqn) or out.dtype not in _FLOATS or edges * width < self.smallest:
+            return None
+        if not 1 < edges < _LARGEST or not 0 < sizes[contracted] < 2**31:
+            return None
+        rest = [a for a in range(len(sizes)) if a != contracted]
+        table = transposed(dense, (contracted, *rest), graph)
+        access = _rows.Access((sizes[contracted],), 0, (), (edges,), (), ())
+        columns = access.numbers(indices, Mode.FILL_OR_DROP, graph)
+        terms = _terms.Terms(
+            graph.reshape(table, (sizes[contracted], width)), columns, data, fills=True
+        )
+        bounds = convert(indptr, np.dtype("int32"), graph)
+        total = self._sum(bounds, (), edges, terms, out.dtype, graph)
         return graph.reshape(total, out.shape)
 
-    return scatter_add
+
+def is_plain_csr(eqn: JaxprEqn) -> bool:
+    """Whether a ``bcsr_dot_general`` is one matrix, without dense axes, times columns."""
+    data, indices, *_ = eqn.invars
+    (contracted, _), (batch, _) = eqn.params["dimension_numbers"]
+    flat = len(shape_of(indices)) == 1 and shape_of(data) == shape_of(indices)
+    return flat and tuple(contracted) == (1,) and not batch
 
 
-def _source(
-    updates: Atom, count: int, width: int, graph: Graph
-) -> tuple[Atom, Atom | None, tuple[Atom, ...], bool]:
-    """What the updates are made of.
-
-    A table, the row of each update (None: its own), weights, and whether the update of a row that
-    the table does not have is 0.
-    """
-    if len(shape_of(updates)) == 2:
-        for rows, weights in ((updates, ()), *_weighted(updates, graph)):
-            found = _gathered(rows, count, width, graph)
-            if found is not None:
-                table, columns, fills = found
-                return table, columns, weights, fills
-    return graph.reshape(updates, (count, width)), None, (), False
-
-
-def _weighted(updates: Atom, graph: Graph) -> list[tuple[Atom, tuple[Atom, ...]]]:
-    """The ways to read a product as rows times one weight each."""
-    product = graph.definition(updates, p.mul_p)
-    if product is None or product.params.get("out_dtype") is not None:
-        return []
-    x, y = product.invars
-    found: list[tuple[Atom, tuple[Atom, ...]]] = []
-    for rows, factor in ((x, y), (y, x)):
-        if shape_of(rows) != shape_of(updates):
-            continue
-        count = shape_of(updates)[0]
-        if shape_of(factor) == (count, 1):
-            found.append((rows, (graph.reshape(factor, (count,)),)))
-            continue
-        spread = graph.definition(factor, p.broadcast_in_dim_p)
-        if spread is not None and spread.params["broadcast_dimensions"] in ((0,), (0, 1)):
-            weight = spread.invars[0]
-            if math.prod(shape_of(weight)) == count and shape_of(weight)[:1] == (count,):
-                found.append((rows, (graph.reshape(weight, (count,)),)))
-    return found
+def _obstacle(eqn: JaxprEqn, access: _rows.Access | None) -> str:
+    """Why a scatter of many numbers has to stay, "" if nothing is in the way."""
+    if access is None:
+        return "its indices name more than rows along one axis"
+    if eqn.params["mode"] not in _rows.MODES:
+        return f"what becomes of indices out of bounds is {eqn.params['mode']}"
+    if eqn.params["unique_indices"]:
+        return "no two updates meet"
+    rows = access.tables * access.rows
+    if not 0 < rows < 2**31 or not 1 < access.count < _LARGEST:
+        return f"{rows} rows and {access.count} indices do not suit the kernel"
+    if rows > _MOST_ROWS * access.count:
+        return f"{access.count} indices are few for {rows} rows"
+    return ""
 
 
-def _gathered(rows: Atom, count: int, width: int, graph: Graph) -> tuple[Atom, Atom, bool] | None:
-    """The table and the row numbers of a lookup of whole rows, and whether it fills with 0."""
-    lookup = graph.definition(rows, p.gather_p)
-    if lookup is None or lookup.params["dimension_numbers"] != _ROW_OF:
-        return None
-    table, indices = lookup.invars
-    table_aval: Any = table.aval
-    index_aval: Any = indices.aval
-    sizes = tuple(lookup.params["slice_sizes"])
-    if sizes != (1, width) or table_aval.shape[1] != width or index_aval.shape != (count, 1):
-        return None
-    if table_aval.shape[0] >= 2**31 or np.dtype(index_aval.dtype) != np.int32:
-        return None
-    columns = graph.reshape(indices, (count,))
-    match lookup.params["mode"]:
-        case Mode.PROMISE_IN_BOUNDS:
-            return table, columns, False
-        case Mode.CLIP:
-            last = graph.literal(table_aval.shape[0] - 1, index_aval)
-            clipped = graph.emit(p.clamp_p, graph.literal(0, index_aval), columns, last)
-            return table, clipped, False
-        case Mode.FILL_OR_DROP if lookup.params["fill_value"] == 0:
-            return table, columns, True
-    return None
+def _counted(bounds: Atom, number: Any, shape: tuple[int, int], dtype: Any, graph: Graph) -> Atom:
+    """The sums of terms that are all one number: how many there are, times it."""
+    rows, _ = shape
+    ends = [
+        graph.emit(p.slice_p, bounds, start_indices=(i,), limit_indices=(rows + i,), strides=None)
+        for i in (1, 0)
+    ]
+    wide = np.dtype("float64") if dtype == np.float64 else np.dtype("float32")
+    count = convert(graph.emit(p.sub_p, *ends), wide, graph)
+    if number != 1:
+        count = graph.mul(count, graph.full(graph.literal(number, count.aval), (rows,)))
+    return graph.broadcast(convert(count, dtype, graph), shape, (0,))
 
 
-def _dropped(index: Atom, columns: Atom, table_rows: int, rows: int, graph: Graph) -> Atom:
-    """The indices, those of updates that the table has no row for beyond the result's end."""
-    aval: Any = columns.aval
-    end: Any = index.aval
-    zero = graph.full(graph.literal(0, aval), aval.shape)
-    stop = graph.full(graph.literal(table_rows, aval), aval.shape)
-    inside = graph.emit(
-        p.and_p, graph.emit(p.ge_p, columns, zero), graph.emit(p.lt_p, columns, stop)
-    )
-    beyond = graph.full(graph.literal(rows, end), end.shape)
-    return graph.emit(p.select_n_p, inside, beyond, index)
-
-
-def _permuted(values: Atom, order: Atom, graph: Graph) -> Atom:
-    """``values[order]``."""
-    (count,) = shape_of(order)
+def _permuted(values: Atom, order: tuple[Atom, ...], graph: Graph) -> Atom:
+    """``values[order]``; ``values`` where there is none."""
+    if not order:
+        return values
+    count, *parts = shape_of(values)
     return graph.emit(
         p.gather_p,
         values,
-        graph.reshape(order, (count, 1)),
-        dimension_numbers=_ELEMENT_OF,
-        slice_sizes=(1,),
+        graph.reshape(order[0], (count, 1)),
+        dimension_numbers=GatherDimensionNumbers(
+            offset_dims=tuple(range(1, 1 + len(parts))),
+            collapsed_slice_dims=(0,),
+            start_index_map=(0,),
+        ),
+        slice_sizes=(1, *parts),
         indices_are_sorted=False,
         unique_indices=True,
         mode=Mode.PROMISE_IN_BOUNDS,

@@ -14,7 +14,7 @@ from jevt_kernels import aot, codegen, interpreter, launch
 from jevt_kernels.index_map import IndexMap
 from jevt_kernels.mainloops import MAINLOOPS
 from jevt_kernels.reference import reference
-from jevt_kernels.segment_sum import segment_sum
+from jevt_kernels.segment_sum import BLOCK, block_sums, segment_sum
 from jevt_kernels.spec import Config, TensorType, UnsupportedKernel
 from jevt_kernels.visitor import Compute, Load, Reduce, Store
 
@@ -41,13 +41,14 @@ def exact(bounds, columns, table, weights=None):
     return np.stack([terms[i:j].sum(0) for i, j in itertools.pairwise(bounds)])
 
 
-def spec_of(inputs):
+def spec_of(inputs, **options):
     bounds, columns, table, *weights = inputs
     return segment_sum(
         len(bounds) - 1,
         len(columns),
         TensorType(table.shape, table.dtype),
-        weight=weights[0].dtype if weights else None,
+        weight=TensorType(weights[0].shape, weights[0].dtype) if weights else None,
+        **options,
     )
 
 
@@ -93,7 +94,7 @@ def test_an_epilogue_follows_the_sum():
     inputs = [*arrays(7, 50, 7, 12), np.random.default_rng(1).normal(size=(7, 12)).astype(F32)]
     plain = spec_of(inputs[:-1])
     *before, store = plain.tree
-    own = Load(4, IndexMap((12, 1, 0)))
+    own = Load(4, IndexMap((12, 0, 1, 0)))
     count = len(before)
     tree = (
         *before,
@@ -124,13 +125,95 @@ def test_beyond_a_segment_nothing_leaks():
     assert not np.isfinite(got[0][2]).any()
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("heads", [2, 4, 12])
+def test_a_weight_for_each_head(heads):
+    """Each of the equal parts of a row has a weight of its own."""
+    inputs = arrays(5, 60, 9, 12)
+    weights = np.random.default_rng(1).normal(size=(60, heads)).astype(F32)
+    bounds, columns, table, _ = inputs
+    terms = table[columns] * np.repeat(weights, 12 // heads, axis=1)
+    want = [terms[i:j].sum(0) for i, j in itertools.pairwise(bounds)]
+    spec = spec_of((bounds, columns, table, weights))
+    for config in CONFIGS:
+        (got,) = interpreter.run(spec, bounds, columns, table, weights, config=config)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    (got,) = reference(spec, bounds, columns, table, weights)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.interpret
+def test_columns_that_are_no_row_count_as_zero():
+    bounds, columns, table, weights = arrays(6, 60, 9, 5)
+    table[0] = np.nan  # what an index clipped to the table would read
+    columns = np.where(np.arange(60) % 3, columns % 8 + 1, np.resize([-1, 9, -100, 10**6], 60))
+    columns = columns.astype(np.int32)
+    spec = spec_of((bounds, columns, table, weights), fills=True)
+    inside = (columns >= 0) & (columns < 9)
+    want = exact(bounds, np.where(inside, columns, 1), table, weights * inside)
+    for run in (interpreter.run, reference):
+        (got,) = run(spec, bounds, columns, table, weights)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.interpret
+def test_a_result_of_another_type():
+    inputs = arrays(6, 60, 9, 5, contract.BFLOAT16, F32)
+    spec = spec_of(inputs, dtype=F32)
+    (got,) = interpreter.run(spec, *inputs)
+    assert got.dtype == F32
+    np.testing.assert_allclose(got, exact(*inputs), rtol=1e-4, atol=1e-5)
+
+
+#: Where rows begin and end: blocks of 512 that lie within one row, and such that do not.
+LONG = (
+    [3, 1999, 1999, 2001, 4000],
+    [0, 512, 1023, 2560, 2561],
+    [0, 511, 1024, 1536, 3000],
+    [7, 519, 1031, 1031, 1032],
+)
+
+
+def inside_one_row(bounds, edges):
+    """Where each block begins and ends, at the same position if it is not within a row."""
+    blocks = np.arange(edges // BLOCK) * BLOCK
+    owner = np.searchsorted(bounds, [blocks, blocks + BLOCK - 1], side="right") - 1
+    inside = (owner[0] == owner[1]) & (owner[0] >= 0) & (owner[0] < len(bounds) - 1)
+    return np.stack([blocks, np.where(inside, blocks + BLOCK, blocks)]).astype(np.int32)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("bounds", LONG, ids=str)
+@pytest.mark.parametrize("weight", [None, F32])
+def test_long_rows_are_summed_in_blocks(bounds, weight):
+    _, *rest = arrays(4, 4000, 50, 5, weight=weight)
+    bounds = np.array(bounds, np.int32)
+    want = exact(bounds, *rest)
+    spec = spec_of((bounds, *rest), blocks=True)
+    first = block_sums(spec)
+    ranges = inside_one_row(bounds, 4000)
+    for config in CONFIGS:
+        (sums,) = interpreter.run(first, ranges, *rest, config=config)
+        np.testing.assert_allclose(sums, reference(first, ranges, *rest)[0], rtol=1e-3, atol=1e-4)
+        # What lies across two rows is never read.
+        sums = np.where((ranges[0] < ranges[1])[:, None], sums, np.nan)
+        for run in (lambda *a, c=config: interpreter.run(spec, *a, config=c), None):
+            (got,) = (run or (lambda *a: reference(spec, *a)))(bounds, *rest, sums)
+            np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("arch", [80, 90])
 def test_compiles_without_spills(arch):
     table = TensorType((1000, 64), contract.BFLOAT16)
-    spec = segment_sum(1000, 5000, table, weight=contract.BFLOAT16)
+    spec = segment_sum(1000, 5000, table, weight=TensorType((5000,), contract.BFLOAT16))
+    split = dataclasses.replace(
+        segment_sum(1000, 5000, table, weight=TensorType((5000, 4), F32), fills=True, blocks=True),
+        name="split",
+    )
     for config in MAINLOOPS["segments"].configs(spec):
-        assert aot.compile(spec, arch, config=config).spill_bytes == 0
+        for each in (spec, split, block_sums(split)):
+            assert aot.compile(each, arch, config=config).spill_bytes == 0
 
 
 def test_wide_tables_use_64_bit_offsets():
@@ -147,7 +230,7 @@ def test_what_cannot_be_generated():
     with pytest.raises(UnsupportedKernel, match="one sum of segments"):
         codegen.generate(
             dataclasses.replace(
-                spec, tree=(Load(2, IndexMap((12, 1, 0))), Store(0, 0, store.index))
+                spec, tree=(Load(2, IndexMap((12, 0, 1, 0))), Store(0, 0, store.index))
             )
         )
     bounds = dataclasses.replace(
@@ -155,6 +238,11 @@ def test_what_cannot_be_generated():
     )
     with pytest.raises(UnsupportedKernel, match="one bound more than rows"):
         codegen.generate(bounds)
+    sums = spec_of(arrays(7, 1023, 5, 12), blocks=True)
+    with pytest.raises(UnsupportedKernel, match=r"expected sums of blocks .*got float32\[2,12\]"):
+        codegen.generate(
+            dataclasses.replace(sums, inputs=(*sums.inputs[:-1], TensorType((2, 12), F32)))
+        )
     with pytest.raises(UnsupportedKernel, match="holds no reduction"):
         codegen.generate(
             dataclasses.replace(

@@ -18,7 +18,7 @@ def traced(function, *args):
 
 
 def rewritten(jaxpr):
-    return dce.run(cse.run(segment_sums.run(jaxpr, 90, smallest=0)))
+    return dce.run(cse.run(segment_sums.run(jaxpr, 90, smallest=1)))
 
 
 def count(jaxpr, name):
@@ -127,7 +127,6 @@ def test_rows_that_are_missing_and_a_table_with_nan():
 @pytest.mark.parametrize(
     "function",
     [
-        lambda h, src, dst, w: h.at[dst].add(h[src]),  # onto something
         lambda h, src, dst, w: jax.ops.segment_max(h[src], dst, num_segments=30),
         lambda h, src, dst, w: jnp.zeros((30, 30)).at[src, dst].add(w),  # single elements
         lambda h, src, dst, w: jnp.zeros(30, jnp.int32).at[dst].add(src),
@@ -135,7 +134,7 @@ def test_rows_that_are_missing_and_a_table_with_nan():
 )
 def test_left_alone(function):
     before = traced(function, *graph())
-    assert segment_sums.run(before, 90, smallest=0) is before
+    assert segment_sums.run(before, 90, smallest=1) is before
 
 
 def test_few_updates_are_left_alone():
@@ -165,7 +164,7 @@ def test_a_step_calls_the_kernel():
     h, src, dst, weight = graph(**LARGE)
     step = jevt.jit(lambda h: aggregate(h, src, dst, weight))
     text = step.trace(h).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("triton_kernel_call") == 1
+    assert text.count("triton_kernel_call") == 2  # blocks of long rows, then all rows
     assert "scatter" not in text
 
 

@@ -22,6 +22,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from jevt._context import Device
 from jevt.partition import graph as graphs
+from jevt_kernels.tuning import Calibration
 
 
 def _gpu(
@@ -85,11 +86,15 @@ _PROGRAMS = 1056
 _SCALAR_RATE = 1 / 16
 
 
-def device_model(platform: str) -> Device:
+def device_model(platform: str, measured: Calibration | None = None) -> Device:
     """The roofline of the first present device of a platform.
 
     A GPU that is not there (lowering on another machine) or that the table lacks is taken for the
     table's device of the nearest lower compute capability, H100 if that is unknown too.
+
+    Args:
+      platform: "cuda", "cpu", …
+      measured: what the present GPU was measured to sustain, in place of the table's values.
     """
     if platform not in ("cuda", "gpu", "rocm"):
         return CPU
@@ -97,6 +102,25 @@ def device_model(platform: str) -> Device:
         present = jax.devices(platform)[0]
     except RuntimeError:
         return DEVICES["H100"]
+    return _calibrated(_from_table(present), measured)
+
+
+def _calibrated(device: Device, measured: Calibration | None) -> Device:
+    if measured is None:
+        return device
+    rate = measured.cublas_flops_per_us
+    return dataclasses.replace(
+        device,
+        bytes_per_us=measured.bytes_per_us,
+        cublas_flops_per_us=rate,
+        # Ours keep their proportion to cuBLAS's.
+        kernel_flops_per_us=rate * device.kernel_flops_per_us / device.cublas_flops_per_us,
+        xla_launch_us=measured.xla_launch_us,
+        triton_launch_us=measured.triton_launch_us,
+    )
+
+
+def _from_table(present: jax.Device) -> Device:
     kind = present.device_kind
     capability = _capability(getattr(present, "compute_capability", "9.0"))
     for words, device in DEVICES.items():
@@ -116,7 +140,7 @@ def predict_us(jaxpr: Jaxpr, device: Device) -> float:
 
 def traffic(jaxpr: Jaxpr) -> int:
     """Bytes that one kernel reads and writes for these equations."""
-    read = sum(_fetched(jaxpr, v) for v in jaxpr.invars)
+    read = sum(fetched(jaxpr.eqns, v) for v in jaxpr.invars)
     results = dict.fromkeys(v for v in jaxpr.outvars if isinstance(v, Var))
     return read + sum(graphs.nbytes(v.aval) for v in results)
 
@@ -157,10 +181,10 @@ def arithmetic_us(
     return operations / (device.flops_per_us * _SCALAR_RATE)
 
 
-def _fetched(jaxpr: Jaxpr, var: Var) -> int:
-    """Bytes read of an operand: all of it, unless only slices of it are used."""
+def fetched(eqns: Collection[JaxprEqn], var: Var) -> int:
+    """Bytes that one kernel reads of an operand: all, unless only slices of it are used."""
     whole = graphs.nbytes(var.aval)
-    users = [e for e in jaxpr.eqns if var in e.invars]
+    users = [e for e in eqns if var in e.invars]
     if users and all(graphs.shrinks(e, var) for e in users):
         return min(whole, sum(graphs.nbytes(e.outvars[0].aval) for e in users))
     return whole

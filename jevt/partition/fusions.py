@@ -44,7 +44,8 @@ def xla_us(jaxpr: Jaxpr, device: Device, reductions: Collection[int]) -> float:
     for kernel in _merged(_fusions(jaxpr, reductions, calls)):
         if all(_relabels(e) for e in kernel.eqns):
             continue
-        traffic = sum(graphs.nbytes(v.aval) for v in (*kernel.operands, *kernel.results))
+        traffic = sum(cost.fetched(kernel.eqns, v) for v in kernel.operands)
+        traffic += sum(graphs.nbytes(v.aval) for v in kernel.results)
         if kernel.along_rows:
             traffic = round(traffic / _XLA_ALONG_ROWS)
         total += cost.roofline_us(traffic, kernel.eqns, device, _OPERATIONS) + device.xla_launch_us

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -64,17 +65,39 @@ def set_partitions(items: Sequence[int]) -> Iterator[list[list[int]]]:
             yield [*smaller[:index], [first, *group], *smaller[index + 1 :]]
 
 
+def covers(problem: Problem, groups: list[list[int]]) -> Iterator[list[list[int]]]:
+    """The groups as they are, and with further copies of nodes beside what reads them."""
+    consumers = problem.consumers()
+
+    def more(groups, copied):
+        if not copied:
+            yield [sorted(g) for g in groups]
+            return
+        node, *rest = copied  # last to first, so that what a copy reads may be copied too
+        near = [g for g in groups if node not in g and not consumers[node].isdisjoint(g)]
+        for count in range(len(near) + 1):
+            for chosen in itertools.combinations(near, count):
+                with_copies = [[*g, node] if g in chosen else g for g in groups]
+                yield from more(with_copies, rest)
+
+    yield from more(groups, sorted((node for node, _ in problem.copies), reverse=True))
+
+
 def brute_force(problem: Problem, accepts: Callable[[Sequence[int]], bool]) -> int:
     """The cost of the best valid grouping whose groups are accepted."""
     return min(
         problem.cost(groups)
-        for groups in set_partitions(range(problem.size))
-        if problem.valid(groups) and all(len(g) == 1 or accepts(sorted(g)) for g in groups)
+        for disjoint in set_partitions(range(problem.size))
+        for groups in covers(problem, disjoint)
+        if all(len(g) == 1 or accepts(g) for g in groups) and problem.valid(groups)
     )
 
 
-def random_problem(seed: int, size: int) -> Problem:
-    """A problem as ``components.pose`` could have made it."""
+def random_problem(seed: int, size: int, copies: int = 0) -> Problem:
+    """A problem as ``components.pose`` could have made it.
+
+    ``copies`` is the number of nodes, at most, that several groups may hold.
+    """
     rng = random.Random(seed)
     labels = (Label(64, 0), Label(64, 8), Label(512, 0))
     free = tuple(rng.random() < 0.15 for _ in range(size))
@@ -121,6 +144,9 @@ def random_problem(seed: int, size: int) -> Problem:
     for v in range(size):
         if any(u == v for u, _ in ordered):
             inner[v] = 0
+    launch = rng.choice((10, 100))
+    shared = [v for v in range(size) if not free[v] and any(a == v for a, _ in edges)]
+    again = sorted(rng.sample(shared, min(copies, len(shared)))) if copies else []
     return Problem(
         size,
         tuple(edges),
@@ -131,5 +157,6 @@ def random_problem(seed: int, size: int) -> Problem:
         tuple(firm),
         tuple(inner),
         free,
-        rng.choice((10, 100)),
+        launch,
+        copies=tuple((v, rng.choice((1, 5, 30))) for v in again),
     )

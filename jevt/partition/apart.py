@@ -12,21 +12,39 @@ from jevt.partition.reach import bits
 def variables(problem: Problem) -> int:
     """Number of ``in`` variables, which is what the size of the program goes with."""
     never = never_together(problem, *reach(problem.successors()))
-    return sum(v + 1 - (mask & ((2 << v) - 1)).bit_count() for v, mask in enumerate(never))
+    return sum(len(members(problem, r, mask)) for r, mask in enumerate(never))
+
+
+def members(problem: Problem, name: int, never: int) -> list[int]:
+    """The nodes that may be in the group of a name (see ``Problem.name``).
+
+    ``never`` are the nodes that never share a group with it, as a bit mask.
+    """
+    copied = {node for node, _ in problem.copies}
+    if name in copied:
+        found = [v for v in copied if v >= name]
+    else:
+        found = [*range(name, problem.size), *(v for v in copied if v < name)]
+    return sorted(v for v in found if not never >> v & 1)
 
 
 def never_together(problem: Problem, above: Sequence[int], below: Sequence[int]) -> list[int]:
     """For each node, the nodes that never share its group, as a bit mask.
 
     Of an ordered pair (a, b), nothing before a can be with anything after b: their group would hold
-    the paths between them, and so a and b.
+    the paths between them, and so a and b. A copy of what is before a can, but a itself is not with
+    b in any case.
     """
     never = [0] * problem.size
+    copied = sum(1 << node for node, _ in problem.copies)
     for a, b in problem.ordered:
-        for u in bits(above[a]):
+        never[a] |= 1 << b
+        never[b] |= 1 << a
+        before = above[a] & ~copied
+        for u in bits(before):
             never[u] |= below[b]
         for v in bits(below[b]):
-            never[v] |= above[a]
+            never[v] |= before
     for (a, _), (b, _) in itertools.combinations(problem.products, 2):
         never[a] |= 1 << b
         never[b] |= 1 << a

@@ -30,6 +30,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from jax.extend.core import Var
 
 from jevt.partition import problem as problems
+from jevt.partition.copies import useful
 from jevt.partition.graph import Graph, Node, shrinks
 from jevt.partition.near import near_readers
 from jevt.partition.problem import Problem, Traffic
@@ -73,10 +74,12 @@ def pose(
     links: Links,
     launch: int,
     company: Mapping[int, int],
+    again: Mapping[int, int],
 ) -> Problem:
     """The problem of one component; local node ``i`` is ``part[i]``, in an executable order.
 
-    ``company`` are the bytes that each matrix product costs more in a group with others.
+    ``company`` are the bytes that each matrix product costs more in a group with others, ``again``
+    those that each node costs that may be computed again.
     """
     local = {node: index for index, node in enumerate(part)}
     edges, siblings = (
@@ -103,6 +106,7 @@ def pose(
         launch,
         frozenset(local[n] for n in part if graph.nodes[n].assumed),
         tuple((local[n], company[n]) for n in part if n in company),
+        useful(part, again, tensors, edges),
     )
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-from jevt.partition.order import executable, quotient
-from jevt.partition.problem import Grouping, Problem
+from jevt.partition.order import executable, on_cycles, quotient
+from jevt.partition.problem import Grouping, Problem, components
 
 type Accepts = Callable[[Sequence[int]], bool]
 
@@ -36,10 +36,19 @@ def merge_along(
 
 
 def repair(problem: Problem, groups: Grouping, accepts: Accepts) -> Grouping:
-    """The groups, those that ``accepts`` refuses replaced by pieces that it takes."""
+    """The groups, those that ``accepts`` refuses replaced by pieces that it takes.
+
+    A node that several groups hold stays in the first of them, and what then forms a cycle or does
+    not hang together is taken apart like what is refused.
+    """
+    groups = _disjoint(groups)
+    links, successors = problem.links(), problem.successors()
+    whole = [group for group in groups if len(components(group, links)) == 1]
+    cyclic = {tuple(group) for group in on_cycles(groups, successors)}
     kept, refused = [], set[int]()
     for group in groups:
-        if len(group) == 1 or accepts(group):
+        fine = group in whole and tuple(group) not in cyclic
+        if len(group) == 1 or (fine and accepts(group)):
             kept.append(group)
         else:
             refused.update(group)
@@ -49,6 +58,18 @@ def repair(problem: Problem, groups: Grouping, accepts: Accepts) -> Grouping:
         [(a, b) for a, b in _by_saving(problem) if owner[a] == owner[b] and a in refused], accepts
     )
     return state.groups()
+
+
+def _disjoint(groups: Grouping) -> Grouping:
+    """The groups, each node in the first that holds it."""
+    seen: set[int] = set()
+    result: Grouping = []
+    for group in groups:
+        rest = [node for node in group if node not in seen]
+        seen.update(rest)
+        if rest:
+            result.append(rest)
+    return result
 
 
 def _by_saving(problem: Problem) -> list[tuple[int, int]]:

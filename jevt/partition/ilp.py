@@ -1,32 +1,36 @@
 """The integer program of one component.
 
-Variables, for the nodes v and r ≤ v of a :class:`~.problem.Problem` in executable order::
+Variables, for the nodes v and r of a :class:`~.problem.Problem` in executable order::
 
-    in[v, r]      bool  v is in the group whose first node is r; in[r, r] says that there is such a
-    group space[r, l]   bool  the group of r has label l
-    cut[u, v]     bool  the dependent nodes u and v are in different groups
+    in[v, r]      bool  v is in the group whose first node is r (``Problem.name``); in[r, r] says
+                        that there is such a group
+    space[r, l]   bool  the group of r has label l
+    cut[u, v]     bool  some group has v, which depends on u, and not u
     written[t]    bool  tensor t goes to memory
     read[t, r]    bool  the group of r fetches t from memory
-    time[v]       int   when the group of v runs, once that is needed
+    time[v]       int   when the result of v is there, once that is needed; for a node in several
+                        groups, start[r] and home[v, r] say when they run and which one writes it
 
 Constraints, by the methods that add them:
 
-* ``one_group``: every node is in one group, named by its first node.
+* ``one_group``: every node is in one group, named by its first node. A node of
+  ``Problem.copies`` is in one at least: this is where duplication is decided. Such nodes name no
+  group with others, as several groups may have the same one.
 * ``apart``: pairs that no kernel or no order allows together.
 * ``connected``: a group hangs together by candidate edges, because nothing relates the axes of
   pieces that do not touch. A node is in the group of r only together with what all chains of links
   between the two pass through, and with a node at each distance on the way. Pieces that do not
   touch all the same are cut lazily, by ``split``, with the distances counted from the piece.
 * ``convex``: "no path leaves a partition and comes back" (EVT, ASPLOS 2024, section 5): with u and
-  v, the group holds what lies on a path between them.
+  v, the group holds what lies on a path between them, unless the path starts at another copy of u.
 * ``cuts``: dependent nodes in different groups cut the edge between them.
 * ``acyclic``: the quotient graph has no cycle, which convexity of each group does not give: a cut
   edge puts the consumer's group at a later time. Added lazily, when a solution has a cycle: few
   graphs of training steps have one, and the times make the others twice as slow.
 * ``one_space``: every node has a place in its group's iteration space, which is a matrix product's
-  only if the group has one. A node smaller than the
-  space and its rows has one only together with all its consumers, since its results could not be
-  stored.
+  only if the group has one (EVT's templates: one mainloop, whose tile the visitor tree follows). A
+  node smaller than the space and its rows has one only together with all its consumers, since its
+  results could not be stored.
 * ``traffic``: the objective of :meth:`~.problem.Problem.cost`, term for term.
 * ``refused``: added lazily. What ``build`` refuses cannot be written down beforehand; each refusal
   (:mod:`.refusals`) names nodes that never fit one kernel, if it stores certain of their results.
@@ -93,6 +97,8 @@ class Program:
         self.cut: dict[Pair, cp_model.IntVar | None] = {}
         self.alone: dict[int, cp_model.IntVar] = {}
         self.time: list[cp_model.IntVar] = []
+        self.copied = {node for node, _ in problem.copies}
+        self.names: list[list[int]] = [[] for _ in self.nodes]  # for each node, its groups' names
         self.one_group()
         self.apart()
         self.connected()
@@ -108,12 +114,16 @@ class Program:
     def one_group(self) -> None:
         model = self.model
         for r in self.nodes:
-            allowed = [v for v in range(r, self.problem.size) if not self.never[r] >> v & 1]
+            allowed = apart.members(self.problem, r, self.never[r])
             self.around.append(connect.Surroundings.of(r, allowed, self.links))
             for v in sorted(self.around[r].via):
                 self.inside[v, r] = model.new_bool_var(f"in_{v}_{r}")
+                self.names[v].append(r)
         for v in self.nodes:
-            model.add_exactly_one(self._memberships(v))
+            if v in self.copied:
+                model.add_at_least_one(self._memberships(v))
+            else:
+                model.add_exactly_one(self._memberships(v))
         for (v, r), inside in self.inside.items():
             if v != r:
                 model.add_implication(inside, self.inside[r, r])
@@ -122,8 +132,8 @@ class Program:
         for a in self.nodes:
             for b in range(a + 1, self.problem.size):
                 if self.never[a] >> b & 1:
-                    for r in range(a):
-                        if (a, r) in self.inside and (b, r) in self.inside:
+                    for r in self.names[a]:
+                        if (b, r) in self.inside:
                             self.model.add_at_most_one(self.inside[a, r], self.inside[b, r])
 
     def connected(self) -> None:
@@ -151,11 +161,12 @@ class Program:
                 for v in range(w + 1, self.problem.size):
                     if not self.below[w] >> v & 1:
                         continue
-                    for r in range(u + 1):
-                        if (u, r) in self.inside and (v, r) in self.inside:
-                            self.model.add_bool_or(
-                                ~self.inside[u, r], ~self.inside[v, r], *self._inside(w, r)
-                            )
+                    for r in self.names[u]:
+                        if (v, r) in self.inside:
+                            unless = [*self._inside(w, r)]
+                            if u in self.copied:
+                                unless += [self.inside[u, s] for s in self.names[u] if s != r]
+                            self.model.add_bool_or(~self.inside[u, r], ~self.inside[v, r], *unless)
 
     def cuts(self) -> None:
         for u in self.nodes:
@@ -164,24 +175,37 @@ class Program:
                     self.cut[u, v] = None
                     continue
                 cut = self.cut[u, v] = self.model.new_bool_var(f"cut_{u}_{v}")
-                for r in range(v + 1):
-                    for here, there in ((u, v), (v, u)):
-                        if (here, r) in self.inside:
-                            outside = [~self.inside[here, r], *self._inside(there, r)]
-                            self.model.add_bool_or(cut, *outside)
+                for r in self.names[v]:
+                    self.model.add_bool_or(cut, ~self.inside[v, r], *self._inside(u, r))
+                for r in self.names[u] if u not in self.copied else ():
+                    self.model.add_bool_or(cut, ~self.inside[u, r], *self._inside(v, r))
 
     def acyclic(self) -> None:
         if self.time:
             return
-        last = self.problem.size - 1
-        self.time = [self.model.new_int_var(0, last, f"time_{v}") for v in self.nodes]
-        for (v, r), inside in self.inside.items():
-            if v != r:
-                self.model.add(self.time[v] == self.time[r]).only_enforce_if(inside)
+        model, last = self.model, self.problem.size - 1
+        self.time = [model.new_int_var(0, last, f"time_{v}") for v in self.nodes]
+        start = list(self.time)  # of the group of a name
+        for r in sorted(self.copied):
+            start[r] = model.new_int_var(0, last, f"start_{r}")
+        for v in self.nodes:
+            home = {r: self.inside[v, r] for r in self.names[v]}
+            if v in self.copied:
+                home = {r: model.new_bool_var(f"home_{v}_{r}") for r in home}
+                model.add_exactly_one(home.values())
+            for r, here in home.items():
+                model.add_implication(here, self.inside[v, r])
+                if v != r or v in self.copied:
+                    model.add(self.time[v] == start[r]).only_enforce_if(here)
         for (u, v), cut in self.cut.items():
-            later = self.model.add(self.time[v] >= self.time[u] + 1)
-            if cut is not None:
-                later.only_enforce_if(cut)
+            if v not in self.copied:
+                later = model.add(self.time[v] >= self.time[u] + 1)
+                if cut is not None:
+                    later.only_enforce_if(cut)
+                continue
+            for r in self.names[v]:
+                without = [self.inside[v, r], *(~x for x in self._inside(u, r))]
+                model.add(start[r] >= self.time[u] + 1).only_enforce_if(without)
 
     def one_space(self) -> None:
         problem, model = self.problem, self.model
@@ -197,7 +221,7 @@ class Program:
             for label, chosen in space.items():
                 if problem.labels[label].product:
                     model.add_bool_or(~chosen, *products)
-            for v in range(r, problem.size):
+            for v in self.nodes:
                 if (v, r) not in self.inside:
                     continue
                 for label, chosen in space.items():
@@ -207,6 +231,9 @@ class Program:
                     if problem.inner[v] >> label & 1:
                         for c in sorted(consumers[v]):
                             model.add_bool_or(*unless, *self._inside(c, r))
+                            cut = self.cut[v, c]
+                            if c in self.copied and cut is not None:  # read by another copy of c
+                                model.add_bool_or(*unless, ~cut)
                     else:
                         model.add_bool_or(*unless)
 
@@ -219,6 +246,7 @@ class Program:
         terms += [(-problem.launch, alone) for alone in self.alone.values()]
         company = [(v, dearer) for v, dearer in problem.products if dearer]
         terms += [(-dearer, self._lonely(v)) for v, dearer in company]
+        terms += [(price, x) for v, price in problem.copies for x in self._memberships(v)]
         for t, tensor in enumerate(problem.tensors):
             u = tensor.producer
             if u is not None and (tensor.leaves or tensor.consumers):
@@ -231,15 +259,15 @@ class Program:
                     cut = self.cut[u, c]
                     model.add_bool_or(spared if cut is None else [*spared, ~cut])
             terms += self._reads(t)
-        at_most = sum(dearer for _, dearer in company)
-        model.minimize(at_most + sum(weight * variable for weight, variable in terms))
+        fixed = sum(dearer for _, dearer in company) - sum(price for _, price in problem.copies)
+        model.minimize(fixed + sum(weight * variable for weight, variable in terms))
 
     def _lonely(self, v: int) -> cp_model.IntVar:
         """A variable that is true only if a node is a group by itself."""
         alone = self.model.new_bool_var(f"alone_{v}")
         self.model.add_implication(alone, self.inside[v, v])
-        for w in range(v + 1, self.problem.size):
-            for inside in self._inside(w, v):
+        for w in self.nodes:
+            for inside in self._inside(w, v) if w != v else ():
                 self.model.add_implication(alone, ~inside)
         return alone
 
@@ -267,7 +295,7 @@ class Program:
         return terms
 
     def refused(self, cut: Refusal) -> None:
-        for r in self.nodes if cut.rest else (min(cut.nodes),):
+        for r in self.nodes if cut.rest else (self.problem.name(cut.nodes),):
             if not all((v, r) in self.inside for v in cut.nodes):
                 continue
             together = [~self.inside[v, r] for v in cut.nodes]
@@ -280,10 +308,18 @@ class Program:
             for readers in spared:
                 self.model.add_bool_or(*together, *(x for x in readers if x is not None))
 
-    def _readers(self, t: int, nodes: Sequence[int], r: int) -> Sequence[cp_model.IntVar | None]:
-        """Variables that are all true if a tensor is not stored; None where it is in any case."""
+    def _readers(self, t: int, nodes: Sequence[int], r: int) -> Sequence[cp_model.BoolVarT | None]:
+        """Literals that are all true if a tensor is not stored; None where it is in any case."""
         tensor = self.problem.tensors[t]
-        readers = [self.inside.get((c, r)) for c in tensor.consumers if c not in nodes]
+        u = tensor.producer
+        assert u is not None
+        readers: list[cp_model.BoolVarT | None] = []
+        for c in tensor.consumers:
+            if c in self.copied:
+                cut = self.cut[u, c]
+                readers.append(None if cut is None else ~cut)
+            elif c not in nodes:
+                readers.append(self.inside.get((c, r)))
         return [None] if tensor.leaves or not all(x is not None for x in readers) else readers
 
     def solve(self, hint: Grouping, limits: Limits) -> Answer:
@@ -310,16 +346,19 @@ class Program:
 
     def _hint(self, groups: Grouping) -> None:
         self.model.clear_hints()
-        first = {node: group[0] for group in groups for node in group}
-        for (v, r), inside in self.inside.items():
-            self.model.add_hint(inside, first[v] == r)
-        ranks = order.executable([g[0] for g in groups], order.quotient(groups, self.successors))
-        for rank, index in enumerate(ranks or ()):
-            for node in groups[index] if self.time else ():
+        held = {(node, self.problem.name(group)) for group in groups for node in group}
+        for pair, inside in self.inside.items():
+            self.model.add_hint(inside, pair in held)
+        if not self.time:
+            return
+        ready: set[int] = set()
+        for rank, index in enumerate(order.schedule(groups, self.successors)):
+            for node in (n for n in groups[index] if n not in ready):
                 self.model.add_hint(self.time[node], rank)
+            ready.update(groups[index])
 
     def _memberships(self, v: int) -> list[cp_model.IntVar]:
-        return [x for r in range(v + 1) for x in self._inside(v, r)]
+        return [self.inside[v, r] for r in self.names[v]]
 
     def _inside(self, v: int, r: int) -> list[cp_model.IntVar]:
         """The variable, in a list that is empty where v cannot be in a group of r."""

@@ -74,3 +74,35 @@ def on_cycles(
         broken += large
         left = [g for g in left if g not in large] + [[node] for g in large for node in g]
     return broken
+
+
+def schedule(groups: Sequence[Sequence[int]], successors: Sequence[Sequence[int]]) -> list[int]:
+    """The groups that can run, in an executable order, where several may hold the same node.
+
+    A group can run once everything that its nodes depend on is in it or in a group that has run.
+    Running more never prevents anything, so all that can run do.
+    """
+    waiting: list[set[int]] = [set() for _ in groups]
+    holders: dict[int, list[int]] = {}
+    for index, group in enumerate(groups):
+        for node in group:
+            holders.setdefault(node, []).append(index)
+    readers: dict[int, list[int]] = {}
+    for node, following in enumerate(successors):
+        makers = holders.get(node, ())
+        for index in {h for other in following for h in holders.get(other, ())}:
+            if index not in makers:
+                waiting[index].add(node)
+                readers.setdefault(node, []).append(index)
+    ready = [index for index, needed in enumerate(waiting) if not needed]
+    heapq.heapify(ready)
+    result: list[int] = []
+    while ready:
+        index = heapq.heappop(ready)
+        result.append(index)
+        for node in groups[index]:
+            for reader in readers.pop(node, ()):
+                waiting[reader].discard(node)
+                if not waiting[reader]:
+                    heapq.heappush(ready, reader)
+    return result

@@ -7,16 +7,23 @@ one description, so that they agree on what is optimised:
          + bytes of tensors written (once each, if anything outside the producer's group needs them)
          + bytes of tensors read (once by each group that reads them from memory)
          + what a matrix product takes longer in a group with others than alone
+         + the arithmetic of every copy of a node beyond the first
 
 in bytes, a launch counted as the bytes that the device moves in its time. EVT's objective is the
 second and third line ("minimize the data movement between partitions", ASPLOS 2024, section 5);
 training graphs also hold many small tensors for which the launch is what matters. A free node (a
 row-major reshape) that is a group by itself costs nothing: XLA gives its result the operand's
 buffer.
+
+A node of ``copies`` may be in several groups, each of which then computes it for itself. One of
+them, the first to run, writes its result if a group without it needs that; a group with a copy
+reads what the node reads. So *whether* and *where* something is computed again is decided with the
+groups and by the same objective, not before.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
@@ -81,6 +88,8 @@ class Problem:
         refusal of a group with one of them says nothing of groups without.
       products: the matrix products, of which a group holds one at most, each with the bytes that it
         is dearer with others than alone, where cuBLAS runs it.
+      copies: the nodes that several groups may hold, each with the bytes that the device could move
+        in the time of its arithmetic, at least 1.
     """
 
     size: int
@@ -95,6 +104,7 @@ class Problem:
     launch: int
     assumed: frozenset[int] = frozenset()
     products: tuple[tuple[int, int], ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
 
     def successors(self) -> list[list[int]]:
         """For each node, the nodes that run after it, those of ``ordered`` included."""
@@ -123,26 +133,32 @@ class Problem:
         return result
 
     def cost(self, groups: Sequence[Sequence[int]]) -> int:
-        """Bytes and launches of a grouping, and what its matrix products are dearer for it."""
-        dearer = dict(self.products)
-        return self._moved(groups) + sum(
-            dearer.get(node, 0) for group in groups if len(group) > 1 for node in group
+        """What the module's formula says of a grouping."""
+        dearer, price = dict(self.products), dict(self.copies)
+        arithmetic = sum(price.get(node, 0) for group in groups for node in group)
+        return (
+            self._moved(groups)
+            + sum(dearer.get(node, 0) for group in groups if len(group) > 1 for node in group)
+            + (arithmetic - sum(price.values()))
         )
 
     def _moved(self, groups: Sequence[Sequence[int]]) -> int:
         """Bytes and launches of a grouping."""
-        owner = {node: index for index, group in enumerate(groups) for node in group}
+        holders: list[list[int]] = [[] for _ in range(self.size)]
+        for index, group in enumerate(groups):
+            for node in group:
+                holders[node].append(index)
         idle = {i for i, group in enumerate(groups) if len(group) == 1 and self.free[group[0]]}
         total = self.launch * (len(groups) - len(idle))
         for tensor in self.tensors:
-            home = None if tensor.producer is None else owner[tensor.producer]
+            homes: Sequence[int] = () if tensor.producer is None else holders[tensor.producer]
             reading: dict[int, int] = {}
             for node, amount in zip(tensor.consumers, tensor.read_bytes, strict=True):
-                group = owner[node]
-                if group != home:
-                    reading[group] = max(reading.get(group, 0), amount)
+                for reader in holders[node]:
+                    if reader not in homes:
+                        reading[reader] = max(reading.get(reader, 0), amount)
             total += sum(amount for group, amount in reading.items() if group not in idle)
-            if home is not None and home not in idle and (tensor.leaves or reading):
+            if homes and homes[0] not in idle and (tensor.leaves or reading):
                 total += tensor.nbytes
         return total
 
@@ -201,29 +217,66 @@ class Problem:
         return mask
 
     def valid(self, groups: Sequence[Sequence[int]]) -> bool:
-        """Every node once; groups connected, of one space each, and acyclic together.
+        """Every node once, or more often if it may be; groups connected, of one space each, and in
+        an order in which each finds what it reads.
 
         Acyclicity of the quotient implies convexity of each group: EVT's "no path leaves a
         partition and comes back", but not the other way round.
         """
-        if sorted(node for group in groups for node in group) != list(range(self.size)):
+        if len({self.name(group) for group in groups}) < len(groups):
+            return False
+        held = collections.Counter(node for group in groups for node in group)
+        copied = {node for node, _ in self.copies}
+        if set(held) != set(range(self.size)):
+            return False
+        if any(count > 1 and node not in copied for node, count in held.items()):
+            return False
+        ranks = order.schedule(groups, self.successors())
+        if len(ranks) < len(groups):
             return False
         consumers = self.consumers()
-        owner = {node: index for index, group in enumerate(groups) for node in group}
-        if any(owner[a] == owner[b] for a, b in self.ordered):
+        for index in {t for stored in self.stored([groups[r] for r in ranks]) for t in stored}:
+            consumers[self._maker(index)].add(-1)  # somebody outside
+        sets = [set(group) for group in groups]
+        if any(len(s) < len(g) for s, g in zip(sets, groups, strict=True)):
             return False
-        together = [owner[node] for node, _ in self.products]
-        if len(set(together)) < len(together):
+        if any(a in s and b in s for a, b in self.ordered for s in sets):
+            return False
+        if any(sum(node in s for node, _ in self.products) > 1 for s in sets):
             return False
         links = self.links()
         if any(len(components(g, links)) > 1 for g in groups):
             return False
-        if any(len(g) > 1 and not self.fitting(g, consumers) for g in groups):
-            return False
-        return (
-            order.executable([min(g) for g in groups], order.quotient(groups, self.successors()))
-            is not None
-        )
+        return all(len(g) == 1 or self.fitting(g, consumers) for g in groups)
+
+    def stored(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The tensors that each group writes; of groups with one node the first writes its result.
+
+        That is what is needed outside, and what a group reads that does not make it.
+        """
+        home: dict[int, int] = {}
+        holders: list[set[int]] = [set() for _ in range(self.size)]
+        for index, group in enumerate(groups):
+            for node in group:
+                home.setdefault(node, index)
+                holders[node].add(index)
+        result: list[list[int]] = [[] for _ in groups]
+        for index, tensor in enumerate(self.tensors):
+            if tensor.producer is not None:
+                makers = holders[tensor.producer]
+                if tensor.leaves or any(not holders[c] <= makers for c in tensor.consumers):
+                    result[home[tensor.producer]].append(index)
+        return result
+
+    def _maker(self, tensor: int) -> int:
+        node = self.tensors[tensor].producer
+        assert node is not None
+        return node
+
+    def name(self, group: Iterable[int]) -> int:
+        """A node that tells groups apart: the first that only one group holds, else the first."""
+        copied = {node for node, _ in self.copies}
+        return min(group, key=lambda node: (node in copied, node))
 
     def key(self) -> Hashable:
         """Equal for problems that differ in nothing but where they sit."""
@@ -239,6 +292,7 @@ class Problem:
             self.launch,
             self.assumed,
             self.products,
+            self.copies,
         )
 
 

@@ -9,6 +9,7 @@ group that holds a refused set and stores the same results is refused too.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 from jevt.partition.problem import Problem, components
@@ -26,6 +27,8 @@ class Oracle:
       holds: whether these nodes can be part of one group that stores these tensors (positions in
         ``Problem.tensors``), whatever else is in it: the same question with only those results as
         outputs, beside the largest of what nothing in the set reads.
+      keeps: whether these nodes can be one group that stores exactly these tensors; the same as
+        ``accepts`` where no node has copies.
       worthwhile: whether these nodes are predicted to be faster as one group than apart from the
         matrix product among them, the second argument.
     """
@@ -33,6 +36,13 @@ class Oracle:
     accepts: Callable[[Sequence[int]], bool]
     holds: Callable[[Sequence[int], Sequence[int]], bool]
     worthwhile: Callable[[Sequence[int], int], bool] = lambda nodes, product: True
+    keeps: Callable[[Sequence[int], Sequence[int]], bool] | None = None
+
+    def takes(self, problem: Problem, group: Sequence[int], stored: Sequence[int]) -> bool:
+        """Whether these nodes can be one group of a grouping in which it stores these tensors."""
+        if self.keeps is None or list(stored) == leaving(problem, group):
+            return self.accepts(group)
+        return self.keeps(group, stored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,26 +61,28 @@ class Refusal:
 
 
 def explain(
-    problem: Problem, oracle: Oracle, group: Sequence[int], links: Sequence[set[int]]
+    problem: Problem,
+    oracle: Oracle,
+    group: Sequence[int],
+    kept: Sequence[int],
+    links: Sequence[set[int]],
 ) -> list[Refusal]:
-    """Refusals that a refused group breaks, with few nodes each."""
+    """Refusals that a refused group breaks, which stores ``kept``, with few nodes each."""
     if not oracle.holds(group, ()):
         return [Refusal(_core(oracle, group, (), frozenset(), links))]
     result: list[Refusal] = []
-    for stored in _at_fault(oracle, group, _leaving(problem, group)):
+    for stored in _at_fault(oracle, group, kept):
         makers = frozenset(n for t in stored if (n := problem.tensors[t].producer) is not None)
         core = _core(oracle, group, stored, makers, links)
-        readers = [set(problem.tensors[t].consumers) - set(core) for t in stored]
-        ways = 1
-        for some in readers:
-            ways *= max(1, len(some))
-        if ways <= _WAYS:
+        inside = set(core) - {node for node, _ in problem.copies}
+        readers = (set(problem.tensors[t].consumers) - inside for t in stored)
+        if math.prod(max(1, len(some)) for some in readers) <= _WAYS:
             result.append(Refusal(core, stored))
     return result or [Refusal(tuple(group), rest=False)]
 
 
-def _leaving(problem: Problem, group: Sequence[int]) -> list[int]:
-    """The tensors of a group that are needed outside it."""
+def leaving(problem: Problem, group: Sequence[int]) -> list[int]:
+    """The tensors of a group that are needed outside it, if no node has copies."""
     members = set(group)
     return [
         index

@@ -12,8 +12,8 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 from jevt import _jaxpr
 from jevt._context import Context
 from jevt.lowering.errors import NotFusible
+from jevt.partition import copies, order, targets
 from jevt.partition import graph as graphs
-from jevt.partition import order, targets
 from jevt.partition.absorb import absorb, allowance
 from jevt.partition.batch import Component, Solver
 from jevt.partition.build import Build, Builder
@@ -22,9 +22,9 @@ from jevt.partition.canonical import arranged, equations
 from jevt.partition.components import moved, pose, split
 from jevt.partition.contract import contract
 from jevt.partition.duplicate import duplicate, merge_copies
-from jevt.partition.graph import Classify, Graph, Role
+from jevt.partition.graph import Classify, Graph, Reading, Role
 from jevt.partition.plan import Plan, Solution
-from jevt.partition.problem import Problem
+from jevt.partition.problem import Grouping, Problem
 from jevt.partition.reach import Links, Reach
 from jevt.partition.recompute import recompute
 from jevt.partition.refusals import Oracle
@@ -74,11 +74,13 @@ class _Prices:
     Attributes:
       launch: what a launch is worth in bytes.
       company: for each matrix product, the same of what it takes longer in a group with others.
+      again: for each node that several groups may compute, the same of its arithmetic.
       worthwhile: see ``Oracle.worthwhile``, for nodes of the graph.
     """
 
     launch: int
     company: Mapping[int, int]
+    again: Mapping[int, int]
     worthwhile: Callable[[Sequence[int], int], bool]
 
 
@@ -115,21 +117,31 @@ class _Run:
         prices = _Prices(
             launch,
             targets.company(graph, context),
+            copies.prices(graph, context.device),
             lambda nodes, product: targets.worthwhile(graph, single, nodes, product, context),
         )
         outcomes = self._solve(graph, reach, parts, links, prices)
         # 3. components whose groups form a cycle together, solved as one
-        while (cyclic := self._cycle(graph, parts, outcomes)) is not None:
+        while True:
+            laid, groups, origin = copies.materialise(graph, _all_groups(graph, parts, outcomes))
+            cyclic = self._cycle(laid, groups, outcomes)
+            if cyclic is None:
+                break
             merged = arranged(graph, reach, sorted(n for index in cyclic for n in parts[index]))
             keep = [i for i in range(len(parts)) if i not in cyclic]
             parts = [parts[i] for i in keep] + [merged]
             outcomes = [outcomes[i] for i in keep]
             outcomes += self._solve(graph, reach, [merged], links, prices)
         # 4. groups in an executable order, each with its target
-        groups = _ordered(graph, _all_groups(graph, parts, outcomes))
+        jaxpr = laid.jaxpr
+        moved = ({old: new} for new, old in enumerate(origin))
+        each = Reading(
+            jaxpr,
+            tuple(copies.moved(single.nodes[p], at) for p, at in zip(origin, moved, strict=True)),
+        )
         chosen = tuple(
-            targets.choose(graph, single, nodes, index, context, self.builder)
-            for index, nodes in enumerate(groups)
+            targets.choose(laid, each, nodes, index, context, self.builder)
+            for index, nodes in enumerate(_ordered(laid, groups))
         )
         scale = 1 / context.device.bytes_per_us
         lost = allowance(graph, launch)
@@ -165,7 +177,7 @@ class _Run:
     def _component(
         self, graph: Graph, reach: Reach, part: Sequence[int], links: Links, prices: _Prices
     ) -> Component:
-        problem = pose(graph, reach, part, links, prices.launch, prices.company)
+        problem = pose(graph, reach, part, links, prices.launch, prices.company, prices.again)
 
         def positions(local: Sequence[int]) -> list[int]:
             return [p for n in local for p in graph.nodes[part[n]].eqns]
@@ -174,12 +186,19 @@ class _Run:
         def variables() -> list[Var]:
             return [var for _, var in moved(graph, part)]
 
+        def keeps(local: Sequence[int], stored: Sequence[int]) -> bool:
+            group = graph.extract(positions(local))
+            kept = {variables()[t] for t in stored}
+            made = [v for eqn in group.eqns for v in eqn.outvars if v in kept]
+            return self._accepts(_jaxpr.make(group.invars, made, group.eqns))
+
         oracle = Oracle(
             lambda local: self._accepts(graph.extract(positions(local))),
             lambda local, stored: self._accepts(
                 part_of(graph, positions(local), [variables()[t] for t in stored])
             ),
             lambda local, product: prices.worthwhile([part[n] for n in local], part[product]),
+            keeps,
         )
         return Component(self._key(graph, part, problem), problem, oracle)
 
@@ -193,15 +212,14 @@ class _Run:
         return nodes, problem.key(), self.builder.keys.key(sequence)
 
     def _cycle(
-        self, graph: Graph, parts: Sequence[Sequence[int]], outcomes: Sequence[Outcome]
+        self, graph: Graph, groups: Grouping, outcomes: Sequence[Outcome]
     ) -> set[int] | None:
         """Components whose groups are on a cycle of the quotient graph."""
-        groups = _all_groups(graph, parts, outcomes)
         found = order.cycle(order.quotient(groups, graph.successors))
         if found is None:
             return None
-        home = {n: index for index, part in enumerate(parts) for n in part}
-        result = {home[groups[g][0]] for g in found if groups[g][0] in home}
+        home = [index for index, outcome in enumerate(outcomes) for _ in outcome.groups]
+        result = {home[g] for g in found if g < len(home)}
         assert len(result) > 1, "the groups of one component are acyclic, other paths included"
         return result
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from jevt.partition import apart, greedy, ilp, order, refusals
 from jevt.partition.problem import Grouping, Problem, components
-from jevt.partition.refusals import Oracle
+from jevt.partition.refusals import Oracle, Refusal
 
 type Status = Literal["trivial", "optimal", "feasible", "greedy"]
 type Stop = Literal["", "work", "clock"]
@@ -121,8 +121,8 @@ def _improve(
             found = True
             if proven:
                 bound = max(bound, answer.bound)
-            mended, refused = _mend(problem, oracle, program, answer.groups, links)
-            proven = proven and problem.assumed.isdisjoint(refused)
+            mended, cuts = _mend(problem, oracle, program, answer.groups, links)
+            proven = proven and not any(_hasty(problem, cut) for cut in cuts)
             best = min(best, mended, key=problem.cost)
             if problem.cost(best) <= max(bound, answer.bound):
                 stopped = ""
@@ -135,33 +135,62 @@ def _improve(
     return Outcome(best, cost, min(bound, cost), status, rounds, work, stopped)
 
 
+def _pruned(problem: Problem, program: ilp.Program, groups: Grouping) -> Grouping:
+    """The groups without copies that nobody reads, as a solution short of the optimum may have."""
+    ranks = order.schedule(groups, program.successors)
+    if len(ranks) < len(groups):
+        return groups
+    groups = [list(groups[index]) for index in ranks]
+    consumers = problem.consumers()
+    for node in sorted((n for n, _ in problem.copies), reverse=True):
+        stored = problem.stored(groups)
+        held = [index for index, group in enumerate(groups) if node in group]
+        for index in held:
+            kept = any(problem.tensors[t].producer == node for t in stored[index])
+            if len(held) > 1 and not kept and consumers[node].isdisjoint(groups[index]):
+                groups[index].remove(node)
+    return [group for group in groups if group]
+
+
+def _hasty(problem: Problem, cut: Refusal) -> bool:
+    """Whether a cut may remove a grouping that is valid.
+
+    A group that is refused with one choice of what it stores is cut with all, if its nodes have
+    copies.
+    """
+    whole = not cut.rest and any(node in cut.nodes for node, _ in problem.copies)
+    return whole or not problem.assumed.isdisjoint(cut.nodes)
+
+
 def _mend(
     problem: Problem,
     oracle: Oracle,
     program: ilp.Program,
     groups: Grouping,
     links: list[set[int]],
-) -> tuple[Grouping, set[int]]:
+) -> tuple[Grouping, list[Refusal]]:
     """The grouping made valid, with cuts in the program for what was not.
 
     Returns:
-      The grouping, and the nodes in cuts for what ``build`` refused.
+      The grouping, and the cuts for what ``build`` refused.
     """
+    groups = _pruned(problem, program, groups) if problem.copies else groups
     pieces = [components(group, links) for group in groups]
     for split in pieces:
         for piece in split if len(split) > 1 else ():
             program.split(piece)
     connected = sorted(piece for split in pieces for piece in split)
-    cyclic = order.on_cycles(connected, program.successors)
+    ranks = order.schedule(connected, program.successors)
+    cyclic = len(ranks) < len(connected)
     if cyclic:
         program.acyclic()
-    refused = [g for g in connected if len(g) > 1 and not oracle.accepts(g)]
-    cuts = [cut for group in refused for cut in refusals.explain(problem, oracle, group, links)]
+    else:
+        connected = [connected[index] for index in ranks]  # copies: the first to run writes
+    kept = zip(connected, problem.stored(connected), strict=True)
+    refused = [(g, s) for g, s in kept if len(g) > 1 and not oracle.takes(problem, g, s)]
+    cuts = [cut for g, s in refused for cut in refusals.explain(problem, oracle, g, s, links)]
     for cut in cuts:
         program.refused(cut)
-    broken = {tuple(g) for g in (*cyclic, *refused)}
-    if broken:
-        connected = greedy.repair(
-            problem, connected, lambda g: tuple(g) not in broken and oracle.accepts(g)
-        )
-    return connected, {node for cut in cuts for node in cut.nodes}
+    if cyclic or refused:
+        connected = greedy.repair(problem, connected, oracle.accepts)
+    return connected, cuts

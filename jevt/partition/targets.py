@@ -12,7 +12,7 @@ from jevt.lowering.errors import NotFusible
 from jevt.partition import cost, fusions, names, products
 from jevt.partition.build import Builder
 from jevt.partition.duplicate import merge_copies
-from jevt.partition.graph import Graph, Node, unexpected
+from jevt.partition.graph import Graph, Node, Reading, unexpected
 from jevt.partition.plan import Group, Plan
 
 #: Kinds of the groups of one equation that stands for many and runs as a library's call.
@@ -21,7 +21,7 @@ _COMPOSITES = {"attention": "attention", "attention_backward": "attention"}
 
 def choose(
     graph: Graph,
-    single: Graph,
+    single: Reading,
     nodes: Sequence[int],
     index: int,
     context: Context,
@@ -29,7 +29,7 @@ def choose(
 ) -> Group:
     """The group of these nodes of ``graph``, the ``index``-th of the plan.
 
-    ``single`` is the graph with one node for each equation, which knows each equation's kind.
+    ``single`` has one node for each equation of the graph, which knows each equation's kind.
     """
     members = [graph.nodes[n] for n in nodes]
     positions = tuple(sorted(p for node in members for p in node.eqns))
@@ -66,7 +66,7 @@ def choose(
 
 
 def worthwhile(
-    graph: Graph, single: Graph, nodes: Sequence[int], product: int, context: Context
+    graph: Graph, single: Reading, nodes: Sequence[int], product: int, context: Context
 ) -> bool:
     """Whether a matrix product is predicted to be faster with the others of its group than apart.
 

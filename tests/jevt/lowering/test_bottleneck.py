@@ -8,29 +8,16 @@ import kernel_contract as contract
 import ml_dtypes
 import numpy as np
 import pytest
-from jax import lax
+from resnet_block import conv, statistics, step
 
 import jevt
 from jevt import pipeline
+from jevt.lowering import spec as lowering
 from jevt.passes import convolutions
-from jevt_kernels import visitor
+from jevt_kernels import aot, visitor
 from jevt_kernels.reference import reference
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-NUMBERS = ("NHWC", "HWIO", "NHWC")
-
-
-def conv(x, w, stride=1):
-    pad = w.shape[0] // 2
-    return lax.conv_general_dilated(
-        x, w, (stride, stride), ((pad, pad), (pad, pad)), dimension_numbers=NUMBERS
-    )
-
-
-def statistics(y):
-    """What BatchNorm asks of a layer's result: the result, its sums and those of its squares."""
-    wide = y.astype(jnp.float32)
-    return y, wide.sum((0, 1, 2)), jnp.square(wide).sum((0, 1, 2))
 
 
 def forward(x, w):
@@ -98,6 +85,32 @@ def test_groups(name, dtype):
     check_group(function, arrays(dtype, *shapes), np.dtype(dtype))
 
 
+# Shapes of ResNet-50's second stage.
+LARGE = {
+    "forward": (forward, ((128, 56, 56, 64), (1, 1, 64, 256))),
+    "strided": (strided, ((128, 56, 56, 256), (1, 1, 256, 512))),
+    "backward": (
+        backward,
+        (
+            *((128, 56, 56, 128), (1, 1, 256, 128), (128, 56, 56, 256)),
+            *((256,), (128, 56, 56, 256), (128, 28, 28, 256)),
+        ),
+    ),
+}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", LARGE)
+def test_large_groups_compile_without_spills(name, arch):
+    function, shapes = LARGE[name]
+    args = [jax.ShapeDtypeStruct(shape, BFLOAT16) for shape in shapes]
+    jaxpr = convolutions.run(contract.group(function, *args))
+    binary = aot.compile(lowering.build(jaxpr, "kernel"), arch)
+    assert binary.spill_bytes == 0
+    assert binary.shared_bytes <= {80: 163, 90: 227}[arch] * 1024
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", GROUPS)
@@ -106,38 +119,6 @@ def test_kernels_of_groups(name, dtype):
     args = arrays(dtype, *shapes)
     product, tolerance = check_group(function, args, np.dtype(dtype))
     contract.check(product, *args, tolerance=tolerance)
-
-
-def batch_norm(y, scale, shift):
-    y, total, squares = statistics(y)
-    count = y.size // y.shape[-1]
-    mean = total / count
-    variance = squares / count - jnp.square(mean)
-    normal = (y.astype(jnp.float32) - mean) * lax.rsqrt(variance + 1e-5) * scale + shift
-    return normal.astype(y.dtype)
-
-
-def bottleneck(params, x):
-    """1×1, 3×3 and 1×1, the second strided, beside a strided shortcut; BatchNorm behind each."""
-    narrow, middle, wide, shortcut = params
-
-    def layer(x, weights, stride=1):
-        w, scale, shift = weights
-        return batch_norm(conv(x, w, stride), scale, shift)
-
-    y = jax.nn.relu(layer(jax.nn.relu(layer(x, narrow)), middle, 2))
-    return jax.nn.relu(layer(y, wide) + layer(x, shortcut, 2))
-
-
-def step(params, x, target):
-    """One step of gradient descent, and the input's gradient, as a layer before would want it."""
-
-    def loss(params, x):
-        return jnp.square(bottleneck(params, x).astype(jnp.float32) - target).mean()
-
-    value, (gradients, dx) = jax.value_and_grad(loss, (0, 1))(params, x)
-    params = jax.tree.map(lambda p, g: (p - 0.1 * g).astype(p.dtype), params, gradients)
-    return value, params, dx
 
 
 def step_arguments(dtype):

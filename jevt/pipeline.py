@@ -59,10 +59,14 @@ GRAPH_PASSES: tuple[tuple[str, Pass], ...] = (
     ("dce", dce.run),
 )
 
-# After them, for GPUs only: what a CPU would not gain from.
-GPU_PASSES: tuple[tuple[str, Pass], ...] = (
+# After them, for GPUs only, where groups become kernels: what has neighbours to share one with.
+PRODUCT_PASSES: tuple[tuple[str, Pass], ...] = (
     # Convolutions that are matrix products become such.
     ("convolutions", convolutions.run),
+)
+
+# After them, for GPUs only: what a CPU would not gain from.
+GPU_PASSES: tuple[tuple[str, Pass], ...] = (
     # Gradients of lookups in short tables become matrix products.
     ("table_gradient", table_gradient.run),
     # What both have made equal is computed once, and what they have left without a reader goes.
@@ -83,8 +87,10 @@ def graph_passes(
     if context.platform not in ("cuda", "rocm"):
         return GRAPH_PASSES
     attention = _attention_passes(context, note) if context.platform == "cuda" else ()
+    grouped = context.backend in ("auto", "triton") and not context.partitioned
+    products = PRODUCT_PASSES if grouped else ()
     own = _kernel_passes(context) if context.own_kernels else ()
-    return GRAPH_PASSES + attention + GPU_PASSES + own
+    return GRAPH_PASSES + attention + products + GPU_PASSES + own
 
 
 def _attention_passes(

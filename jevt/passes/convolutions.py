@@ -27,8 +27,9 @@ Left alone, because cuDNN is the better choice:
 * groups of features or of the batch: small products whose batch axis lies between the others;
 * types that are no floating-point numbers, or that the two operands do not share.
 
-Not for CPUs, where there is no kernel to share and XLA's convolutions of one element are products
-already.
+Nothing is gained where no groups become kernels (on CPUs, with ``backend="xla"``, under automatic
+partitioning), and XLA would then copy a strided input, which cuDNN reads in place: the pass is not
+run there.
 
     before  { lambda ; a:bf16[8,14,14,64] b:bf16[1,1,64,32]. let
                 c:bf16[8,7,7,32] = conv_general_dilated[window_strides=(2, 2)] a b in (c,) }

@@ -147,7 +147,7 @@ def errors(got, want):
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16], ids=["float32", "bfloat16"])
 def test_a_step_in_the_interpreter(dtype, monkeypatch):
     """As near to a reference in float64 as ``jax.jit`` is, and 3 of 4 convolutions in kernels."""
-    passes = pipeline.GRAPH_PASSES + pipeline.GPU_PASSES
+    passes = pipeline.GRAPH_PASSES + pipeline.PRODUCT_PASSES + pipeline.GPU_PASSES
     monkeypatch.setattr(pipeline, "GRAPH_PASSES", passes)
     args = step_arguments(dtype)
     compiled = jevt.jit(step, backend="interpret")

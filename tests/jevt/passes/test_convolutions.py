@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from partitions import context
 from rewriting import before_and_after, count, evaluate, near, rewritten, traced
 
 from benchmarks import registry
 from benchmarks.options import Options
+from jevt import pipeline
 from jevt.passes import convolutions
 
 FLOAT64 = jnp.float64
@@ -310,6 +312,22 @@ def test_all_of_resnets_are_found():
     # Two bottlenecks with a shortcut each: three convolutions of 1×1, one of 3×3; and the stem,
     # whose input has no gradient.
     assert (len(own), rest) == (3 * 8 + 2, 3 * 2 + 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, True),
+        ({"backend": "triton"}, True),
+        ({"fuel": 3}, True),
+        ({"backend": "xla"}, False),
+        ({"partitioned": True}, False),
+        ({"platform": "cpu"}, False),
+    ],
+)
+def test_only_where_groups_become_kernels(fields, expected):
+    names = [name for name, _ in pipeline.graph_passes(context(**fields))]
+    assert ("convolutions" in names) == expected
 
 
 CASES = {

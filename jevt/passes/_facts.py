@@ -1,4 +1,4 @@
-"""What can be said about values without knowing them: sign and NaN.
+"""What can be said about values without knowing them: sign, zeros and NaN.
 
 Each fact follows from the equation that computes a value and from the same facts of its operands,
 so that asking costs nothing.
@@ -36,6 +36,19 @@ _KEEPS_NONNEGATIVE: frozenset[Primitive] = frozenset(
 )
 
 _MAY_MAKE_NONNEGATIVE = _ALWAYS_NONNEGATIVE | _KEEPS_NONNEGATIVE | {p.select_n_p}
+
+# Zero or NaN if one operand is: 0·∞ and 0/0 are NaN.
+_KEEPS_NULL: frozenset[Primitive] = frozenset({p.mul_p, p.div_p})
+
+# … if all operands are.
+_ADDS_NULL: frozenset[Primitive] = frozenset(
+    {
+        *(p.neg_p, p.abs_p, p.add_p, p.add_jaxvals_p, p.sub_p, p.reduce_sum_p, p.copy_p),
+        *(p.broadcast_in_dim_p, p.reshape_p, p.squeeze_p, p.transpose_p, p.convert_element_type_p),
+    }
+)
+
+_MAY_MAKE_NULL = _KEEPS_NULL | _ADDS_NULL | {p.select_n_p}
 
 # NaN wherever one operand is NaN.
 _NAN_STRICT: frozenset[Primitive] = frozenset(
@@ -94,6 +107,23 @@ def makes_nonnegative(eqn: JaxprEqn, asked: Asked) -> bool:
     if primitive is p.select_n_p:
         return all(map(asked, eqn.invars[1:]))
     return all(map(asked, eqn.invars))
+
+
+def is_null_number(value: Any) -> bool:
+    return _kind(value.dtype) == "f" and bool(np.isnan(value) or value == 0)
+
+
+def makes_null(eqn: JaxprEqn, asked: Asked) -> bool:
+    """Whether the result's elements are NaN, 0.0 or -0.0."""
+    primitive = eqn.primitive
+    if primitive not in _MAY_MAKE_NULL or not is_float(eqn.outvars[0].aval):
+        return False
+    if primitive is p.mul_p:
+        return any(map(asked, eqn.invars))
+    if primitive is p.div_p:
+        return asked(eqn.invars[0])
+    cases = eqn.invars[1:] if primitive is p.select_n_p else eqn.invars
+    return all(is_float(a.aval) and asked(a) for a in cases)
 
 
 def follows_nan(

@@ -22,7 +22,7 @@ from jax.extend.core import primitives as p
 
 from jevt import _jax_internals as internals
 from jevt._jaxpr import Atom
-from jevt.passes import _facts
+from jevt.passes._knowledge import Knowledge
 from jevt.passes._rewrite import map_bodies, once, read, rebuild, substitute
 
 type Rule = Callable[[JaxprEqn, Graph], Atom | None]
@@ -55,7 +55,7 @@ def _rewrite(jaxpr: Jaxpr, rules: Rules, body: Callable[[Jaxpr], Jaxpr]) -> Jaxp
     return rebuild(jaxpr, graph.eqns, graph.env)
 
 
-class Graph:
+class Graph(Knowledge):
     """What a rule may ask and do: the equations so far.
 
     Attributes:
@@ -64,48 +64,15 @@ class Graph:
     """
 
     def __init__(self, jaxpr: Jaxpr, rules: Rules) -> None:
+        super().__init__()
         self.eqns: list[JaxprEqn] = []
         self.env: dict[Var, Atom] = {}
         self._rules = rules
-        self._definitions: dict[Var, JaxprEqn] = {}
-        self._nonnegative: set[Var] = set()
-        self._uniform: dict[Var, Literal] = {}
         self._outputs = {v for v in jaxpr.outvars if isinstance(v, Var)}
         self._readers = _count_readers(jaxpr)
-        self._sums: dict[tuple[Var, tuple[int, ...]], Var] = {}
         self._source: JaxprEqn | None = None  # gives emitted equations their place and settings
 
-    # Asking
-
-    def definition(self, atom: Atom, primitive: Primitive | None = None) -> JaxprEqn | None:
-        """The equation that computes ``atom``; None for inputs, literals, or another primitive."""
-        if not isinstance(atom, Var):
-            return None
-        eqn = self._definitions.get(atom)
-        if primitive is None or eqn is None:
-            return eqn
-        return eqn if eqn.primitive is primitive else None
-
-    def constant(self, atom: Atom) -> Any:
-        """The number that every element of ``atom`` is, None if that is not known."""
-        literal = self.uniform(atom)
-        if literal is None:
-            return None
-        aval: Any = literal.aval
-        return np.asarray(literal.val, aval.dtype)[()]
-
-    def uniform(self, atom: Atom) -> Literal | None:
-        """The literal of which ``atom`` is a broadcast, or that it is."""
-        if isinstance(atom, Var):
-            return self._uniform.get(atom)
-        return atom if _is_number(atom) else None
-
-    def is_nonnegative(self, atom: Atom) -> bool:
-        """Whether every element is NaN or at least +0.0 (not -0.0)."""
-        if isinstance(atom, Var) and atom in self._nonnegative:
-            return True
-        value = self.constant(atom)
-        return value is not None and _facts.is_nonnegative_number(value)
+    # Asking, beside what is known of values
 
     def is_output(self, var: Var) -> bool:
         return var in self._outputs
@@ -113,10 +80,6 @@ class Graph:
     def readers(self, atom: Atom) -> int:
         """Number of operands and outputs that a variable of the original is; 1 for a new one."""
         return self._readers.get(atom, 1) if isinstance(atom, Var) else 0
-
-    def sum_of(self, atom: Atom, axes: tuple[int, ...]) -> Var | None:
-        """An existing ``reduce_sum`` of ``atom`` over ``axes``."""
-        return self._sums.get((atom, axes)) if isinstance(atom, Var) else None
 
     # Doing
 
@@ -201,21 +164,7 @@ class Graph:
             self._source = outer
         self.eqns.append(eqn)
         if len(eqn.outvars) == 1:
-            self._note(eqn)
-
-    def _note(self, eqn: JaxprEqn) -> None:
-        """Makes known what the equation computes."""
-        out = eqn.outvars[0]
-        self._definitions[out] = eqn
-        if _facts.makes_nonnegative(eqn, self.is_nonnegative):
-            self._nonnegative.add(out)
-        # A cast to varying over mesh axes has no number of its own either.
-        if eqn.primitive is p.broadcast_in_dim_p or _is_pvary(eqn):
-            value = self.uniform(eqn.invars[0])
-            if value is not None:
-                self._uniform[out] = value
-        elif eqn.primitive is p.reduce_sum_p and isinstance(eqn.invars[0], Var):
-            self._sums[eqn.invars[0], tuple(eqn.params["axes"])] = out
+            self.note(eqn)
 
     def _try(self, rule: Rule, eqn: JaxprEqn) -> bool:
         mark = len(self.eqns)
@@ -226,22 +175,11 @@ class Graph:
             result = None
         if result is None or not self._may_replace(out, result):
             for dropped in self.eqns[mark:]:
-                self._forget(dropped)
+                self.forget(dropped)
             del self.eqns[mark:]
             return False
         self.env[out] = result
         return True
-
-    def _forget(self, eqn: JaxprEqn) -> None:
-        """Nothing may be found through an equation that is not in the result."""
-        (out,) = eqn.outvars
-        self._definitions.pop(out, None)
-        self._uniform.pop(out, None)
-        self._nonnegative.discard(out)
-        if eqn.primitive is p.reduce_sum_p and isinstance(eqn.invars[0], Var):
-            key = (eqn.invars[0], tuple(eqn.params["axes"]))
-            if self._sums.get(key) is out:
-                del self._sums[key]
 
     def _may_replace(self, out: Var, result: Atom) -> bool:
         want: Any = out.aval
@@ -270,19 +208,9 @@ def _mesh(aval: Any) -> tuple[frozenset[Any], bool]:
     return varying, all(entry is None for entry in spec)
 
 
-def _is_number(literal: Literal) -> bool:
-    aval: Any = literal.aval
-    return getattr(aval, "shape", None) == () and isinstance(aval.dtype, np.dtype)
-
-
 def _is_mixed(eqn: JaxprEqn) -> bool:
     # A product whose result has a type of its own is not what the rules know as a product.
     return eqn.params.get("out_dtype") is not None
-
-
-def _is_pvary(eqn: JaxprEqn) -> bool:
-    # By name: the cast that says that a value varies over mesh axes has no public object.
-    return eqn.primitive.name == "pvary"
 
 
 def _count_readers(jaxpr: Jaxpr) -> dict[Var, int]:

@@ -25,10 +25,26 @@ from __future__ import annotations
 from jax.extend.core import Jaxpr
 
 from jevt.passes._rules import merged, rewrite
-from jevt.passes.canonical import arithmetic, casts, logistic, pads, selects, views
+from jevt.passes.canonical import (
+    arithmetic,
+    casts,
+    logistic,
+    pads,
+    positions,
+    reversals,
+    selects,
+    views,
+)
 
 RULES = merged(
-    views.RULES, arithmetic.RULES, casts.RULES, selects.RULES, logistic.RULES, pads.RULES
+    views.RULES,
+    positions.RULES,
+    reversals.RULES,
+    arithmetic.RULES,
+    casts.RULES,
+    selects.RULES,
+    logistic.RULES,
+    pads.RULES,
 )
 
 

@@ -4,11 +4,11 @@ Purpose: the backward pass computes again what the forward pass did, and several
 same masks and step-dependent scalars; merged, a value is one node of the graph to be partitioned.
 
 Invariant: an equation is dropped only for an earlier one with the same primitive, parameters,
-operands and settings (``eqn.ctx``). Never for, or of: equations with effects, barriers, copies,
-generators with hidden state. Nothing is shared across an ``optimization_barrier``: a value computed
-from its results has other operands by construction; one computed from no input at all (a mask of
-``iota``) is shared only between barriers, since sharing it across would keep it in memory, which a
-recomputation is there to avoid.
+operands (in either order where it does not matter) and settings (``eqn.ctx``). Never for, or of:
+equations with effects, barriers, copies, generators with hidden state. Nothing is shared across an
+``optimization_barrier``: a value computed from its results has other operands by construction; one
+computed from no input at all (a mask of ``iota``) is shared only between barriers, since sharing it
+across would keep it in memory, which a recomputation is there to avoid.
 
     before  { lambda ; a:f32[8]. let
                 b:f32[8] = exp a; c:f32[8] = exp a; d:f32[8] = add b c in (d,) }
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from jax import lax
 from jax.extend.core import DropVar, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom
 from jevt.passes._rewrite import map_bodies, once, rebuild, substitute
@@ -46,6 +47,14 @@ _DISTINCT = frozenset(
         "optimization_barrier",
         "pure_callback",
         "rng_uniform",
+    }
+)
+
+# The same bits in either order.
+_COMMUTATIVE = frozenset(
+    {
+        *(p.add_p, p.add_jaxvals_p, p.mul_p, p.max_p, p.min_p),
+        *(p.and_p, p.or_p, p.xor_p, p.eq_p, p.ne_p),
     }
 )
 
@@ -85,7 +94,9 @@ def _key(eqn: JaxprEqn, segment: int | None) -> Hashable | None:
     """Equal for equal computations; None for an equation that must not be merged."""
     if eqn.effects or eqn.primitive.name in _DISTINCT:
         return None
-    operands = tuple(_literal_key(a) if isinstance(a, Literal) else a for a in eqn.invars)
+    operands: Any = tuple(_literal_key(a) if isinstance(a, Literal) else a for a in eqn.invars)
+    if eqn.primitive in _COMMUTATIVE:
+        operands = frozenset(operands)  # of two: one alone is meant twice
     key = (eqn.primitive, operands, tuple(sorted(eqn.params.items())), eqn.ctx, segment)
     try:
         hash(key)

@@ -26,7 +26,10 @@ The identities; A are the summed axes, n the number of summed elements, c is con
     Σ_c (iota_c == i)  = (0 ≤ i < n)                 one-hot, of any type
     Σ_c (iota_c == i ? u : 0) = (0 ≤ i < n ? u : 0)
     Σ_A Σ_B x         ≈ Σ_AB x                       where neither sum is along the contiguous axis
-    Σ_A transpose x   = transpose Σ_A' x
+    Σ_A transpose x   = transpose Σ_A' x,   Σ_A rev x ≈ rev Σ_A x
+    Σ_i (A·B)_ij      ≈ (Σ_i A)·B                    for an axis i of one operand alone
+
+and those of ``products.py`` and ``picks.py``, on sums of products, and of ``ties.py``.
 
     before  { lambda ; a:f32[8,5] b:i32[8]. let
                 c:bool[8,5] = eq (iota[dimension=1]) (broadcast_in_dim b)
@@ -36,7 +39,8 @@ The identities; A are the summed axes, n the number of summed elements, c is con
                 c:bool[8] = and (ge b 0) (le b 4); d:f32[8] = convert_element_type c
                 f:f32[8] = mul d -0.125 in (f,) }
 
-Known sums are in ``jevt/passes/reductions/known.py``, reductions of less in ``smaller.py``.
+Known sums are in ``jevt/passes/reductions/known.py``, ``products.py`` and ``picks.py``, reductions
+of less in ``smaller.py``, what is left of the gradients of a maximum in ``ties.py``.
 """
 
 from __future__ import annotations
@@ -46,15 +50,34 @@ from jax.extend.core import primitives as p
 
 from jevt.passes._rules import Rules, merged, rewrite
 from jevt.passes.canonical import arithmetic, views
+from jevt.passes.reductions import ties
 from jevt.passes.reductions.known import eliminated
-from jevt.passes.reductions.smaller import nested, of_repeated, of_view, scaled, unit_axes
+from jevt.passes.reductions.picks import picked
+from jevt.passes.reductions.smaller import (
+    contracted,
+    nested,
+    of_repeated,
+    of_view,
+    scaled,
+    unit_axes,
+)
 
 RULES: Rules = merged(
     {
-        p.reduce_sum_p: (unit_axes, eliminated, of_view, of_repeated, scaled, nested),
+        p.reduce_sum_p: (
+            unit_axes,
+            eliminated,
+            of_view,
+            of_repeated,
+            picked,
+            scaled,
+            contracted,
+            nested,
+        ),
         p.reduce_max_p: (unit_axes,),
         p.reduce_min_p: (unit_axes,),
     },
+    ties.RULES,
     views.RULES,
     arithmetic.RULES,
 )

@@ -19,6 +19,9 @@ backward pass, so that nothing computed from them is shared with the forward pas
 Equations that only speak to transformations (``stop_gradient``, the ``name`` of
 ``checkpoint_name``) or to the caller (``jevt.lazy``) are their operands. Kept as calls: a ``jit``
 with shardings, layouts or compiler options of its own.
+
+A choice that is made already is its branch: a ``cond`` of a known index, above all the one with
+which JAX asks for the platform (``jnp.diagonal``, for one) where all of them get the same answer.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jax import lax
-from jax.extend.core import DropVar, Jaxpr, JaxprEqn, Primitive, Var, new_jaxpr_eqn
+from jax.extend.core import DropVar, Jaxpr, JaxprEqn, Literal, Primitive, Var, new_jaxpr_eqn
 from jax.extend.core import primitives as p
 
 from jevt import _jax_internals as internals
@@ -56,6 +60,8 @@ _CALLS: Mapping[Primitive, Callable[[JaxprEqn], Jaxpr | None]] = {
     internals.remat_opt_p: _parameter("fwd_jaxpr"),
 }
 
+# For which a program may be compiled, as JAX calls them.
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 # Nothing but their operand, once nothing is differentiated any more.
 IDENTITIES = frozenset({p.stop_gradient_p, p.name_p, lazy_p})
@@ -121,10 +127,15 @@ def _inline(
       body: inlines a body.
     """
     for eqn in jaxpr.eqns:
+        if (index := _platform_index(eqn)) is not None:
+            env[eqn.outvars[0]] = index
+            continue
+        operands = [read(env, a) for a in eqn.invars]
         called = called_jaxpr(eqn)
+        if (branch := _known_branch(eqn, operands)) is not None:
+            called, operands = branch, operands[1:]
         if called is not None and (not called.consts or constants is not None):
             scope = _scope(eqn, prefix)
-            operands = [read(env, a) for a in eqn.invars]
             if eqn.primitive is internals.remat_p:
                 operands = _barrier(eqn, operands, scope, eqns)
             inner: dict[Var, Atom] = dict(zip(called.invars, operands, strict=True))
@@ -160,6 +171,34 @@ def called_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:
     return None if called is None or internals.touches_refs([eqn]) else called
 
 
+def _platform_index(eqn: JaxprEqn) -> Literal | None:
+    """The answer to the question for the platform, None if not all of them get the same."""
+    if eqn.primitive is not internals.platform_index_p:
+        return None
+    choices = [
+        next((i for i, names in enumerate(eqn.params["platforms"]) if _serves(names, name)), None)
+        for name in _PLATFORMS
+    ]
+    if choices[0] is None or len(set(choices)) > 1:
+        return None
+    return Literal(np.int32(choices[0]), eqn.outvars[0].aval)
+
+
+def _serves(names: Sequence[str] | None, name: str) -> bool:
+    return names is None or name in names
+
+
+def _known_branch(eqn: JaxprEqn, operands: Sequence[Atom]) -> Jaxpr | None:
+    """The branch of a ``cond`` whose index is a number; one out of range means the last."""
+    if eqn.primitive is not p.cond_p or not isinstance(operands[0], Literal):
+        return None
+    if internals.touches_refs([eqn]):
+        return None
+    branches: Sequence[Jaxpr] = eqn.params["branches"]
+    position = int(operands[0].val)
+    return branches[position if 0 <= position < len(branches) else -1]
+
+
 def _scope(eqn: JaxprEqn, prefix: Any) -> Any:
     """Name stack of a call's equations, as JAX's lowering of the call gives it."""
     stack = eqn.source_info.name_stack
@@ -169,6 +208,8 @@ def _scope(eqn: JaxprEqn, prefix: Any) -> Any:
         return stack.extend(f"jit({eqn.params['name']})")
     if eqn.primitive is internals.remat_p:
         return stack.extend("checkpoint")
+    if eqn.primitive is p.cond_p:
+        return stack.extend("cond")
     return stack
 
 

@@ -76,6 +76,13 @@ def _add_negation(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     return None
 
 
+def _add_self(eqn: JaxprEqn, graph: Graph) -> Atom | None:
+    """``x + x = 2·x``: both are exact but for overflow, which they share."""
+    x, y = eqn.invars
+    is_double = x is y and not isinstance(x, Literal) and is_float(x.aval)
+    return graph.mul(x, graph.literal(2.0, x.aval)) if is_double else None
+
+
 def _opposite(atom: Atom, graph: Graph) -> Atom | None:
     """The y of ``-y``, or of a view of ``-y``."""
     eqn = graph.definition(atom)
@@ -250,7 +257,7 @@ def _max_of_lowest(eqn: JaxprEqn, graph: Graph) -> Atom | None:
 
 RULES: Rules = {
     p.add_jaxvals_p: (_add_any,),
-    p.add_p: (_add_zero, _add_negation),
+    p.add_p: (_add_zero, _add_negation, _add_self),
     p.sub_p: (_sub,),
     p.neg_p: (_neg,),
     p.mul_p: (_mul_one, _product_of_negations, _mul_self, _scale_of_scale),

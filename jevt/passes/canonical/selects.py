@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Literal
 from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom
@@ -91,6 +91,44 @@ def _difference_of_selects(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     return value if sure else None
 
 
+def _sum_of_selects(eqn: JaxprEqn, graph: Graph) -> Atom | None:
+    """``(c ? x : 0) - (c ? 0 : y) = c ? x : 0 - y``, ``(c ? x : 0)·k + (c ? 0 : y) = c ? x·k : y``.
+
+    What differentiating ``|x|``, ``where`` and the activations that are made of it leaves, where
+    the branches go on alike. A sum differs in the sign of a zero at most: -0.0 stays, where
+    -0.0 + 0.0 is 0.0.
+    """
+    first, second = (_scaled_select(atom, graph) for atom in eqn.invars)
+    if first is None or second is None or first[0].invars[0] is not second[0].invars[0]:
+        return None
+    (a, by), (b, times) = first, second
+    for i, j in ((1, 2), (2, 1)):
+        x, y, zeros = a.invars[i], b.invars[j], (a.invars[j], b.invars[i])
+        if not all(_is_plus_zero(zero, graph) for zero in zeros):
+            continue
+        x, y = (v if k is None else graph.mul(v, k) for v, k in ((x, by), (y, times)))
+        if eqn.primitive is p.sub_p:
+            y = graph.emit(p.sub_p, graph.literal(0.0, y.aval), y)
+        return graph.emit(p.select_n_p, a.invars[0], *((x, y) if i == 1 else (y, x)))
+    return None
+
+
+def _scaled_select(atom: Atom, graph: Graph) -> tuple[JaxprEqn, Literal | None] | None:
+    """A choice between two, and the positive number that scales it."""
+    if not is_float(atom.aval):
+        return None
+    scale: Literal | None = None
+    product = graph.definition(atom, p.mul_p)
+    if product is not None:
+        x, y = product.invars
+        atom, k = (x, y) if isinstance(y, Literal) else (y, x)
+        if not isinstance(k, Literal) or not 0.0 < float(graph.constant(k)) < math.inf:
+            return None
+        scale = k
+    choice = graph.definition(atom, p.select_n_p)
+    return None if choice is None or len(choice.invars) != 3 else (choice, scale)
+
+
 def _is_plus_zero(atom: Atom, graph: Graph) -> bool:
     value = graph.constant(atom)
     return value is not None and float(value) == 0.0 and math.copysign(1.0, float(value)) > 0
@@ -140,7 +178,8 @@ def _is_nan_of_negation(eqn: JaxprEqn, graph: Graph) -> Atom | None:
 
 RULES: Rules = {
     p.select_n_p: (_select_constant, _select_not, _select_of_select, _select_nan),
-    p.sub_p: (_difference_of_selects,),
+    p.sub_p: (_difference_of_selects, _sum_of_selects),
+    p.add_p: (_sum_of_selects,),
     p.and_p: (_logic,),
     p.or_p: (_logic,),
     p.not_p: (_not,),

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
@@ -20,11 +19,14 @@ from jevt._jaxpr import Atom
 from jevt.passes._facts import kind, shape_of
 from jevt.passes._rules import Graph
 from jevt.passes.one_hot import is_inside
+from jevt.passes.reductions.products import known_exponential, known_product
 from jevt.passes.reductions.tools import (
     Expression,
     axes_of,
     constant_along,
     factor,
+    hot_index,
+    is_of_kept,
     is_wide,
     multiple,
     number,
@@ -33,6 +35,8 @@ from jevt.passes.reductions.tools import (
 )
 
 _DEPTH = 6
+# Both factors of a product are taken apart.
+_DEPTH_OF_PRODUCTS = 4
 
 
 def _known(
@@ -80,15 +84,23 @@ def _known_neg(eqn: JaxprEqn, axes: tuple[int, ...], graph: Graph, depth: int) -
 def _known_scaled(
     eqn: JaxprEqn, axes: tuple[int, ...], graph: Graph, depth: int
 ) -> Expression | None:
-    """``c·x``, ``x/c``."""
+    """``c·x``, ``x/c``, and products that are known otherwise."""
     split = factor(eqn, axes, graph)
-    if split is None or not is_wide(eqn.outvars[0]):
+    if not is_wide(eqn.outvars[0]):
         return None
-    x, scale = split
-    inner = _known_operand(x, eqn, axes, graph, depth)
-    if inner is None:
+    inner = None if split is None else _known_operand(split[0], eqn, axes, graph, depth)
+    if split is not None and inner is not None:
+        scale = split[1]
+        return lambda: graph.emit(eqn.primitive, inner(), scale(), **eqn.params)
+    if eqn.primitive is not p.mul_p:
         return None
-    return lambda: graph.emit(eqn.primitive, inner(), scale(), **eqn.params)
+    return known_product(eqn, axes, graph, min(depth, _DEPTH_OF_PRODUCTS), _known)
+
+
+def _known_exponential(
+    eqn: JaxprEqn, axes: tuple[int, ...], graph: Graph, depth: int
+) -> Expression | None:
+    return known_exponential(eqn, axes, graph)
 
 
 def _known_sum(eqn: JaxprEqn, axes: tuple[int, ...], graph: Graph, depth: int) -> Expression | None:
@@ -112,22 +124,15 @@ def _centred(eqn: JaxprEqn, axes: tuple[int, ...], graph: Graph) -> Expression |
     # The mean as the subtraction sees it, the same without the axes, and the sum that it is of.
     view = graph.definition(mean)
     part = constant_along(mean, shape, axes, graph)
-    if part is None or view is None or view.primitive not in (p.reshape_p, p.broadcast_in_dim_p):
+    if part is None or view is None or not is_of_kept(view, shape, axes):
         return None
     scaled = graph.definition(view.invars[0])
     total = graph.sum_of(x, axes)
     count = math.prod(shape[axis] for axis in axes)
     if scaled is None or total is None or not _is_mean(scaled, total, count, graph):
         return None
-    # A mean over other axes would have another shape, unless axes of the same size are exchanged.
-    if view.primitive is p.reshape_p:
-        placed = tuple(1 if axis in axes else size for axis, size in enumerate(shape))
-        in_place = shape_of(mean) == placed
-    else:
-        kept = [axis for axis in range(len(shape)) if axis not in axes]
-        in_place = list(map(int, view.params["broadcast_dimensions"])) == kept
     zero = graph.literal(0.0, eqn.outvars[0].aval)
-    return (lambda: graph.mul(part(), zero)) if in_place else None
+    return lambda: graph.mul(part(), zero)
 
 
 def _is_mean(eqn: JaxprEqn, total: Atom, count: int, graph: Graph) -> bool:
@@ -177,19 +182,8 @@ def _known_select(
 
 def _hot_position(which: Atom, axes: tuple[int, ...], graph: Graph) -> Expression | None:
     """The i of ``iota == i`` along the one axis of ``axes``."""
-    test = graph.definition(which, p.eq_p)
-    if test is None or len(axes) != 1:
-        return None
-    (axis,), shape = axes, shape_of(which)
-    for counter, index in (test.invars, test.invars[::-1]):
-        iota = graph.definition(counter, p.iota_p)
-        if iota is None or iota.params["dimension"] != axis or len(shape_of(counter)) != len(shape):
-            continue
-        aval: Any = counter.aval
-        counts = kind(aval) == "i" and shape[axis] - 1 <= jax.numpy.iinfo(aval.dtype).max
-        if counts and aval.shape[axis] == shape[axis]:
-            return constant_along(index, shape, axes, graph)
-    return None
+    index = hot_index(which, axes, graph)
+    return None if index is None else constant_along(index, shape_of(which), axes, graph)
 
 
 def _inside(hot: Expression, size: int, graph: Graph) -> Expression:
@@ -204,6 +198,7 @@ _KNOWN: dict[Any, Callable[..., Expression | None]] = {
     p.sub_p: _known_sum,
     p.convert_element_type_p: _known_convert,
     p.select_n_p: _known_select,
+    p.exp_p: _known_exponential,
 }
 
 

@@ -34,7 +34,7 @@ def unit_axes(eqn: JaxprEqn, graph: Graph) -> Atom | None:
 
 
 def of_view(eqn: JaxprEqn, graph: Graph) -> Atom | None:
-    """A reduction looks through a transpose, and a reshape that adds or drops axes of size 1."""
+    """A reduction looks through a transpose, a reversal, and a reshape of axes of size 1."""
     (x,), axes = eqn.invars, axes_of(eqn)
     view = graph.definition(x)
     if view is None or view.params.get("sharding") is not None:
@@ -46,6 +46,11 @@ def of_view(eqn: JaxprEqn, graph: Graph) -> Atom | None:
         inner = graph.emit(eqn.primitive, view.invars[0], **{**eqn.params, "axes": inner_axes})
         ranks = tuple(sorted(order).index(axis) for axis in order)
         return graph.emit(p.transpose_p, inner, permutation=ranks)
+    if view.primitive is p.rev_p:
+        inner = graph.emit(eqn.primitive, view.invars[0], **eqn.params)
+        kept = [axis for axis in range(len(shape_of(x))) if axis not in axes]
+        reversed_ = tuple(kept.index(d) for d in map(int, view.params["dimensions"]) if d in kept)
+        return graph.emit(p.rev_p, inner, dimensions=reversed_) if reversed_ else inner
     if view.primitive is p.reshape_p and view.params["dimensions"] is None:
         (source,) = view.invars
         outer = [axis for axis, size in enumerate(shape_of(x)) if size != 1]
@@ -145,3 +150,42 @@ def nested(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     if not shape or len(shape) - 1 in both or inner.params != {**eqn.params, "axes": first}:
         return None
     return graph.emit(eqn.primitive, inner.invars[0], **{**eqn.params, "axes": both})
+
+
+def contracted(eqn: JaxprEqn, graph: Graph) -> Atom | None:
+    """``Σ_i (A·B)_ij ≈ (Σ_i A)·B`` for an axis i of one operand alone, if nothing else reads A·B.
+
+    The product has so many fewer rows or columns; for float32 and float64, as sums of narrower
+    operands would be rounded before they are multiplied.
+    """
+    (x,), axes = eqn.invars, axes_of(eqn)
+    dot = graph.definition(x, p.dot_general_p)
+    if dot is None or graph.readers(x) != 1 or not all(map(is_wide, (x, *dot.invars))):
+        return None
+    if dot.params.get("out_sharding") is not None or 0 in shape_of(x) or not axes:
+        return None
+    contracting, batch = dot.params["dimension_numbers"]
+    first = len(batch[0])  # axes of the product: batch, those of the left, those of the right
+    if min(axes) < first:
+        return None
+    operands, numbers = [], []
+    for operand, contracted_axes, batch_axes in zip(dot.invars, contracting, batch, strict=True):
+        own = {*map(int, contracted_axes), *map(int, batch_axes)}
+        free = [axis for axis in range(len(shape_of(operand))) if axis not in own]
+        summed = tuple(axis for i, axis in enumerate(free) if first + i in axes)
+        first += len(free)
+        left = [axis for axis in range(len(shape_of(operand))) if axis not in summed]
+        operands.append(_sum(operand, summed, eqn, graph))
+        numbers.append(
+            [tuple(left.index(int(a)) for a in g) for g in (contracted_axes, batch_axes)]
+        )
+    (lhs, lhs_batch), (rhs, rhs_batch) = numbers
+    return graph.emit(
+        p.dot_general_p,
+        *operands,
+        **{**dot.params, "dimension_numbers": ((lhs, rhs), (lhs_batch, rhs_batch))},
+    )
+
+
+def _sum(atom: Atom, axes: tuple[int, ...], eqn: JaxprEqn, graph: Graph) -> Atom:
+    return graph.emit(eqn.primitive, atom, **{**eqn.params, "axes": axes}) if axes else atom

@@ -17,6 +17,9 @@ from jevt.passes._rules import Graph
 # Emits an expression and returns its result: nothing is emitted before all of it is known to exist.
 type Expression = Callable[[], Atom]
 
+# The sum of an array over axes, looking back so many equations; None if it is not known.
+type Known = Callable[[Atom, tuple[int, ...], Graph, int], Expression | None]
+
 
 def constant_along(
     atom: Atom, shape: tuple[int, ...], axes: tuple[int, ...], graph: Graph
@@ -58,6 +61,39 @@ def factor(eqn: JaxprEqn, axes: tuple[int, ...], graph: Graph) -> tuple[Atom, Ex
         x, c = eqn.invars[i], eqn.invars[j]
         if shape_of(x) == shape and (scale := constant_along(c, shape, axes, graph)) is not None:
             return x, scale
+    return None
+
+
+def is_of_kept(view: JaxprEqn, shape: tuple[int, ...], axes: tuple[int, ...]) -> bool:
+    """Whether a view sees an array of the kept axes, in order, against an array of this shape.
+
+    A mean over other axes would have another shape, unless axes of the same size are exchanged.
+    """
+    kept = [axis for axis in range(len(shape)) if axis not in axes]
+    if not view.invars or shape_of(view.invars[0]) != tuple(shape[axis] for axis in kept):
+        return False
+    if view.primitive is p.reshape_p:
+        placed = tuple(1 if axis in axes else size for axis, size in enumerate(shape))
+        return bool(view.params["new_sizes"] == placed) and view.params["dimensions"] is None
+    if view.primitive is p.broadcast_in_dim_p:
+        return list(map(int, view.params["broadcast_dimensions"])) == kept
+    return False
+
+
+def hot_index(which: Atom, axes: tuple[int, ...], graph: Graph) -> Atom | None:
+    """The i of ``iota == i`` along the one axis of ``axes``, as the comparison sees it."""
+    test = graph.definition(which, p.eq_p)
+    if test is None or len(axes) != 1:
+        return None
+    (axis,), shape = axes, shape_of(which)
+    for counter, index in (test.invars, test.invars[::-1]):
+        iota = graph.definition(counter, p.iota_p)
+        if iota is None or iota.params["dimension"] != axis or len(shape_of(counter)) != len(shape):
+            continue
+        aval: Any = counter.aval
+        counts = kind(aval) == "i" and shape[axis] - 1 <= jax.numpy.iinfo(aval.dtype).max
+        if counts and aval.shape[axis] == shape[axis]:
+            return index
     return None
 
 

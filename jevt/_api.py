@@ -12,6 +12,7 @@ from jax.extend import source_info_util
 
 from jevt import _call, _config, _lazy, _on_demand, pipeline, tracing
 from jevt import _jax_internals as internals
+from jevt._config import Tune
 from jevt._context import Backend
 from jevt.passes import lazy_outputs
 from jevt.report.trace import Trace
@@ -47,7 +48,7 @@ class Jitted[**P, R](Protocol):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> Trace:
-        """How the call with these arguments is compiled; XLA compiles and runs nothing.
+        """How the call with these arguments is compiled; XLA compiles and runs nothing of it.
 
         The result prints itself; ``.plan.to_svg()`` and ``.plan.to_dot()`` draw its plan.
         """
@@ -71,6 +72,7 @@ def jit[**P, R](
     *,
     backend: Backend = ...,
     strict: bool = ...,
+    tune: Tune | None = ...,
     **jit_options: Unpack[JitOptions],
 ) -> Jitted[P, R]: ...
 
@@ -82,6 +84,7 @@ def jit[**P, R](
     *,
     backend: Backend = ...,
     strict: bool = ...,
+    tune: Tune | None = ...,
     **jit_options: Unpack[JitOptions],
 ) -> Callable[[Callable[P, R]], Jitted[P, R]]: ...
 
@@ -92,6 +95,7 @@ def jit(
     *,
     backend: Backend = "auto",
     strict: bool = False,
+    tune: Tune | None = None,
     **jit_options: Unpack[JitOptions],
 ) -> Any:
     """Compiles a training step as one graph, with fused groups as generated Triton kernels.
@@ -105,6 +109,10 @@ def jit(
         is faster, XLA elsewhere. "triton": every group that can be a kernel is one. "xla": none is.
         "interpret": as "triton", by Triton's interpreter on the CPU (slow; for tests).
       strict: raise instead of leaving something to XLA for another reason than the cost model's.
+      tune: "off": kernels' measured times are used where the store of this GPU has them; nothing is
+        measured. "on": what it lacks is measured when a program is compiled on a GPU, kernels in
+        several configurations and XLA, and kept there. None: as ``JEVT_TUNE`` says, by default
+        "off".
       **jit_options: those of ``jax.jit``, passed through: ``static_argnums``, ``static_argnames``,
         ``donate_argnums``, ``donate_argnames``, ``keep_unused``, ``inline``, ``in_shardings``,
         ``out_shardings``, ``compiler_options``, ``device``.
@@ -119,7 +127,7 @@ def jit(
       StrictError: (when called) under ``strict``, with the groups that fell back.
     """
     _config.reject_unknown("jevt.jit", set(jit_options) - set(_jit_option_names()), _option_names())
-    options = _config.make_options(backend, strict)
+    options = _config.make_options(backend, strict, tune)
     if fun is None:
         return functools.partial(_jit, options=options, jit_options=jit_options)
     return _jit(fun, options, jit_options)
@@ -235,4 +243,4 @@ def _jit_option_names() -> tuple[str, ...]:
 
 
 def _option_names() -> tuple[str, ...]:
-    return ("backend", "strict", *_jit_option_names())
+    return ("backend", "strict", "tune", *_jit_option_names())

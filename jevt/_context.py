@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from jevt_kernels.tuning import Snapshot
+
 type Backend = Literal["auto", "triton", "xla", "interpret"]
 
 
@@ -55,6 +57,8 @@ class Context:
       fuel: number of groups that may be lowered to Triton, None for no limit (``JEVT_FUEL``).
       check: run every group beside its own equations (``JEVT_CHECK``).
       partition_seconds: time limit of the partitioner.
+      known: measured times of this device, as the store had them when the compilation began.
+      tune: plan what may be worth it too, since it will be measured (``jevt.jit(tune="on")``).
     """
 
     platform: str
@@ -66,6 +70,8 @@ class Context:
     fuel: int | None = None
     check: bool = False
     partition_seconds: float = 10.0
+    known: Snapshot = Snapshot()
+    tune: bool = False
 
     @property
     def own_kernels(self) -> bool:

@@ -14,7 +14,7 @@ from jax.extend.core import Jaxpr, check_jaxpr
 from jevt._config import Environment, Options
 from jevt._context import Backend, Context
 from jevt.lowering import emit
-from jevt.partition import Plan, device_model, fallbacks, partition
+from jevt.partition import Plan, fallbacks, partition
 from jevt.passes import (
     canonicalize,
     convolutions,
@@ -36,6 +36,7 @@ from jevt_kernels import launch
 
 type Pass = Callable[[Jaxpr], Jaxpr]
 
+from jevt.tuning import improve
 # Every result evaluates anywhere with `jax.core.eval_jaxpr(jaxpr, jaxpr.consts, *args)`.
 GRAPH_PASSES: tuple[tuple[str, Pass], ...] = (
     # Calls become the equations that they call, up to the barriers of `checkpoint`.
@@ -132,15 +133,18 @@ def make_context(
     """
     platform = platforms[0]
     backend: Backend = options.backend if len(platforms) == 1 else "xla"
+    sums = functools.partial(segment_sums.run, capability=capability, note=note)
     return Context(
         platform=platform,
         backend=backend,
         strict=options.strict,
         donated=donated,
-        device=device_model(platform),
+        device=device,
         partitioned=partitioned,
-        fuel=options.environment.fuel,
-        check=options.environment.check,
+        fuel=environment.fuel,
+        check=environment.check,
+        known=known,
+        tune=tune,
     )
 
 
@@ -159,6 +163,8 @@ def compile(  # noqa: A001 - what it is called everywhere
     """Runs all stages.
 
     Args:
+    environment, tune = options.environment, options.tune == "on" and backend != "xla"
+    device, known, tune = improve.consult(platform, environment.cache_dir, tune)
       jaxpr: the program as it was traced.
       context: for whom it is compiled.
       name: of the function, for reports.
@@ -171,10 +177,13 @@ def compile(  # noqa: A001 - what it is called everywhere
     with _lock:
         trace = _cache.get(jaxpr, {}).get(context)
     if trace is None:
-        trace = _run(jaxpr, context, name, lazy)
+        environment = environment or Environment()
+        trace = _run(jaxpr, context, name, lazy, environment)
+        # What was measured on the way does not have to be planned with once more.
+        afterwards = dataclasses.replace(context, known=trace.context.known)
         with _lock:
-            _cache.setdefault(jaxpr, {})[context] = trace
-        text.publish(trace, environment or Environment())
+            _cache.setdefault(jaxpr, {}).update({context: trace, afterwards: trace})
+        text.publish(trace, environment)
     if context.strict and trace.warnings:
         raise StrictError(
             f"jevt.jit(strict=True): {len(trace.warnings)} groups of {name} would run through XLA"
@@ -185,7 +194,9 @@ def compile(  # noqa: A001 - what it is called everywhere
     return trace
 
 
-def _run(jaxpr: Jaxpr, context: Context, name: str, lazy: tuple[str, ...]) -> Trace:
+def _run(
+    jaxpr: Jaxpr, context: Context, name: str, lazy: tuple[str, ...], environment: Environment
+) -> Trace:
     # A copy, which shares the equations: a trace that held the cache's key would never be freed.
     stages = [Stage("trace", 0.0, jaxpr.with_consts(jaxpr.consts))]
     notes: list[str] = []
@@ -204,8 +215,13 @@ def _run(jaxpr: Jaxpr, context: Context, name: str, lazy: tuple[str, ...]) -> Tr
     context = dataclasses.replace(context, donated=(False,) * len(consts) + context.donated)
 
     start = time.perf_counter()
-    plan = partition(program, context)
-    stages.append(Stage("partition", _since(start), plan.jaxpr))
+    if context.tune:
+        planner = functools.partial(partition, program)
+        plan, context, failed = improve.improve(planner, context, environment.cache_dir)
+        notes.extend(failed)
+    else:
+        plan = partition(program, context)
+    stages.append(Stage("partition", _since(start), plan.jaxpr, tuple(notes)))
 
     start = time.perf_counter()
     lowered, plan = emit.lower(plan, context)
@@ -225,7 +241,7 @@ def _run(jaxpr: Jaxpr, context: Context, name: str, lazy: tuple[str, ...]) -> Tr
 def _sources(plan: Plan, prefix: str = "") -> dict[str, str]:
     """Generated source by group; groups of bodies under the position of their equation."""
     sources = {
-        prefix + group.name: launch.source_for(group.spec, None).text
+        prefix + group.name: launch.source_for(group.spec, group.config).text
         for group in plan.groups
         if group.target == "triton" and group.spec is not None
     }

@@ -248,8 +248,8 @@ def call(
 
 
 @functools.lru_cache(maxsize=4096)
-def precompile(spec: KernelSpec, compute_capability: int) -> None:
-    """Compiles a kernel with its default configuration by lowering a program that only calls it.
+def precompile(spec: KernelSpec, compute_capability: int, config: Config | None = None) -> None:
+    """Compiles a kernel by lowering a program that only calls it.
 
     jax-triton keeps the binary, so that :func:`call` finds it. Where a kernel fails inside a larger
     program, that program cannot be lowered any more; whoever has something else to fall back on
@@ -258,12 +258,15 @@ def precompile(spec: KernelSpec, compute_capability: int) -> None:
     Args:
       spec: the kernel.
       compute_capability: of the GPU, 90 for sm_90; 0 for the first visible GPU's.
+      config: launch configuration; the default is chosen by the mainloop.
 
     Raises:
       Exception: whatever Triton and its compilers raise, and as :func:`call` does.
     """
     operands = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in spec.inputs]
-    launched = functools.partial(call, spec, compute_capability=compute_capability or None)
+    launched = functools.partial(
+        call, spec, config=config, compute_capability=compute_capability or None
+    )
     jax.jit(launched).trace(*operands).lower(lowering_platforms=("cuda",))
 
 
@@ -273,6 +276,14 @@ def cost_estimate(spec: KernelSpec) -> dict[str, int]:
     An operation of the visitor tree counts once a point of the axes along which its operands vary,
     a matrix product twice a point. What a kernel reads or computes more than once is not counted.
     """
+    ones = [spec.member(m) for m in range(len(spec.members))] or [spec]
+    return {
+        "bytes_accessed": sum(operand.nbytes for operand in (*spec.inputs, *spec.outputs)),
+        "flops": sum(map(_operations, ones)),
+    }
+
+
+def _operations(spec: KernelSpec) -> int:
     dependencies = visitor.dependencies(spec.tree, spec.space)
     extents = {t.name: spec.space.extent(t) for t in spec.space.tile}
     flops = 0
@@ -282,10 +293,7 @@ def cost_estimate(spec: KernelSpec) -> dict[str, int]:
         elif isinstance(node, visitor.Compute | visitor.Reduce):
             axes = frozenset().union(*(dependencies[o] for o in visitor.operands(node)))
             flops += math.prod(extents[name] for name in axes)
-    return {
-        "bytes_accessed": sum(operand.nbytes for operand in (*spec.inputs, *spec.outputs)),
-        "flops": flops,
-    }
+    return flops
 
 
 @functools.cache

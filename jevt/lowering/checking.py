@@ -18,7 +18,7 @@ from jax.extend.core import Jaxpr
 
 from jevt_kernels import launch
 from jevt_kernels.ops import is_float
-from jevt_kernels.spec import KernelSpec
+from jevt_kernels.spec import Config, KernelSpec
 
 #: Largest relative norm of the difference, by the size of the result's dtype in bytes.
 TOLERANCES = {2: 1e-2, 4: 1e-5, 8: 1e-10}
@@ -33,12 +33,13 @@ def compare(
     expected: Sequence[Any],
     inputs: Sequence[Any],
     spec: KernelSpec,
+    config: Config | None,
     jaxpr: Jaxpr,
     group: str,
 ) -> None:
     """Checks, when the program runs, that ``results`` are what XLA computes for the same inputs."""
     jax.debug.callback(
-        functools.partial(_compare, spec, str(jaxpr), group),
+        functools.partial(_compare, spec, config, str(jaxpr), group),
         list(results),
         list(expected),
         list(inputs),
@@ -60,6 +61,7 @@ def relative_error(result: np.ndarray, expected: np.ndarray) -> float:
 
 def _compare(
     spec: KernelSpec,
+    config: Config | None,
     jaxpr: str,
     group: str,
     results: list[Any],
@@ -72,7 +74,7 @@ def _compare(
         error = relative_error(result, want)
         tolerance = TOLERANCES.get(result.dtype.itemsize, 0.0) if is_float(result.dtype) else 0.0
         if not error <= tolerance:
-            folder = write_reproduction(spec, [np.asarray(i) for i in inputs])
+            folder = write_reproduction(spec, [np.asarray(i) for i in inputs], config)
             raise KernelMismatch(
                 f"group {group}: output {position} of kernel {spec.name} differs from its own "
                 f"equations by {error:.2e} (relative norm), expected at most {tolerance:.0e}.\n"
@@ -81,7 +83,9 @@ def _compare(
             )
 
 
-def write_reproduction(spec: KernelSpec, inputs: Sequence[np.ndarray]) -> Path:
+def write_reproduction(
+    spec: KernelSpec, inputs: Sequence[np.ndarray], config: Config | None = None
+) -> Path:
     """Writes ``reproduce.py``, the inputs and the Triton source to a new folder, and returns it."""
     parent = os.environ.get("JEVT_DUMP_DIR") or None
     if parent:
@@ -90,8 +94,8 @@ def write_reproduction(spec: KernelSpec, inputs: Sequence[np.ndarray]) -> Path:
     # numpy's file format does not know bfloat16, so arrays travel as bytes; the spec has their
     # types.
     np.savez(folder / "inputs.npz", *[np.frombuffer(i.tobytes(), np.uint8) for i in inputs])
-    (folder / "kernel.py.txt").write_text(launch.source_for(spec, None).text)
-    (folder / "reproduce.py").write_text(_SCRIPT.format(spec=repr(spec)))
+    (folder / "kernel.py.txt").write_text(launch.source_for(spec, config).text)
+    (folder / "reproduce.py").write_text(_SCRIPT.format(spec=repr(spec), config=repr(config)))
     return folder
 
 
@@ -108,18 +112,20 @@ from jevt.lowering.checking import relative_error
 from jevt_kernels import launch
 from jevt_kernels.index_map import IndexMap, Space, TileAxis
 from jevt_kernels.reference import reference
-from jevt_kernels.spec import KernelSpec, TensorType
+from jevt_kernels.spec import Config, KernelSpec, Member, TensorType
 from jevt_kernels.visitor import Compute, Constant, Contract, Iota, Load, Reduce, Store
 
 nan, inf = float("nan"), float("inf")
 spec = {spec}
+config = {config}
 
 saved = np.load(pathlib.Path(__file__).parent / "inputs.npz")
 inputs = [
     jnp.asarray(np.frombuffer(saved[f"arr_{{i}}"].tobytes(), t.dtype).reshape(t.shape))
     for i, t in enumerate(spec.inputs)
 ]
-for position, (got, want) in enumerate(zip(launch.run(spec, *inputs), reference(spec, *inputs))):
+results = launch.run(spec, *inputs, config=config)
+for position, (got, want) in enumerate(zip(results, reference(spec, *inputs))):
     error = relative_error(np.asarray(got), np.asarray(want))
     print(f"output {{position}}: relative error {{error:.3e}}")
 '''

@@ -19,13 +19,13 @@ from jax.interpreters import mlir
 from jevt import _jaxpr
 from jevt._context import Context
 from jevt.lowering import checking
-from jevt.lowering.alias import donated_aliases
+from jevt.lowering.alias import donated_aliases, donated_inputs, partners
 from jevt.lowering.errors import JevtWarning
 from jevt.lowering.naming import canonical, common_scope
 from jevt.partition.plan import Group, Plan
 from jevt.partition.printing import all_groups
 from jevt_kernels import interpreter, launch
-from jevt_kernels.spec import KernelSpec
+from jevt_kernels.spec import Config, KernelSpec
 
 kernel_p = Primitive("jevt_kernel")
 kernel_p.multiple_results = True
@@ -38,35 +38,58 @@ def _impl(*args: Any, **params: Any) -> Any:
 
 @kernel_p.def_abstract_eval
 def _abstract_eval(
-    *avals: Any, jaxpr: Jaxpr, spec: KernelSpec, interpret: bool, capability: int, check: str
+    *avals: Any,
+    jaxpr: Jaxpr,
+    spec: KernelSpec,
+    config: Config | None,
+    interpret: bool,
+    capability: int,
+    check: str,
 ) -> list[Any]:
     return [v.aval for v in jaxpr.outvars]
 
 
 def _equations(
-    *args: Any, jaxpr: Jaxpr, spec: KernelSpec, interpret: bool, capability: int, check: str
+    *args: Any,
+    jaxpr: Jaxpr,
+    spec: KernelSpec,
+    config: Config | None,
+    interpret: bool,
+    capability: int,
+    check: str,
 ) -> list[Any]:
     """The group left to XLA, or run through Triton's interpreter."""
     del capability
     if interpret:
-        results = list(interpreter.call(spec, *args))
-        return _checked(results, args, jaxpr, spec, check)
+        results = list(interpreter.call(spec, *args, config=config))
+        return _checked(results, args, jaxpr, spec, config, check)
     return jaxpr_as_fun(jaxpr)(*args)
 
 
 def _triton(
-    *args: Any, jaxpr: Jaxpr, spec: KernelSpec, interpret: bool, capability: int, check: str
+    *args: Any,
+    jaxpr: Jaxpr,
+    spec: KernelSpec,
+    config: Config | None,
+    interpret: bool,
+    capability: int,
+    check: str,
 ) -> list[Any]:
     del interpret
-    results = list(launch.call(spec, *args, compute_capability=capability or None))
-    return _checked(results, args, jaxpr, spec, check)
+    results = launch.call(spec, *args, config=config, compute_capability=capability or None)
+    return _checked(list(results), args, jaxpr, spec, config, check)
 
 
 def _checked(
-    results: list[Any], args: tuple[Any, ...], jaxpr: Jaxpr, spec: KernelSpec, check: str
+    results: list[Any],
+    args: tuple[Any, ...],
+    jaxpr: Jaxpr,
+    spec: KernelSpec,
+    config: Config | None,
+    check: str,
 ) -> list[Any]:
     if check:
-        checking.compare(results, jaxpr_as_fun(jaxpr)(*args), args, spec, jaxpr, check)
+        checking.compare(results, jaxpr_as_fun(jaxpr)(*args), args, spec, config, jaxpr, check)
     return results
 
 
@@ -93,8 +116,9 @@ def lower(plan: Plan, context: Context, *, top: bool = True) -> tuple[Jaxpr, Pla
         nested.append((key, carried_out))
     donated = donated_inputs(plan.jaxpr, context) if top else frozenset[Var]()
     free = _free_at(plan, donated)
+    wanted = partners(plan.jaxpr, donated)
     groups = tuple(
-        _confirm(group, plan, inputs, context)
+        _confirm(group, plan, inputs, wanted, context)
         for group, inputs in zip(plan.groups, free, strict=True)
     )
     planned, plan = plan, dataclasses.replace(plan, groups=groups, nested=tuple(nested))
@@ -107,13 +131,6 @@ def lower(plan: Plan, context: Context, *, top: bool = True) -> tuple[Jaxpr, Pla
         else:
             eqns.extend(_with_bodies(plan.jaxpr.eqns[i], i, bodies) for i in group.eqns)
     return plan.jaxpr.replace(eqns=eqns), plan
-
-
-def donated_inputs(jaxpr: Jaxpr, context: Context) -> frozenset[Var]:
-    """The inputs of the program whose buffers its caller gives up."""
-    if len(context.donated) != len(jaxpr.invars):
-        return frozenset()
-    return frozenset(v for v, d in zip(jaxpr.invars, context.donated, strict=True) if d)
 
 
 def _free_at(plan: Plan, donated: frozenset[Var]) -> list[frozenset[Var]]:
@@ -130,7 +147,13 @@ def _free_at(plan: Plan, donated: frozenset[Var]) -> list[frozenset[Var]]:
     return [frozenset(f) for f in free]
 
 
-def _confirm(group: Group, plan: Plan, free: frozenset[Var], context: Context) -> Group:
+def _confirm(
+    group: Group,
+    plan: Plan,
+    free: frozenset[Var],
+    wanted: Mapping[Var, Var],
+    context: Context,
+) -> Group:
     """The group with its final kernel, or left to XLA if that does not compile.
 
     Final means named, and with outputs in place where they may be: what is compiled here is run.
@@ -138,16 +161,16 @@ def _confirm(group: Group, plan: Plan, free: frozenset[Var], context: Context) -
     if group.target != "triton" or group.spec is None:
         return group
     spec = canonical(group.spec, group.jaxpr, _stacks(plan, group))
-    spec = dataclasses.replace(spec, aliases=donated_aliases(spec, group.jaxpr, free))
+    spec = dataclasses.replace(spec, aliases=donated_aliases(spec, group.jaxpr, free, wanted))
     group = dataclasses.replace(group, spec=spec)
     if context.platform != "cuda":
         return group
     try:
-        launch.precompile(spec, context.device.compute_capability)
+        launch.precompile(spec, context.device.compute_capability, group.config)
     except Exception as error:  # noqa: BLE001 - whatever the compiler stack raises, the program must still run
         first_line = (str(error).splitlines() or [""])[0]
         reason = f"kernel did not compile: {type(error).__name__}: {first_line}"
-        return dataclasses.replace(group, target="xla", reason=reason, fallback=True)
+        return dataclasses.replace(group, target="xla", reason=reason, fallback=True, config=None)
     return group
 
 
@@ -174,6 +197,7 @@ def _kernel_equation(plan: Plan, group: Group, context: Context) -> JaxprEqn:
     params = {
         "jaxpr": group.jaxpr,
         "spec": group.spec,
+        "config": group.config,
         "interpret": context.backend == "interpret",
         "capability": context.device.compute_capability,
         "check": group.name if context.check else "",

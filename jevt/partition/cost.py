@@ -101,7 +101,7 @@ def device_model(platform: str, measured: Calibration | None = None) -> Device:
     try:
         present = jax.devices(platform)[0]
     except RuntimeError:
-        return DEVICES["H100"]
+        return _calibrated(DEVICES["H100"], measured)
     return _calibrated(_from_table(present), measured)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from jax.extend.core import Jaxpr
 
 from jevt._context import Context
-from jevt_kernels.spec import KernelSpec
+from jevt_kernels.spec import Config, KernelSpec
 
 type Target = Literal["triton", "xla"]
 
@@ -28,9 +28,11 @@ class Group:
       spec: the kernel; None for opaque groups.
       predicted_us: by the roofline for ``target``; None where unknown (opaque groups).
       xla_us: predicted time of the same equations left to XLA.
-      measured_us: from the tuning store, None when never measured.
+      measured_us: for ``target``, from the tuning store; None when never measured.
       reason: why the group is not a Triton kernel; "" when it is.
-      fallback: the reason is not a decision of the cost model.
+      fallback: the reason is not a decision of the cost model or of a measurement.
+      config: the kernel's fastest configuration, from the tuning store; None for the mainloop's
+        first choice.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Group:
     measured_us: float | None = None
     reason: str = ""
     fallback: bool = False
+    config: Config | None = None
 
 
 @dataclasses.dataclass(frozen=True)

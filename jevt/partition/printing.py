@@ -18,8 +18,8 @@ def format_plan(plan: Plan) -> str:
     """A table of the groups, totals, and the plans of control-flow bodies indented below their
     equation.
 
-    ``bytes`` is what a group reads and writes, ``µs`` its predicted time for its target; the kind
-    is part of the name.
+    ``bytes`` is what a group reads and writes, ``µs`` its time for its target, predicted or, with a
+    star, measured; the kind is part of the name.
     """
     return "\n".join(_lines(plan))
 
@@ -102,7 +102,7 @@ def _row(group: Group) -> tuple[str, ...]:
         group.target + (" !" if group.fallback else ""),
         str(len(group.eqns)),
         format_bytes(traffic(group)),
-        _time(group.predicted_us),
+        _time(group.predicted_us) if group.measured_us is None else f"{group.measured_us:.1f}*",
         _time(group.xla_us),
         group.reason,
     )
@@ -130,8 +130,10 @@ def traffic(group: Group) -> int:
 
 
 def _category(reason: str) -> str:
-    """A reason without its particulars: the cost model's numbers vary from group to group."""
-    return "cost model: XLA's fusion is predicted faster" if "as XLA fuses it" in reason else reason
+    """A reason without its particulars: numbers vary from group to group."""
+    if "as XLA fuses it" in reason:
+        return "cost model: XLA's fusion is predicted faster"
+    return "measured: XLA is faster" if "as XLA runs it" in reason else reason
 
 
 def _time(value: float | None) -> str:

@@ -118,7 +118,9 @@ class _Run:
             launch,
             targets.company(graph, context),
             copies.prices(graph, context.device),
-            lambda nodes, product: targets.worthwhile(graph, single, nodes, product, context),
+            lambda nodes, product: targets.worthwhile(
+                graph, single, nodes, product, context, self.builder
+            ),
         )
         outcomes = self._solve(graph, reach, parts, links, prices)
         # 3. components whose groups form a cycle together, solved as one

@@ -16,6 +16,8 @@ from jevt.partition.duplicate import merge_copies
 from jevt.partition.plan import Group, Plan, Solution
 from jevt.partition.printing import traffic
 
+from jevt_kernels.spec import KernelSpec
+from jevt_kernels.tuning import record
 
 def to_json(plan: Plan) -> str:
     """The plan as JSON with one line a field, so that a text diff compares two plans.
@@ -69,6 +71,7 @@ def _data(plan: Plan) -> dict[str, Any]:
                 "xla_us": _rounded(group.xla_us),
                 "measured_us": _rounded(group.measured_us),
                 "reason": group.reason,
+                "config": None if group.config is None else record.config_to_json(group.config),
                 "fallback": group.fallback,
             }
             for group in plan.groups
@@ -106,7 +109,7 @@ def _group(item: dict[str, Any], eqns: tuple[int, ...], jaxpr: Jaxpr, builder: B
     if item["kernel"]:
         inner = merge_copies(inner)
         try:
-            spec = builder.spec(inner, item["name"])
+            inner, spec = _kernel(inner, item["kind"], item["name"], builder)
         except NotFusible as refusal:
             raise ValueError(
                 f"expected equations {item['eqns']} to be a kernel, as in the plan; got: {refusal}"
@@ -117,6 +120,7 @@ def _group(item: dict[str, Any], eqns: tuple[int, ...], jaxpr: Jaxpr, builder: B
         jaxpr=inner,
         spec=spec,
         fallback=item["fallback"],
+        config=None if item["config"] is None else record.config(item["config"]),
         **{name: item[name] for name in fields},
     )
 

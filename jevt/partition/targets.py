@@ -14,9 +14,14 @@ from jevt.partition.build import Builder
 from jevt.partition.duplicate import merge_copies
 from jevt.partition.graph import Graph, Node, Reading, unexpected
 from jevt.partition.plan import Group, Plan
+from jevt.tuning import known
 
 #: Kinds of the groups of one equation that stands for many and runs as a library's call.
 _COMPOSITES = {"attention": "attention", "attention_backward": "attention"}
+
+#: Predictions are wrong by so much: what is not slower by more is planned, and measured, by a
+#: compilation that measures.
+_TRIED = 1.25
 
 
 def choose(
@@ -59,20 +64,32 @@ def choose(
         return dataclasses.replace(group, reason=reason, fallback=unexpected(reason))
     name = names.group_name(index, spec.mainloop, jaxpr)
     group = dataclasses.replace(group, name=name, kind=spec.mainloop, spec=spec)
-    reason, fallback = _elsewhere(context, predicted, xla)
+    reason, fallback = _barred(context)
     if reason:
         return dataclasses.replace(group, reason=reason, fallback=fallback)
-    return dataclasses.replace(group, target="triton", predicted_us=predicted)
+    kernel = dataclasses.replace(group, target="triton", predicted_us=predicted)
+    if (measured := known.settled(kernel, context)) is not None:
+        return measured
+    if context.backend == "auto" and predicted > xla * _unsure(context):
+        reason = f"cost model: {predicted:.1f} µs as a kernel, {xla:.1f} µs as XLA fuses it"
+        return dataclasses.replace(group, reason=reason)
+    return kernel
 
 
 def worthwhile(
-    graph: Graph, single: Reading, nodes: Sequence[int], product: int, context: Context
+    graph: Graph,
+    single: Reading,
+    nodes: Sequence[int],
+    product: int,
+    context: Context,
+    builder: Builder,
 ) -> bool:
     """Whether a matrix product is predicted to be faster with the others of its group than apart.
 
-    Apart, cuBLAS runs it and one kernel, of ours or XLA's, all the others.
+    Apart, cuBLAS runs it and one kernel, of ours or XLA's, all the others. Measured times of the
+    group replace what is predicted of it.
     """
-    if not _chooses(context):
+    if not chooses(context):
         return True
     device = context.device
 
@@ -81,8 +98,12 @@ def worthwhile(
         return _times(graph.extract(positions), [single.nodes[p] for p in positions], device)
 
     together, xla = times(nodes)
-    alone = times([product])[1]
-    return together <= min(xla, alone + min(times([n for n in nodes if n != product])))
+    apart = times([product])[1] + min(times([n for n in nodes if n != product]))
+    positions = sorted(p for n in nodes for p in graph.nodes[n].eqns)
+    measured = known.best_us(merge_copies(graph.extract(positions)), builder, context)
+    if measured is not None:
+        return measured <= apart
+    return together <= min(xla, apart) * _unsure(context)
 
 
 def company(graph: Graph, context: Context) -> dict[int, int]:
@@ -93,7 +114,7 @@ def company(graph: Graph, context: Context) -> dict[int, int]:
             jaxpr = graph.extract(node.eqns)
             at = products.position(jaxpr)
             assert at is not None
-            us = products.company_us(jaxpr.eqns[at], context.device) if _chooses(context) else 0.0
+            us = products.company_us(jaxpr.eqns[at], context.device) if chooses(context) else 0.0
             result[index] = round(us * context.device.bytes_per_us)
     return result
 
@@ -152,24 +173,27 @@ def _trivial(parts: Sequence[Node], context: Context) -> str:
         return "cost model: only views, no arithmetic"
     if all(part.size <= 1 for part in parts):
         return "cost model: scalars only"
-    if kinds <= {"view", "source", "contraction"} and _chooses(context):
+    if kinds <= {"view", "source", "contraction"} and chooses(context):
         return "cost model: a matrix product alone is cuBLAS's"
     return ""
 
 
-def _chooses(context: Context) -> bool:
+def chooses(context: Context) -> bool:
     """Whether the cost model has a say."""
     return context.backend == "auto" and context.platform != "cpu" and not context.partitioned
 
 
-def _elsewhere(context: Context, predicted: float, xla: float) -> tuple[str, bool]:
-    """Why a kernel that could be built is not to be, and whether that is a fallback."""
+def _unsure(context: Context) -> float:
+    """By how much a kernel may be predicted to be slower; what is tried can be measured."""
+    return _TRIED if context.tune else 1.0
+
+
+def _barred(context: Context) -> tuple[str, bool]:
+    """Why no kernel is to be, however fast, and whether that is a fallback; "" if any may."""
     if context.backend == "xla" or (context.backend == "auto" and context.platform == "cpu"):
         return f"backend: {context.backend} on {context.platform} leaves all to XLA", False
     if context.partitioned:
         return "automatic partitioning over several devices", True
-    if context.backend == "auto" and predicted > xla:
-        return f"cost model: {predicted:.1f} µs as a kernel, {xla:.1f} µs as XLA fuses it", False
     return "", False
 
 

@@ -7,6 +7,7 @@ from jevt_kernels.tuning.contest import Limits as Limits
 from jevt_kernels.tuning.contest import Trial as Trial
 from jevt_kernels.tuning.identity import Identity as Identity
 from jevt_kernels.tuning.identity import local as local
+from jevt_kernels.tuning.key import anonymous as anonymous
 from jevt_kernels.tuning.key import key as key
 from jevt_kernels.tuning.measure import Result as Result
 from jevt_kernels.tuning.measure import measure as measure

@@ -133,7 +133,7 @@ def test_check_is_silent_when_kernels_agree(monkeypatch):
 
 @pytest.mark.cuda_lowering
 def test_a_kernel_that_does_not_compile_goes_back_to_xla(monkeypatch):
-    def refuse(spec, capability):
+    def refuse(spec, capability, config):
         raise RuntimeError(f"no registers left in {spec.name}")
 
     monkeypatch.setattr(launch, "precompile", refuse)
@@ -150,7 +150,7 @@ def test_a_kernel_that_does_not_compile_goes_back_to_xla(monkeypatch):
 
 @pytest.mark.cuda_lowering
 def test_one_warning_for_one_reason(monkeypatch):
-    def refuse(spec, capability):
+    def refuse(spec, capability, config):
         raise RuntimeError("no registers left")
 
     monkeypatch.setattr(launch, "precompile", refuse)
@@ -225,7 +225,7 @@ def test_machines_that_cannot_run_kernels(circumstance, message):
 
 @pytest.mark.cuda_lowering
 def test_strict_makes_a_failed_kernel_an_error(monkeypatch):
-    def refuse(spec, capability):
+    def refuse(spec, capability, config):
         raise RuntimeError("no registers left")
 
     monkeypatch.setattr(launch, "precompile", refuse)
@@ -299,7 +299,7 @@ def test_what_is_compiled_beforehand_is_what_runs(monkeypatch):
     """Outputs in place change a kernel's text, so they are settled before it is tried."""
     tried = []
     compile_kernel = launch.precompile
-    monkeypatch.setattr(launch, "precompile", lambda s, c: (tried.append(s), compile_kernel(s, c)))
+    monkeypatch.setattr(launch, "precompile", lambda s, *a: (tried.append(s), compile_kernel(s, *a)))
     params = {"w": jnp.ones((64, 64)), "b": jnp.ones((64,))}
     state = optax.adamw(1e-3).init(params)
     step = jevt.jit(adamw_step, backend="triton", donate_argnums=(0, 1))

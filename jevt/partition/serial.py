@@ -16,7 +16,6 @@ from jevt.partition.duplicate import merge_copies
 from jevt.partition.plan import Group, Plan, Solution
 from jevt.partition.printing import traffic
 
-from jevt_kernels.spec import KernelSpec
 from jevt_kernels.tuning import record
 
 def to_json(plan: Plan) -> str:
@@ -109,7 +108,7 @@ def _group(item: dict[str, Any], eqns: tuple[int, ...], jaxpr: Jaxpr, builder: B
     if item["kernel"]:
         inner = merge_copies(inner)
         try:
-            inner, spec = _kernel(inner, item["kind"], item["name"], builder)
+            spec = builder.spec(inner, item["name"])
         except NotFusible as refusal:
             raise ValueError(
                 f"expected equations {item['eqns']} to be a kernel, as in the plan; got: {refusal}"

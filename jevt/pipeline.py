@@ -32,11 +32,11 @@ from jevt.passes import (
 )
 from jevt.report import text
 from jevt.report.trace import Stage, Trace
+from jevt.tuning import improve
 from jevt_kernels import launch
 
 type Pass = Callable[[Jaxpr], Jaxpr]
 
-from jevt.tuning import improve
 # Every result evaluates anywhere with `jax.core.eval_jaxpr(jaxpr, jaxpr.consts, *args)`.
 GRAPH_PASSES: tuple[tuple[str, Pass], ...] = (
     # Calls become the equations that they call, up to the barriers of `checkpoint`.
@@ -133,7 +133,8 @@ def make_context(
     """
     platform = platforms[0]
     backend: Backend = options.backend if len(platforms) == 1 else "xla"
-    sums = functools.partial(segment_sums.run, capability=capability, note=note)
+    environment, tune = options.environment, options.tune == "on" and backend != "xla"
+    device, known, tune = improve.consult(platform, environment.cache_dir, tune)
     return Context(
         platform=platform,
         backend=backend,
@@ -163,8 +164,6 @@ def compile(  # noqa: A001 - what it is called everywhere
     """Runs all stages.
 
     Args:
-    environment, tune = options.environment, options.tune == "on" and backend != "xla"
-    device, known, tune = improve.consult(platform, environment.cache_dir, tune)
       jaxpr: the program as it was traced.
       context: for whom it is compiled.
       name: of the function, for reports.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from jevt._context import Context
+from jevt.partition import order
 from jevt.partition.cost import DEVICES
 from jevt.partition.plan import Plan
 from jevt.partition.problem import Label, Problem, Traffic
@@ -93,21 +95,82 @@ def brute_force(problem: Problem, accepts: Callable[[Sequence[int]], bool]) -> i
     )
 
 
-def random_problem(seed: int, size: int, copies: int = 0) -> Problem:
+def cheaper(problem: Problem, cost: int) -> list[list[int]] | None:
+    """A valid grouping without copies that costs less, by exhaustive search; None if there is none.
+
+    Nodes are put into groups in their order. What the nodes so far cost only grows with more nodes,
+    and what is a cycle among them stays one, so most of the search is cut off.
+    """
+    parts = [_first(problem, count) for count in range(problem.size + 1)]
+    successors = [part.successors() for part in parts]
+    apart = {frozenset(pair) for pair in problem.ordered}
+
+    def search(groups: list[list[int]], node: int) -> list[list[int]] | None:
+        if parts[node].cost(groups) >= cost:
+            return None
+        if len(order.schedule(groups, successors[node])) < len(groups):
+            return None
+        if node == problem.size:
+            return groups if problem.valid(groups) else None
+        for index, group in enumerate(groups):
+            if not any(frozenset((other, node)) in apart for other in group):
+                found = search([*groups[:index], [*group, node], *groups[index + 1 :]], node + 1)
+                if found:
+                    return found
+        return search([*groups, [node]], node + 1)
+
+    return search([], 0)
+
+
+def _first(problem: Problem, count: int) -> Problem:
+    """The problem of the first nodes, with what only they read and write."""
+    tensors = []
+    for tensor in problem.tensors:
+        if tensor.producer is None or tensor.producer < count:
+            inside = [i for i, c in enumerate(tensor.consumers) if c < count]
+            consumers = tuple(tensor.consumers[i] for i in inside)
+            shares = tuple(tensor.read_bytes[i] for i in inside)
+            tensors.append(dataclasses.replace(tensor, consumers=consumers, read_bytes=shares))
+    return dataclasses.replace(
+        problem,
+        size=count,
+        tensors=tuple(tensors),
+        ordered=tuple((a, b) for a, b in problem.ordered if b < count),
+        products=tuple((p, dearer) for p, dearer in problem.products if p < count),
+        copies=(),
+    )
+
+
+def random_problem(
+    seed: int, size: int, copies: int = 0, products: int = 0, near: int | None = None
+) -> Problem:
     """A problem as ``components.pose`` could have made it.
 
-    ``copies`` is the number of nodes, at most, that several groups may hold.
+    Args:
+      seed: of the random choices.
+      size: number of nodes.
+      copies: number of nodes, at most, that several groups may hold.
+      products: number of matrix products, at most.
+      near: nodes read only so many nodes before them; by default any.
     """
     rng = random.Random(seed)
-    labels = (Label(64, 0), Label(64, 8), Label(512, 0))
-    free = tuple(rng.random() < 0.15 for _ in range(size))
-    reads: list[set[int]] = [
-        set(rng.sample(range(v), min(v, 1 if free[v] else rng.choice((1, 1, 2)))))
-        for v in range(size)
-    ]
-    firm = [rng.choice((0b001, 0b011, 0b011, 0b010, 0b100, 0b111)) for _ in range(size)]
+    labels = (Label(64, 0), Label(64, 8), Label(512, 0), Label(64, 0, product=True))
+    multiply = set(rng.sample(range(size), min(products, size)))
+    free = tuple(rng.random() < 0.15 and v not in multiply for v in range(size))
+    reads: list[set[int]] = []
+    for v in range(size):
+        before = range(max(0, v - (near or v)), v)
+        count = 1 if free[v] else rng.choice((1, 1, 2))
+        reads.append(set(rng.sample(before, min(len(before), count))))
+    firm = [rng.choice((0b1001, 0b1011, 0b1011, 0b0010, 0b0100, 0b1111)) for _ in range(size)]
+    for v in multiply:
+        firm[v] = 0b1000
     tensors: list[Traffic] = []
+    chance = 0.05 if near is None else 0.5 / size
+    apart = {(a, b) for b in range(size) for a in range(b) if rng.random() < chance}
     leaves = [rng.random() < 0.25 or not any(v in r for r in reads) for v in range(size)]
+    for a, b in apart:
+        leaves[a] |= a not in reads[b]  # there is a path outside
     for v in range(size):
         consumers = tuple(c for c in range(size) if v in reads[c])
         amount = rng.choice((0, 4, 32, 64, 256))
@@ -121,15 +184,14 @@ def random_problem(seed: int, size: int, copies: int = 0) -> Problem:
         tensors.append(Traffic(64, None, consumers, shares, False))
     inner = [0] * size
     direct = [(u, v) for v in range(size) for u in sorted(reads[v])]
-    struck = {e for e in direct if rng.random() < 0.15}
+    struck = {e for e in direct if rng.random() < 0.15 or e[1] in multiply}
     for v in reversed(range(size)):
         consumers = [c for c in range(size) if v in reads[c]]
         if consumers and not leaves[v] and not any((v, c) in struck for c in consumers):
-            mask = 0b111 & ~firm[v] if rng.random() < 0.5 else 0
+            mask = 0b1111 & ~firm[v] if rng.random() < 0.5 and v not in multiply else 0
             for c in consumers:
                 mask &= firm[c] | inner[c]
             inner[v] = mask
-    apart = {(a, b) for b in range(size) for a in range(b) if rng.random() < 0.05}
     place = [f | i for f, i in zip(firm, inner, strict=True)]
     edges = [(a, b) for a, b in direct if (a, b) not in struck | apart and place[a] & place[b]]
     ordered = sorted(apart | (set(direct) - set(edges)))
@@ -138,14 +200,15 @@ def random_problem(seed: int, size: int, copies: int = 0) -> Problem:
         for t in tensors
         for i, a in enumerate(t.consumers)
         for b in t.consumers[i + 1 :]
-        if place[a] & place[b]
+        if place[a] & place[b] and not multiply & {a, b}
     }
     # A small node whose edge was struck out after all has no place as such.
     for v in range(size):
         if any(u == v for u, _ in ordered):
             inner[v] = 0
     launch = rng.choice((10, 100))
-    shared = [v for v in range(size) if not free[v] and any(a == v for a, _ in edges)]
+    linked = {a for a, _ in edges}
+    shared = [v for v in range(size) if not free[v] and v in linked and v not in multiply]
     again = sorted(rng.sample(shared, min(copies, len(shared)))) if copies else []
     return Problem(
         size,
@@ -158,5 +221,6 @@ def random_problem(seed: int, size: int, copies: int = 0) -> Problem:
         tuple(inner),
         free,
         launch,
+        products=tuple((v, rng.choice((0, 20, 200))) for v in sorted(multiply)),
         copies=tuple((v, rng.choice((1, 5, 30))) for v in again),
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # Of one value, by position and by views.
@@ -53,6 +54,49 @@ SUMS = {
     "centre": lambda x: x - jnp.mean(x, -1, keepdims=True) if x.ndim else x,
     "softmax": lambda x: jax.nn.softmax(x, -1) if x.ndim else x,
 }
+
+
+def dag(seed: int, size: int):
+    """A function of two matrices with about ``size`` equations, for the partitioner.
+
+    Pointwise operations, reductions both ways, broadcasts, views, matrix products and sums that no
+    kernel takes, each of values that are not far before it.
+    """
+    rng = np.random.default_rng(seed)
+
+    def program(x, y):
+        full, rows, columns = [x, y], [x.sum(-1)], []
+        for _ in range(size):
+            a, b = (full[-1 - rng.integers(min(len(full), 6))] for _ in "ab")
+            match rng.choice(
+                11, p=[0.3, 0.14, 0.08, 0.1, 0.06, 0.08, 0.06, 0.06, 0.05, 0.04, 0.03]
+            ):
+                case 0:
+                    full.append(a * b)
+                case 1:
+                    full.append(lax.tanh(a))
+                case 2:
+                    rows.append(lax.reduce_max(a, (1,)))
+                case 3:
+                    full.append(a - lax.broadcast_in_dim(rows[-1], a.shape, (0,)))
+                case 4:
+                    rows.append(rows[-1 - rng.integers(min(len(rows), 3))] * 2.0)
+                case 5:
+                    columns.append(lax.reduce_sum(a, (0,)))
+                case 6:
+                    full.append(lax.reshape(lax.reshape(a, (a.size,)) + 1.0, a.shape))
+                case 7:
+                    full.append(a + lax.select(b > 0, b, lax.neg(b)))
+                case 8:
+                    full.append(a @ lax.slice(b, (0, 0), (b.shape[1], b.shape[1])))
+                case 9:
+                    columns.append(columns[-1] * 0.5 if columns else x.sum(0))
+                case _:
+                    full.append(lax.cumsum(a))
+        keep = [v for v in (*full[2:], *rows, *columns) if rng.random() < 0.2]
+        return [*keep, full[-1], rows[-1], *columns[-1:]]
+
+    return program
 
 
 @st.composite

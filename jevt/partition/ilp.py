@@ -24,13 +24,15 @@ Constraints, by the methods that add them:
 * ``convex``: "no path leaves a partition and comes back" (EVT, ASPLOS 2024, section 5): with u and
   v, the group holds what lies on a path between them, unless the path starts at another copy of u.
 * ``cuts``: dependent nodes in different groups cut the edge between them.
+* ``read_or_written``: a copy has a reader in its group, but for one that may serve the others:
+  one that nobody reads would only link what does not touch.
 * ``acyclic``: the quotient graph has no cycle, which convexity of each group does not give: a cut
   edge puts the consumer's group at a later time. Added lazily, when a solution has a cycle: few
   graphs of training steps have one, and the times make the others twice as slow.
 * ``one_space``: every node has a place in its group's iteration space, which is a matrix product's
   only if the group has one (EVT's templates: one mainloop, whose tile the visitor tree follows). A
-  node smaller than the space and its rows has one only together with all its consumers, since its
-  results could not be stored.
+  node smaller than the space and its rows has one only where nobody else reads its results, which
+  could not be stored.
 * ``traffic``: the objective of :meth:`~.problem.Problem.cost`, term for term.
 * ``refused``: added lazily. What ``build`` refuses cannot be written down beforehand; each refusal
   (:mod:`.refusals`) names nodes that never fit one kernel, if it stores certain of their results.
@@ -104,6 +106,7 @@ class Program:
         self.connected()
         self.convex()
         self.cuts()
+        self.read_or_written()
         self.one_space()
         self.traffic()
 
@@ -127,6 +130,27 @@ class Program:
         for (v, r), inside in self.inside.items():
             if v != r:
                 model.add_implication(inside, self.inside[r, r])
+
+    def read_or_written(self) -> None:
+        model, consumers = self.model, self.problem.consumers()
+        leaving = {t.producer for t in self.problem.tensors if t.leaves}
+        for v in sorted(self.copied):
+            serving = []
+            for r in self.names[v]:
+                serving.append(model.new_bool_var(f"serving_{v}_{r}"))
+                readers = [x for c in sorted(consumers[v]) for x in self._inside(c, r)]
+                model.add_bool_or(serving[-1], ~self.inside[v, r], *readers)
+            model.add_at_most_one(serving)
+            if v in leaving:
+                continue
+            served = []
+            readings = [pair for pair in self.inside if pair[0] in consumers[v]]
+            for c, r in readings:
+                served.append(model.new_bool_var(f"served_{v}_{c}_{r}"))
+                for literal in (self.inside[c, r], *(~x for x in self._inside(v, r))):
+                    model.add_implication(served[-1], literal)
+            for x in serving:
+                model.add_bool_or(~x, *served)
 
     def apart(self) -> None:
         for a in self.nodes:
@@ -230,10 +254,11 @@ class Program:
                     unless = [~self.inside[v, r], ~chosen]
                     if problem.inner[v] >> label & 1:
                         for c in sorted(consumers[v]):
-                            model.add_bool_or(*unless, *self._inside(c, r))
+                            if v not in self.copied:
+                                model.add_bool_or(*unless, *self._inside(c, r))
                             cut = self.cut[v, c]
-                            if c in self.copied and cut is not None:  # read by another copy of c
-                                model.add_bool_or(*unless, ~cut)
+                            if cut is None or self.copied & {v, c}:
+                                model.add_bool_or(*unless, *([] if cut is None else [~cut]))
                     else:
                         model.add_bool_or(*unless)
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 
 from jevt.partition import order
 
@@ -201,15 +201,18 @@ class Problem:
         """The labels that take a matrix product, as a bit mask."""
         return sum(label.product << bit for bit, label in enumerate(self.labels))
 
-    def fitting(self, group: Iterable[int], consumers: Sequence[set[int]]) -> int:
-        """The labels under which every node of the group has its place, as a bit mask."""
+    def fitting(self, group: Iterable[int], hidden: Collection[int]) -> int:
+        """The labels under which every node of the group has its place, as a bit mask.
+
+        ``hidden`` are the nodes whose results no group writes.
+        """
         members = group if isinstance(group, (set, frozenset)) else set(group)
         mask = (1 << len(self.labels)) - 1
         if not any(node in members for node, _ in self.products):
             mask &= ~self.product_labels()
         for node in members:
             here = self.firm[node]
-            if self.inner[node] and consumers[node] <= members:
+            if node in hidden:
                 here |= self.inner[node]
             mask &= here
             if not mask:
@@ -217,8 +220,8 @@ class Problem:
         return mask
 
     def valid(self, groups: Sequence[Sequence[int]]) -> bool:
-        """Every node once, or more often if it may be; groups connected, of one space each, and in
-        an order in which each finds what it reads.
+        """Every node once, or more often if it may be and none is idle; groups connected, of one
+        space each, and in an order in which each finds what it reads.
 
         Acyclicity of the quotient implies convexity of each group: EVT's "no path leaves a
         partition and comes back", but not the other way round.
@@ -234,9 +237,10 @@ class Problem:
         ranks = order.schedule(groups, self.successors())
         if len(ranks) < len(groups):
             return False
+        groups = [groups[rank] for rank in ranks]
+        stored = [{self.tensors[t].producer for t in found} for found in self.stored(groups)]
+        hidden = set(range(self.size)).difference(*stored)
         consumers = self.consumers()
-        for index in {t for stored in self.stored([groups[r] for r in ranks]) for t in stored}:
-            consumers[self._maker(index)].add(-1)  # somebody outside
         sets = [set(group) for group in groups]
         if any(len(s) < len(g) for s, g in zip(sets, groups, strict=True)):
             return False
@@ -247,7 +251,13 @@ class Problem:
         links = self.links()
         if any(len(components(g, links)) > 1 for g in groups):
             return False
-        return all(len(g) == 1 or self.fitting(g, consumers) for g in groups)
+        if any(
+            node not in kept and consumers[node] and consumers[node].isdisjoint(s)
+            for s, kept in zip(sets, stored, strict=True)
+            for node in s & copied
+        ):
+            return False
+        return all(len(g) == 1 or self.fitting(g, hidden) for g in groups)
 
     def stored(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
         """The tensors that each group writes; of groups with one node the first writes its result.
@@ -267,11 +277,6 @@ class Problem:
                 if tensor.leaves or any(not holders[c] <= makers for c in tensor.consumers):
                     result[home[tensor.producer]].append(index)
         return result
-
-    def _maker(self, tensor: int) -> int:
-        node = self.tensors[tensor].producer
-        assert node is not None
-        return node
 
     def name(self, group: Iterable[int]) -> int:
         """A node that tells groups apart: the first that only one group holds, else the first."""

@@ -17,7 +17,7 @@ type Stop = Literal["", "work", "clock"]
 #: Solves of one component, each with the cuts that the refusals before it gave.
 _ROUNDS = 16
 #: Above this number of membership variables the program is not built: greedy has to do.
-_LARGEST = 8000
+_LARGEST = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +110,12 @@ def _improve(
     program: ilp.Program | None = None
     links = problem.links()
     while rounds < _ROUNDS and work < limits.work:
-        if (seconds := limits.deadline - time.monotonic()) <= 0:
+        if program is None and time.monotonic() < limits.deadline:
+            program = ilp.Program(problem)
+        seconds = limits.deadline - time.monotonic()
+        if program is None or seconds <= 0:
             stopped = "clock"
             break
-        program = program or ilp.Program(problem)
         rounds += 1
         answer = program.solve(best, ilp.Limits(limits.work - work, seconds))
         work += answer.spent

@@ -1,6 +1,5 @@
 """The integer program and the greedy partitioner against brute force."""
 
-import dataclasses
 import itertools
 import random
 import time
@@ -35,22 +34,6 @@ def test_equals_brute_force_on_larger_ones():
     for seed, problem in problems(8, (8,)):
         outcome = solve.solve(problem, ANYTHING, LONG)
         assert outcome.cost == brute_force(problem, lambda nodes: True), seed
-
-
-def test_copies_equal_brute_force():
-    """Copies as decisions: where they are worth it, never where they are not."""
-    copied = 0
-    for seed in range(150):
-        problem = random_problem(seed, (4, 5, 6)[seed % 3], copies=3)
-        outcome = solve.solve(problem, ANYTHING, LONG)
-        assert problem.valid(outcome.groups), seed
-        assert outcome.status in ("optimal", "trivial"), seed
-        assert outcome.cost == outcome.bound == problem.cost(outcome.groups), seed
-        assert outcome.cost == brute_force(problem, lambda nodes: True), seed
-        without = dataclasses.replace(problem, copies=())
-        assert outcome.cost <= solve.solve(without, ANYTHING, LONG).cost, seed
-        copied += sum(map(len, outcome.groups)) > problem.size
-    assert copied > 10
 
 
 def test_refusals_are_cut_and_the_rest_stays_optimal():

@@ -1,0 +1,19 @@
+"""A few of the random problems and programs of ``tests/many_partitions.py``."""
+
+import collections
+
+import many_partitions
+import pytest
+
+COUNTS = {"exhaustive": 18, "duplicated": 90, "large": 15, "programs": 20, "two_steps": 40}
+
+
+@pytest.mark.parametrize("name", many_partitions.PARTS)
+def test_against_oracles(name):
+    part, _ = many_partitions.PARTS[name]
+    words = collections.Counter(part(COUNTS[name]))
+    assert words.total() == COUNTS[name]
+    if name == "duplicated":
+        assert words["with copies"] > 3
+    if name == "two_steps":
+        assert words["equal"] > 30

@@ -35,6 +35,10 @@ _ELEMENT = 2e-10
 #: so that nothing hides its epilogue, and registers for more than a plain epilogue are wanting.
 _MANY = 128
 
+#: Registers of a thread that values of a tile of the result may take at once, as the equations are
+#: ordered. Compiled groups of a ResNet spill none with 192 and hundreds of bytes with 320.
+_REGISTERS = 256
+
 #: A multiprocessor reads a tile's operands from the L2 cache: of a tile of m × n, the share of time
 #: that is not spent on that is 1 / (1 + _READS · (1/m + 1/n)).
 _READS = 40.0
@@ -96,6 +100,8 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
             candidates.append(dataclasses.replace(config, subtiles=2))
         for candidate in candidates:
             seconds.setdefault(candidate, _seconds(found, candidate, plain))
+    if not plain:
+        seconds = _without_spills(spec, found, seconds)
     best = min(seconds.values())
     ordered = [
         config
@@ -177,6 +183,25 @@ def _vector_bytes(spec: KernelSpec, found: Product) -> int:
 def _held(config: Config) -> int:
     """Elements of the result in a thread's registers."""
     return config.block("m") * config.block("n") // (32 * config.num_warps)
+
+
+def _without_spills(
+    spec: KernelSpec, found: Product, seconds: dict[Config, float]
+) -> dict[Config, float]:
+    """The configurations whose epilogue has registers enough; all if none has."""
+    dependencies = visitor.dependencies(spec.tree, spec.space)
+    last = {o: at for at, node in enumerate(spec.tree) for o in visitor.operands(node)}
+    # From where to where each value of a tile of the result is needed: the product from the start.
+    tiles = [
+        (0 if p == found.position else p, last[p]) for p in last if {"m", "n"} <= dependencies[p]
+    ]
+    alive = max(sum(first <= at < end for first, end in tiles) for at in range(len(spec.tree)))
+    fitting = {
+        config: cost
+        for config, cost in seconds.items()
+        if config.splits > 1 or alive * _held(config) <= _REGISTERS * config.subtiles
+    }
+    return fitting or seconds
 
 
 def _resident(found: Product, config: Config) -> int:

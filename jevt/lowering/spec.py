@@ -20,7 +20,7 @@ from jevt.lowering import gemm, rules, tiles
 from jevt.lowering.builder import Builder
 from jevt.lowering.errors import NotFusible
 from jevt.lowering.layout import Resolved
-from jevt_kernels import codegen, visitor
+from jevt_kernels import codegen, pressure, visitor
 from jevt_kernels.index_map import IndexMap, Space, TileAxis
 from jevt_kernels.spec import KernelSpec, TensorType, UnsupportedKernel
 
@@ -47,6 +47,9 @@ def build(jaxpr: Jaxpr, name: str) -> KernelSpec:
         codegen.generate(spec)
     except UnsupportedKernel as error:
         raise NotFusible(str(error)) from None
+    wanted = pressure.least(spec)
+    if wanted > pressure.MOST:
+        raise NotFusible(f"{wanted} registers a thread, {pressure.MOST} at most")
     return spec
 
 

@@ -41,7 +41,7 @@ def format_summary(trace: Trace) -> str:
     if trace.lazy:
         lines.append(f"# computed on demand, by jevt.lazy: {', '.join(trace.lazy)}")
     lines += [f"# fell back to XLA: {warning}" for warning in trace.warnings]
-    lines += [f"# left as it was by {note}" for note in trace.notes]
+    lines += [f"# {note}" for note in trace.notes]
     return "\n".join(lines)
 
 

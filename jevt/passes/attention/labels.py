@@ -90,6 +90,15 @@ def _label(position: int, region: Region, labels: Labels) -> None:
         operands = [_product_operand(position, i, region, labels) for i in (0, 1)]
         labels.axes[eqn.outvars[0]] = _product(eqn, *operands)
         return
+    name_result(eqn, labels)
+
+
+def name_result(eqn: JaxprEqn, labels: Labels) -> None:
+    """Names the axes of the result of an equation that is not a product.
+
+    Raises:
+      NotFusible: two reshapes cut an axis differently.
+    """
     operands = [_operand(atom, labels) for atom in eqn.invars]
     labels.axes[eqn.outvars[0]] = _result(eqn, operands)
 

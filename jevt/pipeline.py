@@ -21,11 +21,13 @@ from jevt.passes import (
     cse,
     dce,
     eliminate_reductions,
+    expand_composites,
     expose_random_bits,
     fold_constants,
     inline,
     one_hot,
     raise_attention,
+    raise_norms,
     segment_sums,
     sink_constants,
     table_gradient,
@@ -86,12 +88,12 @@ def graph_passes(
       note: receives what a pass has to say of the program, such as what it nearly recognised.
     """
     if context.platform not in ("cuda", "rocm"):
-        return GRAPH_PASSES
+        return GRAPH_PASSES + _raising_passes(note)
     attention = _attention_passes(context, note) if context.platform == "cuda" else ()
     grouped = context.backend in ("auto", "triton") and not context.partitioned
     products = PRODUCT_PASSES if grouped else ()
     own = _kernel_passes(context) if context.own_kernels else ()
-    return GRAPH_PASSES + attention + products + GPU_PASSES + own
+    return GRAPH_PASSES + attention + _raising_passes(note) + products + GPU_PASSES + own
 
 
 def _attention_passes(
@@ -104,6 +106,23 @@ def _attention_passes(
         # The equations of an attention become one forward and one backward.
         ("raise_attention", functools.partial(raise_attention.run, context=context, note=note)),
         # Masks that layers share are made once; scores and probabilities have no reader left.
+        ("cse", cse.run),
+        ("dce", dce.run),
+    )
+
+
+def _raising_passes(note: Callable[[str], None]) -> tuple[tuple[str, Pass], ...]:
+    """Passes that bring what programs spell in many ways to its one best spelling.
+
+    They come after that of attention, whose softmaxes are its own.
+    """
+    return (
+        # Statistics and gradients of norms become composites.
+        ("raise_norms", functools.partial(raise_norms.run, note=note)),
+        # What they replace has no reader left.
+        ("dce", dce.run),
+        # Composites that nothing takes whole become equations again.
+        ("expand_composites", expand_composites.run),
         ("cse", cse.run),
         ("dce", dce.run),
     )

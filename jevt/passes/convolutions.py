@@ -2,8 +2,8 @@
 
 Purpose: 36 of ResNet-50's 53 convolutions have a window of 1×1, and so do their gradients. To XLA a
 convolution is a call of cuDNN, to the partitioner nothing that shares a kernel. A matrix product
-has cuBLAS, which is as fast, and takes its epilogue along: BatchNorm's statistics are sums over its
-rows. A convolution is ``out[b, o, f] = Σ x[b, o·stride + j·dilation - low, c] · w[f, j, c]`` over j
+has cuBLAS (assumed to be as fast: no GPU has compared them), or takes its epilogue along:
+BatchNorm's statistics are sums over its rows. A convolution is ``out[b, o, f] = Σ x[b, o·stride + j·dilation - low, c] · w[f, j, c]`` over j
 and c. It is a product where along each spatial axis
 
 * the window has one element: o is a free axis of the left operand, after a slice if it is strided;
@@ -17,15 +17,17 @@ and c. It is a product where along each spatial axis
 Invariant: the same sums, in the same precision. A weight that is infinite or NaN gives 0 where it
 would meet a zero of the dilation only.
 
-Left alone, because cuDNN is the better choice:
+Left alone, because the product would move more bytes than cuDNN does:
 
 * products whose operands or result would have to be transposed in memory first. The free axes of an
   operand must be neighbours, the contracted ones too, and the result's axes must be theirs, in
   their order. So channels last (NHWC), or first of all, qualify; NCHW does for one image or one
   pixel only;
 * windows of one element with padding: the borders would be a second pass over the result;
-* groups of features or of the batch: small products whose batch axis lies between the others;
-* types that are no floating-point numbers, or that the two operands do not share.
+* groups of features or of the batch, whose axis would be a product's batch and lies between the
+  others.
+
+And types other than bfloat16, float16, float32 and float64.
 
 Nothing is gained where no groups become kernels (on CPUs, with ``backend="xla"``, under automatic
 partitioning), and XLA would then copy a strided input, which cuDNN reads in place: the pass is not

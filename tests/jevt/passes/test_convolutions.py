@@ -241,7 +241,8 @@ def test_random_convolutions():
             assert (after is before) != expected
             found[expected] += 1
             if expected:
-                near(evaluate(after, *args), evaluate(before, *args), 1e-5)
+                limit = 1e-5 if seed % 2 else 1e-12
+                near(evaluate(after, *args), evaluate(before, *args), limit)
     assert min(found.values()) > 30
 
 

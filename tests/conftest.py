@@ -6,10 +6,13 @@ Triton either compiles or interprets, from its import on. So there are two passe
 
 from __future__ import annotations
 
+import atexit
 import collections
 import functools
 import importlib.util
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +23,9 @@ GOLDEN = Path(__file__).parent / "golden"
 
 # Several test processes share a GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# What was measured on this machine decides no test.
+os.environ["JEVT_CACHE_DIR"] = tempfile.mkdtemp(prefix="jevt-tests-")
+atexit.register(shutil.rmtree, os.environ["JEVT_CACHE_DIR"], ignore_errors=True)
 if INTERPRETING:
     # The interpreter works on host memory, whether or not there is a GPU.
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -2,9 +2,11 @@
 
 from jevt_kernels.tuning.bench import Bench as Bench
 from jevt_kernels.tuning.bench import DeviceBench as DeviceBench
+from jevt_kernels.tuning.bench import Work as Work
 from jevt_kernels.tuning.calibrate import calibrate as calibrate
 from jevt_kernels.tuning.contest import Limits as Limits
 from jevt_kernels.tuning.contest import Trial as Trial
+from jevt_kernels.tuning.contest import contest as contest
 from jevt_kernels.tuning.identity import Identity as Identity
 from jevt_kernels.tuning.identity import local as local
 from jevt_kernels.tuning.key import anonymous as anonymous

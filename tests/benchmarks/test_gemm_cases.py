@@ -1,5 +1,7 @@
 """The kernels of the GEMM suites compute their cases' functions; the search for a configuration."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,8 @@ import pytest
 from benchmarks.kernels import gemm, gemm_shapes, search
 from benchmarks.kernels.case import cases
 from jevt_kernels import codegen
-from jevt_kernels.mainloops import gemm_configs
 from jevt_kernels.reference import reference
+from jevt_kernels.tuning import search_space
 
 CASES = {
     **{p.name: gemm.make_case(p, gemm.PLAIN) for p in gemm_shapes.products("smoke")},
@@ -48,56 +50,56 @@ def spec():
     return CASES["bert-up-fwd"].kernel()
 
 
-def test_search_takes_the_fastest(monkeypatch):
-    candidates = gemm_configs.configs(spec())[:3]
-    seconds = dict(zip(candidates, (3e-3, 1e-3, None), strict=True))
+class Bench:
+    """Times from a function of the configuration."""
 
-    def prepared(spec, config, sets):
-        assert sets == [(1,), (2,), (1,), (2,), (1,), (2,)]
-        if seconds[config] is None:
+    def __init__(self, us):
+        self.us = us
+        self.sets = []
+
+    def prepare(self, function, work):
+        self.sets = work.sets
+        return functools.partial(self.us, function.keywords["config"])
+
+    def seconds(self, program, work):
+        return program() * 1e-6
+
+
+def test_search_takes_the_fastest():
+    first, second, third = search_space(spec(), 90, 3).chosen
+    times = {first: 3e3, second: 1e3}
+
+    def us(config):
+        if config not in times:
             raise ValueError(f"out of resources{100 * '!'}\nat length")
-        return lambda _: seconds[config]
+        return times[config]
 
-    monkeypatch.setattr(search, "_prepared", prepared)
-    monkeypatch.setattr(search, "_timed", lambda run: run())
-    config, trials = search.fastest(spec(), [(1,), (2,)], most=3, limit_s=60)
-    assert config == candidates[1]
-    assert [t.config for t in trials] == [candidates[1], candidates[0], candidates[2]]
-    assert trials[0].us == pytest.approx(1e3 / 6)
+    bench = Bench(us)
+    config, trials = search.fastest(spec(), [(1,), (2,)], most=3, limit_s=60, bench=bench)
+    assert bench.sets == ((1,), (2,), (1,), (2,), (1,), (2,))
+    assert config == second
+    assert [t.config for t in trials] == [second, first, third]
+    assert trials[0].us == pytest.approx(1e3)
     assert trials[2].error == "ValueError: out of resources".ljust(80, "!")
 
 
 def test_large_results_are_held_only_a_few_times(monkeypatch):
     monkeypatch.setattr(search, "_RESULT_BYTES", 2 * spec().outputs[0].nbytes)
-    monkeypatch.setattr(search, "_prepared", lambda spec, config, sets: lambda _: float(len(sets)))
-    monkeypatch.setattr(search, "_timed", lambda run: run())
-    _, (trial,) = search.fastest(spec(), [(1,)], most=1, limit_s=60)
-    assert trial.us == pytest.approx(1e6)
+    bench = Bench(lambda config: 1.0)
+    search.fastest(spec(), [(1,)], most=1, limit_s=60, bench=bench)
+    assert len(bench.sets) == 2
 
 
-def test_search_without_success(monkeypatch):
-    def prepared(spec, config, sets):
+def test_search_without_success():
+    def us(config):
         raise MemoryError("shared memory")
 
-    monkeypatch.setattr(search, "_prepared", prepared)
     with pytest.raises(RuntimeError, match="no configuration of gemm_plain runs: .*shared memory"):
-        search.fastest(spec(), [(1,)], most=2, limit_s=60)
-
-
-def test_descriptions():
-    (first, *_) = gemm_configs.configs(
-        gemm.make_case(gemm_shapes.wgrad("w", 16384, 1024, 1024), gemm.PLAIN).kernel()
-    )
-    blocks = "x".join(str(size) for _, size in first.blocks)
-    text = f"{blocks} w{first.num_warps} s{first.num_stages} k{first.splits}"
-    assert first.splits > 1
-    assert search.describe(first) == text
+        search.fastest(spec(), [(1,)], most=2, limit_s=60, bench=Bench(us))
 
 
 @pytest.mark.cuda_lowering
 def test_programs_of_the_search_lower_for_cuda():
-    import functools
-
     import jevt_kernels
 
     case = CASES["bert-down-dgrad-gelu"]

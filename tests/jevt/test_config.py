@@ -18,6 +18,9 @@ def test_values(tmp_path):
         {"JEVT_DEBUG": "3", "JEVT_DUMP_DIR": str(tmp_path), "JEVT_FUEL": "0", "JEVT_CHECK": "1"}
     )
     assert environment == _config.Environment(3, pathlib.Path(tmp_path), 0, True)
+    environment = _config.read_environment({"JEVT_TUNE": "on", "JEVT_CACHE_DIR": "some/where"})
+    assert environment.tune == "on"
+    assert environment.cache_dir == pathlib.Path("some/where")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,8 @@ def test_values(tmp_path):
         ("JEVT_FUEL", "1.5", "integer"),
         ("JEVT_FUEL", "²", "integer"),
         ("JEVT_DUMP_DIR", __file__, "must be a directory"),
+        ("JEVT_TUNE", "yes", "JEVT_TUNE must be 'off' or 'on' .* got 'yes'"),
+        ("JEVT_CACHE_DIR", __file__, "JEVT_CACHE_DIR must be a directory"),
     ],
 )
 def test_illegal_values(name, value, message):
@@ -53,6 +58,26 @@ def test_misspelt_variable_warns():
 def test_backend_that_is_no_name(backend):
     with pytest.raises(jevt.ConfigError, match="backend must be"):
         _config.make_options(backend, False)
+
+
+def test_tuning(monkeypatch):
+    assert _config.make_options("auto", False).tune == "off"
+    monkeypatch.setenv("JEVT_TUNE", "on")
+    assert _config.make_options("auto", False).tune == "on"
+    assert _config.make_options("auto", False, "off").tune == "off"
+
+
+@pytest.mark.parametrize(
+    ("tune", "message"),
+    [
+        (True, "tune must be 'off' or 'on', or None .* got True. Did you mean 'on'"),
+        ("of", "Did you mean 'off'"),
+        (3, "got 3"),
+    ],
+)
+def test_tuning_that_is_no_choice(tune, message):
+    with pytest.raises(jevt.ConfigError, match=message):
+        jevt.jit(lambda x: x, tune=tune)
 
 
 def test_legal_backends(monkeypatch):

@@ -3,8 +3,9 @@
 Purpose: 36 of ResNet-50's 53 convolutions have a window of 1×1, and so do their gradients. To XLA a
 convolution is a call of cuDNN, to the partitioner nothing that shares a kernel. A matrix product
 has cuBLAS (assumed to be as fast: no GPU has compared them), or takes its epilogue along:
-BatchNorm's statistics are sums over its rows. A convolution is ``out[b, o, f] = Σ x[b, o·stride + j·dilation - low, c] · w[f, j, c]`` over j
-and c. It is a product where along each spatial axis
+BatchNorm's statistics are sums over its rows. A convolution is
+``out[b, o, f] = Σ x[b, o·stride + j·dilation - low, c] · w[f, j, c]``
+over j and c. It is a product where along each spatial axis
 
 * the window has one element: o is a free axis of the left operand, after a slice if it is strided;
 * or the output has one element: j is contracted, after a slice if it is dilated. Gradients of

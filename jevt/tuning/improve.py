@@ -28,6 +28,7 @@ from jevt.partition.plan import Group, Plan
 from jevt.partition.printing import all_groups
 from jevt.tuning import known
 from jevt_kernels import tuning
+from jevt_kernels.tuning.bench import undisturbed
 
 _SEVERAL = (
     "jevt: tune='on' has no effect in a program of several processes, which must all make the same"
@@ -172,7 +173,7 @@ def _apart[T](function: Callable[[], T]) -> T:
     x64 = jax.config.jax_enable_x64
 
     def run() -> T:
-        with jax.enable_x64(x64):
+        with undisturbed(x64):
             return function()
 
     with ThreadPoolExecutor(1) as pool:

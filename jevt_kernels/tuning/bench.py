@@ -80,6 +80,22 @@ class Bench(Protocol):
         ...
 
 
+@contextlib.contextmanager
+def undisturbed(x64: bool) -> Iterator[None]:
+    """What every thread that measures has to be told: ``x64`` as it is in the caller's thread.
+
+    NaNs of random operands are no news, and whatever guards the user's transfers is not meant for
+    these.
+    """
+    with (
+        jax.enable_x64(x64),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        jax.transfer_guard("allow"),
+    ):
+        yield
+
+
 @dataclass(frozen=True)
 class DeviceBench:
     """Programs on a device of JAX's.
@@ -106,7 +122,7 @@ class DeviceBench:
         if calls < 1 or different < 1:
             need = 2 * max(size, 3 * result)
             raise OutOfMemory(f"needs {need >> 20} MiB of {int(room) >> 20} MiB that are free")
-        with self._placed():
+        with jax.default_device(self.device):
             drawn = [operands.draw(inputs, seed, positive=positive) for seed in range(different)]
         return Work(tuple(drawn[call % different] for call in range(calls)))
 
@@ -120,7 +136,7 @@ class DeviceBench:
                 results.append(tuple(function(*given)))
             return results
 
-        with self._placed():
+        with jax.default_device(self.device):
             compiled = jax.jit(program).lower(work.sets).compile()
 
             def run() -> Sequence[Sequence[Any]]:
@@ -137,18 +153,6 @@ class DeviceBench:
             results = program()
         jax.block_until_ready(results)
         return (time.perf_counter() - start) / (_STARTS * len(work.sets))
-
-    @contextlib.contextmanager
-    def _placed(self) -> Iterator[None]:
-        # NaNs of random operands are no news, and whatever guards the user's transfers is not
-        # meant for these.
-        with (
-            jax.default_device(self.device),
-            jax.debug_nans(False),
-            jax.debug_infs(False),
-            jax.transfer_guard("allow"),
-        ):
-            yield
 
     def _room(self) -> float:
         """Bytes that operands and results may take."""

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jevt_kernels.spec import Config
-from jevt_kernels.tuning.bench import Bench, Program, Work
+from jevt_kernels.tuning.bench import Bench, Program, Work, undisturbed
 from jevt_kernels.tuning.space import describe
 
 #: Programs compiled at a time; Triton and XLA let go of Python's lock while they compile.
@@ -139,5 +139,5 @@ def first_line(error: BaseException) -> str:
 def _prepared(
     bench: Bench, function: Callable[..., Sequence[Any]], work: Work, x64: bool
 ) -> Program:
-    with jax.enable_x64(x64):  # which a thread does not inherit
+    with undisturbed(x64):
         return bench.prepare(function, work)

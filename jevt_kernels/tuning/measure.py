@@ -77,8 +77,13 @@ def measure(
     for trial, program in ran:
         if right is None and trial.config is not None and trial.us is not None:
             assert program is not None
-            if complaint := _disagreement(spec, program, reference):
+            try:
+                complaint = _disagreement(spec, program, reference)
+            except Exception as error:  # noqa: BLE001 - of the driver, for want of memory
+                complaint = f"could not be compared: {first_line(error)}"
+            else:
                 wrong = wrong or complaint
+            if complaint:
                 trial = dataclasses.replace(trial, us=None, error=complaint)
             else:
                 right = trial
@@ -111,13 +116,10 @@ def _reference(
 
 def _disagreement(spec: KernelSpec, program: Program, reference: Program) -> str:
     """How results differ from the reference's by more than rounding, "" if they do not."""
-    try:
-        results = [
-            [float(d) for d in operands.difference(got, want)]
-            for got, want in zip(program(), reference(), strict=True)
-        ]
-    except Exception as error:  # noqa: BLE001 - of the driver, for want of memory
-        return f"could not be compared: {first_line(error)}"
+    results = [
+        [float(d) for d in operands.difference(got, want)]
+        for got, want in zip(program(), reference(), strict=True)
+    ]
     limits = operands.tolerances(spec)
     for output, limit in enumerate(limits):
         worst = max(differences[output] for differences in results)

@@ -12,6 +12,7 @@ from jevt import _config, pipeline
 from jevt.partition.cost import DEVICES, device_model
 from jevt.tuning import improve
 from jevt_kernels import launch, tuning
+from jevt_kernels.reference import reference
 from jevt_kernels.tuning import Calibration, Identity, Record, Store, offered
 
 GPU = Identity("NVIDIA H100 80GB HBM3", 90, (("jaxlib", "1"),))
@@ -287,3 +288,30 @@ def test_a_terminal_has_one_line(monkeypatch, capsys):
     assert "tuning 1 of 2" in first and not first.endswith("\n")
     assert "tuning 2 of 2" in second and second.endswith("\n")
     assert len(first) < 120
+
+
+@pytest.mark.cuda_lowering
+def test_measuring_while_a_program_is_lowered(gpu, monkeypatch):
+    """With JAX's own compiler and clock, on the CPU, and references in place of kernels."""
+    monkeypatch.setenv("JEVT_CACHE_DIR", str(gpu.store.path.parent.parent))
+
+    def call(spec, *operands, config, compute_capability):
+        return reference(spec, *operands)
+
+    monkeypatch.setattr(launch, "call", call)
+    gpu.bench = tuning.DeviceBench(1 << 10, jax.devices("cpu")[0])
+
+    @jevt.jit(tune="on", backend="triton")
+    def step(x):
+        return jax.nn.softmax(x)
+
+    x = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+    with jax.debug_nans(True), jax.transfer_guard("disallow"):
+        jax.jit(lambda x: step(x) * 2).trace(x).lower(lowering_platforms=("cuda",))
+    (record,) = gpu.store.load().kernels.values()
+    assert record.config is not None and record.error == ""
+    assert 0 < record.kernel_us < 1e6 and 0 < record.xla_us < 1e6
+    trace = step.trace(x).lower(lowering_platforms=("cuda",)) and jevt.last_trace(step)
+    (group,) = kernels(trace)
+    assert (group.target, group.config) == ("triton", record.config)
+    assert group.measured_us == record.kernel_us

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import gemm_kernels
@@ -109,6 +110,16 @@ def test_xla_that_cannot_be_timed_leaves_the_configuration():
     assert record.xla_us is None
 
 
+def test_results_that_cannot_be_compared_are_not_taken_and_not_called_wrong(monkeypatch):
+    def full(got, want):
+        raise MemoryError("full")
+
+    monkeypatch.setattr(drawn, "difference", full)
+    result = search(FakeBench(lambda config: 1.0))
+    assert result.record is None
+    assert "could not be compared: MemoryError: full" in result.reason
+
+
 def test_what_takes_too_long_is_not_tried():
     import time
 
@@ -195,7 +206,7 @@ class Fake:
 def test_operands_are_rotated_beyond_the_cache_and_within_memory(monkeypatch):
     made = []
     monkeypatch.setattr(drawn, "draw", lambda types, seed, positive: made.append(seed) or (seed,))
-    monkeypatch.setattr(DeviceBench, "_placed", lambda self: jax.enable_x64(False))
+    monkeypatch.setattr(jax, "default_device", lambda device: contextlib.nullcontext())
     small = [TensorType((1024,), np.dtype("float32"))]
     large = [TensorType((1 << 20,), np.dtype("float32"))]
 

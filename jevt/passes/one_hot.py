@@ -106,10 +106,12 @@ def _rows(operand: Atom, indices: Atom, places: _Places, graph: Graph) -> Atom |
         return None
     if 0 in shape or not jax.dtypes.issubdtype(indices.aval.dtype, np.integer):  # type: ignore[attr-defined]
         return None
-    if places.indexed == (last,) and {*places.dropped} <= {last} and components == 1:
-        # The rows are batch axes of both.
-        along = places.index_batch == tuple(sorted(places.index_batch))
-        if not along or places.batch != tuple(range(last)):
+    long = [axis for axis in range(last) if shape[axis] != 1]
+    if places.indexed == (last,) and not {*places.dropped} & {*long} and components == 1:
+        # The rows are batch axes of both, but that axes of size 1 are none.
+        pairs = zip(places.batch, places.index_batch, strict=True)
+        along = [(axis, other) for axis, other in pairs if axis in long]
+        if [axis for axis, _ in along] != long or along != sorted(along, key=lambda p: p[1]):
             return None
         return graph.reshape(indices, shape[:-1])
     if places.indexed == places.dropped == tuple(range(rank)) and components == rank:

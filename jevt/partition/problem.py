@@ -90,6 +90,8 @@ class Problem:
         is dearer with others than alone, where cuBLAS runs it.
       copies: the nodes that several groups may hold, each with the bytes that the device could move
         in the time of its arithmetic, at least 1.
+      operands: tensors that a group of several nodes reads and writes, at most; 0 if any number.
+        ``build`` refuses more in any case.
     """
 
     size: int
@@ -105,6 +107,7 @@ class Problem:
     assumed: frozenset[int] = frozenset()
     products: tuple[tuple[int, int], ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
+    operands: int = 0
 
     def successors(self) -> list[list[int]]:
         """For each node, the nodes that run after it, those of ``ordered`` included."""
@@ -298,6 +301,7 @@ class Problem:
             self.assumed,
             self.products,
             self.copies,
+            self.operands,
         )
 
 

@@ -5,7 +5,7 @@ import collections
 import many_partitions
 import pytest
 
-COUNTS = {"exhaustive": 18, "duplicated": 90, "large": 15, "programs": 20, "two_steps": 40}
+COUNTS = {"exhaustive": 12, "duplicated": 60, "large": 15, "programs": 12, "two_steps": 40}
 
 
 @pytest.mark.parametrize("name", many_partitions.PARTS)
@@ -14,6 +14,6 @@ def test_against_oracles(name):
     words = collections.Counter(part(COUNTS[name]))
     assert words.total() == COUNTS[name]
     if name == "duplicated":
-        assert words["with copies"] > 3
+        assert words["with copies"] > 2
     if name == "two_steps":
         assert words["equal"] > 30

@@ -28,8 +28,10 @@ from jevt.passes import (
     one_hot,
     raise_attention,
     raise_norms,
+    row_products,
     segment_sums,
     sink_constants,
+    sparse_products,
     table_gradient,
 )
 from jevt.report import text
@@ -92,7 +94,7 @@ def graph_passes(
     attention = _attention_passes(context, note) if context.platform == "cuda" else ()
     grouped = context.backend in ("auto", "triton") and not context.partitioned
     products = PRODUCT_PASSES if grouped else ()
-    own = _kernel_passes(context) if context.own_kernels else ()
+    own = _kernel_passes(context, note) if context.own_kernels else ()
     return GRAPH_PASSES + attention + _raising_passes(note) + products + GPU_PASSES + own
 
 
@@ -128,12 +130,19 @@ def _raising_passes(note: Callable[[str], None]) -> tuple[tuple[str, Pass], ...]
     )
 
 
-def _kernel_passes(context: Context) -> tuple[tuple[str, Pass], ...]:
+def _kernel_passes(context: Context, note: Callable[[str], None]) -> tuple[tuple[str, Pass], ...]:
     """Passes that put in equations which run as kernels of their own."""
     capability = context.device.compute_capability
+    sums = functools.partial(segment_sums.run, capability=capability, note=note)
     return (
+        # Products with sparse arrays become gathers, products and scatters that add.
+        ("sparse_products", functools.partial(sparse_products.run, note=note)),
+        # Layers share a matrix's columns of indices.
+        ("cse", cse.run),
         # Scatters that add become sums of segments; indices are sorted once.
-        ("segment_sums", functools.partial(segment_sums.run, capability=capability)),
+        ("segment_sums", sums),
+        # What is left of lookups on edges: the gradients of weights.
+        ("row_products", functools.partial(row_products.run, capability=capability)),
         ("cse", cse.run),
         ("dce", dce.run),
     )

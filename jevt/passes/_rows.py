@@ -31,6 +31,23 @@ MODES = (Mode.PROMISE_IN_BOUNDS, Mode.CLIP, Mode.FILL_OR_DROP)
 
 
 @dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where rows are in an array that holds one for each index.
+
+    Attributes:
+      positions: axes of the indices, in the order in which rows are counted.
+      window: axes of a row, in order.
+      count: number of rows.
+      width: elements of a row.
+    """
+
+    positions: tuple[int, ...]
+    window: tuple[int, ...]
+    count: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Access:
     """How indices name parts of an array along one axis.
 
@@ -42,6 +59,8 @@ class Access:
       leading: axes of the indices that ``batch`` goes along with, in its order.
       window: axes of the selected parts (a gather's result, a scatter's updates) that are the
         array's other axes, in order.
+      single: axes of the selected parts that are the named one, of one element.
+      column: which number of each index names the row; None where it is the only one.
     """
 
     shape: tuple[int, ...]
@@ -50,6 +69,13 @@ class Access:
     indices: tuple[int, ...]
     leading: tuple[int, ...]
     window: tuple[int, ...]
+    single: tuple[int, ...] = ()
+    column: int | None = None
+
+    @property
+    def rank(self) -> int:
+        """Number of axes of the selected parts."""
+        return len(self.indices) + len(self.window) + len(self.single)
 
     @property
     def tables(self) -> int:
@@ -85,17 +111,18 @@ class Access:
     @property
     def positions(self) -> tuple[int, ...]:
         """The axes of the selected parts that are those of the indices, in ``order``."""
-        rank = len(self.indices) + len(self.window)
-        free = [a for a in range(rank) if a not in self.window]
+        free = [a for a in range(self.rank) if a not in (*self.window, *self.single)]
         return tuple(free[a] for a in self.order)
 
-    def matches(self, other: Access) -> bool:
-        """Whether both see the selected parts as the same rows of the same width."""
-        return (self.positions, self.window, self.width) == (
-            other.positions,
-            other.window,
-            other.width,
-        ) and self.count == other.count
+    def layout(self, places: Sequence[int] | None = None) -> Layout:
+        """Where rows are in the selected parts.
+
+        Args:
+          places: the axes, of an array that the parts are part of, that theirs are; none other.
+        """
+        at = places or range(self.rank)
+        positions, window = (tuple(at[a] for a in axes) for axes in (self.positions, self.window))
+        return Layout(positions, window, self.count, self.width)
 
     def table(self, array: Atom, graph: Graph) -> Atom:
         """The array as ``[B · M, W]``."""
@@ -110,11 +137,19 @@ class Access:
 
     def parts(self, selected: Atom, graph: Graph) -> Atom:
         """The selected parts as ``[B · E, W]``."""
-        moved = transposed(selected, (*self.positions, *self.window), graph)
+        moved = transposed(selected, (*self.positions, *self.single, *self.window), graph)
         return graph.reshape(moved, (self.count, self.width))
 
     def numbers(self, indices: Atom, mode: Any, graph: Graph) -> Atom:
         """Numbers of rows of the table, ``int32[B · E]``; no row's for what is out of bounds."""
+        if self.column is not None:
+            indices = graph.emit(
+                p.slice_p,
+                indices,
+                start_indices=(*(0 for _ in self.indices), self.column),
+                limit_indices=(*self.indices, self.column + 1),
+                strides=None,
+            )
         moved = transposed(graph.reshape(indices, self.indices), self.order, graph)
         if np.dtype(moved.aval.dtype).itemsize < 4:  # type: ignore[attr-defined]
             moved = convert(moved, _INT32, graph)
@@ -162,6 +197,7 @@ def of_gather(eqn: JaxprEqn) -> Access | None:
         shape_of(indices),
         tuple(eqn.params["slice_sizes"]),
         numbers.offset_dims,
+        eqn.params["mode"],
         (
             numbers.collapsed_slice_dims,
             numbers.start_index_map,
@@ -183,6 +219,7 @@ def of_scatter(eqn: JaxprEqn) -> Access | None:
         shape_of(indices),
         tuple(1 if a in single else next(sizes) for a in range(len(shape))),
         numbers.update_window_dims,
+        eqn.params["mode"],
         (
             numbers.inserted_window_dims,
             numbers.scatter_dims_to_operand_dims,
@@ -197,15 +234,32 @@ def _access(
     indices: tuple[int, ...],
     sizes: tuple[int, ...],
     window: Sequence[int],
+    mode: Any,
     numbers: tuple[Sequence[int], ...],
 ) -> Access | None:
     collapsed, named, batch, leading = (tuple(map(int, part)) for part in numbers)
-    if len(named) != 1 or collapsed != named or indices[-1] != 1:
+    # A part that is as long as its axis begins at 0, where its beginning is kept in bounds.
+    whole = [a for a in named if sizes[a] == shape[a] and sizes[a] != 1]
+    rows = [a for a in named if a not in whole]
+    if len(rows) != 1 or (whole and mode not in (Mode.CLIP, Mode.PROMISE_IN_BOUNDS)):
         return None
-    whole = all(size == (1 if a in (*named, *batch) else shape[a]) for a, size in enumerate(sizes))
-    if not whole:
+    (axis,) = rows
+    if {*collapsed} - {axis} or indices[-1] != len(named):
         return None
-    return Access(shape, named[0], batch, indices[:-1], leading, tuple(map(int, window)))
+    if any(s != (1 if a in (axis, *batch) else shape[a]) for a, s in enumerate(sizes)):
+        return None
+    inside = [a for a in range(len(shape)) if a not in (*collapsed, *batch)]
+    own = dict(zip(inside, map(int, window), strict=True))
+    return Access(
+        shape,
+        axis,
+        batch,
+        indices[:-1],
+        leading,
+        tuple(at for a, at in own.items() if a != axis),
+        tuple(at for a, at in own.items() if a == axis),
+        named.index(axis) if len(named) > 1 else None,
+    )
 
 
 def transposed(atom: Atom, order: Sequence[int], graph: Graph) -> Atom:

@@ -24,6 +24,7 @@ from jevt.passes import (
     expand_composites,
     expose_random_bits,
     fold_constants,
+    hoist_orders,
     inline,
     one_hot,
     raise_attention,
@@ -143,6 +144,8 @@ def _kernel_passes(context: Context, note: Callable[[str], None]) -> tuple[tuple
         ("segment_sums", sums),
         # What is left of lookups on edges: the gradients of weights.
         ("row_products", functools.partial(row_products.run, capability=capability)),
+        # Loops over layers sort once, before the loop.
+        ("hoist_orders", hoist_orders.run),
         ("cse", cse.run),
         ("dce", dce.run),
     )

@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jevt.passes import canonicalize, cse, dce, inline, row_products, segment_sums, sparse_products
+from jevt.passes import (
+    canonicalize,
+    cse,
+    dce,
+    hoist_orders,
+    inline,
+    row_products,
+    segment_sums,
+    sparse_products,
+)
 
 # Compiled fast rather than well.
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -31,7 +40,7 @@ def rewritten(jaxpr):
     jaxpr = dce.run(cse.run(canonicalize.run(dce.run(cse.run(inline.run(jaxpr))))))
     jaxpr = cse.run(sparse_products.run(jaxpr, notes.append))
     jaxpr = segment_sums.run(jaxpr, 90, notes.append, smallest=1)
-    return dce.run(cse.run(row_products.run(jaxpr, 90, smallest=1))), notes
+    return dce.run(cse.run(hoist_orders.run(row_products.run(jaxpr, 90, smallest=1)))), notes
 
 
 def with_gradients(function):

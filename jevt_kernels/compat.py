@@ -265,8 +265,25 @@ def _splat_of_comparison(interpreter: Any) -> Callable[..., Any]:
     return create_splat
 
 
+def _move_in_assembly(interpreter: Any) -> Callable[..., Any]:
+    """Assembly in the interpreter, which has none; our kernels move a number that they pass."""
+    original = interpreter.InterpreterBuilder.create_inline_asm
+
+    def create_inline_asm(
+        self: Any, text: str, constraints: str, values: Any, types: Any, pure: bool, pack: int
+    ) -> Any:
+        if not text.startswith("mov.b32 $0, "):
+            return original(self, text, constraints, values, types, pure, pack)
+        return SimpleNamespace(get_result=values.__getitem__)
+
+    create_inline_asm.original = original  # type: ignore[attr-defined]
+    return create_inline_asm
+
+
 def supply_interpreter_functions(functions: Mapping[str, Callable[..., np.ndarray]]) -> None:
     """Makes libdevice callable in the interpreter, which has no external functions of its own.
+
+    Mends what else the interpreter refuses or computes wrongly.
 
     Args:
       functions: NumPy functions by libdevice symbol (``"__nv_tanhf"``). Their results are cast to
@@ -292,6 +309,7 @@ def supply_interpreter_functions(functions: Mapping[str, Callable[..., np.ndarra
     interpreter.InterpreterBuilder.create_extern_elementwise = create_extern_elementwise
     interpreter.InterpreterBuilder.create_dot = _dot_of_bfloat16(interpreter)
     interpreter.InterpreterBuilder.create_splat = _splat_of_comparison(interpreter)
+    interpreter.InterpreterBuilder.create_inline_asm = _move_in_assembly(interpreter)
     for name, member in inspect.getmembers(libdevice):
         if core.is_builtin(member):
             bound = functools.partial(member, _semantic=interpreter.interpreter_semantic)

@@ -168,3 +168,16 @@ def threefry2x32(k0, k1, x0, x1):
     x0 = x0 + k2
     x1 = x1 + k0 + 5
     return x0, x1
+
+
+@triton.jit
+def opaque(x, move: tl.constexpr):
+    """An int32 constant, of which the compiler knows nothing.
+
+    Branches that end in different ones stay branches: the compiler cannot merge them, nor run both.
+
+    Args:
+      x: the number.
+      move: the instruction that gives it, ``"mov.b32 $0, 7;"`` for 7.
+    """
+    return tl.inline_asm_elementwise(move, "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)

@@ -276,6 +276,14 @@ def cost_estimate(spec: KernelSpec) -> dict[str, int]:
     An operation of the visitor tree counts once a point of the axes along which its operands vary,
     a matrix product twice a point. What a kernel reads or computes more than once is not counted.
     """
+    ones = [spec.member(m) for m in range(len(spec.members))] or [spec]
+    return {
+        "bytes_accessed": sum(operand.nbytes for operand in (*spec.inputs, *spec.outputs)),
+        "flops": sum(map(_operations, ones)),
+    }
+
+
+def _operations(spec: KernelSpec) -> int:
     dependencies = visitor.dependencies(spec.tree, spec.space)
     extents = {t.name: spec.space.extent(t) for t in spec.space.tile}
     flops = 0
@@ -285,10 +293,7 @@ def cost_estimate(spec: KernelSpec) -> dict[str, int]:
         elif isinstance(node, visitor.Compute | visitor.Reduce):
             axes = frozenset().union(*(dependencies[o] for o in visitor.operands(node)))
             flops += math.prod(extents[name] for name in axes)
-    return {
-        "bytes_accessed": sum(operand.nbytes for operand in (*spec.inputs, *spec.outputs)),
-        "flops": flops,
-    }
+    return flops
 
 
 @functools.cache

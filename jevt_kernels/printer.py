@@ -43,6 +43,8 @@ class IndexPrinter:
         self._scopes: list[dict[object, str]] = [{}]
         self.partials: list[Partial] = []
         self.descriptors: list[Descriptor] = []
+        #: Names of the parameters, where they are not those of inputs and outputs.
+        self.parameters: list[str] = []
 
     # Text
 
@@ -75,6 +77,16 @@ class IndexPrinter:
         self.view = outer
 
     @contextlib.contextmanager
+    def computing(self, spec: KernelSpec) -> Iterator[None]:
+        """Prints the nodes of another kernel, of the same tile axes, in this one's text."""
+        outer = self.spec, self.dependencies, self.levels
+        self.spec = spec
+        self.dependencies = visitor.dependencies(spec.tree, spec.space)
+        self.levels = visitor.levels(spec.tree)
+        yield
+        self.spec, self.dependencies, self.levels = outer
+
+    @contextlib.contextmanager
     def forgetting(self) -> Iterator[None]:
         """Names bound inside are forgotten afterwards."""
         self._scopes.append({})
@@ -87,7 +99,8 @@ class IndexPrinter:
         outputs = [f"y{o}" for o in range(len(self.spec.outputs)) if o not in aliased]
         comment = "".join(f"# {line}".rstrip() + "\n" for line in self.spec.comment.splitlines())
         descriptors = [descriptor.name for descriptor in self.descriptors]
-        signature = f"def {self.spec.name}({', '.join(inputs + descriptors + outputs)}):"
+        parameters = self.parameters or inputs + descriptors + outputs
+        signature = f"def {self.spec.name}({', '.join(parameters)}):"
         return comment + _HEADER + signature + "\n" + "\n".join(self._lines) + "\n"
 
     def bind(self, key: object, expression: str, name: str) -> str:

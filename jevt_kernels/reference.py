@@ -40,11 +40,22 @@ def reference(spec: KernelSpec, *arrays: Any) -> tuple[jax.Array, ...]:
     expected = [(t.shape, t.dtype) for t in spec.inputs]
     if types != expected:
         raise TypeError(f"kernel {spec.name!r}: expected inputs {expected}, got {types}")
+    if spec.members:
+        return _members(spec, arrays)
     values: list[Any] = []
     outputs: list[jax.Array] = [jnp.zeros(t.shape, t.dtype) for t in spec.outputs]
     for node in spec.tree:
         values.append(_evaluate(node, spec, values, arrays, outputs))
     return tuple(outputs)
+
+
+def _members(spec: KernelSpec, arrays: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+    """The outputs of a kernel that runs its tree over several sets of tensors."""
+    outputs: dict[int, jax.Array] = {}
+    for position, member in enumerate(spec.members):
+        results = reference(spec.member(position), *(arrays[i] for i in member.inputs))
+        outputs.update(zip(member.outputs, results, strict=True))
+    return tuple(outputs[o] for o in range(len(spec.outputs)))
 
 
 def addresses(index: IndexMap, space: Space) -> np.ndarray:

@@ -63,6 +63,21 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
+class Member:
+    """One of the sets of tensors over which a kernel of the multi_tensor mainloop runs its tree.
+
+    Attributes:
+      size: elements of its tensors; those of one element are the same at every point.
+      inputs: for each input that the tree names, its position in ``KernelSpec.inputs``.
+      outputs: for each output that the tree names, its position in ``KernelSpec.outputs``.
+    """
+
+    size: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class KernelSpec:
     """A fused kernel as data; hashable, so that equal groups share one compilation.
 
@@ -74,6 +89,8 @@ class KernelSpec:
       inputs, outputs: operand types in argument order.
       aliases: pairs (input, output) that share a buffer; the input is consumed.
       comment: lines for the header of the generated source.
+      members: of multi_tensor kernels: the tensors of each run of the tree. The inputs and outputs
+        that the tree names are then those of a member, and the space is that of the longest.
     """
 
     name: str
@@ -84,10 +101,28 @@ class KernelSpec:
     outputs: tuple[TensorType, ...]
     aliases: tuple[tuple[int, int], ...] = ()
     comment: str = dataclasses.field(default="", compare=False)
+    members: tuple[Member, ...] = ()
 
     def __str__(self) -> str:
         """The name alone: ``repr`` shows everything."""
         return self.name
+
+    def member(self, position: int) -> KernelSpec:
+        """The pointwise kernel that would do a member's part."""
+        one = self.members[position]
+        return dataclasses.replace(
+            self,
+            mainloop="pointwise",
+            space=dataclasses.replace(self.space, sizes=(one.size,)),
+            inputs=tuple(self.inputs[i] for i in one.inputs),
+            outputs=tuple(self.outputs[o] for o in one.outputs),
+            aliases=tuple(
+                (one.inputs.index(i), one.outputs.index(o))
+                for i, o in self.aliases
+                if i in one.inputs and o in one.outputs
+            ),
+            members=(),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

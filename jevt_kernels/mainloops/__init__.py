@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from jevt_kernels.codegen import Printer
-from jevt_kernels.mainloops import columnwise, gemm, pointwise, rowwise, segments
+from jevt_kernels.mainloops import columnwise, gemm, multi_tensor, pointwise, rowwise, segments
 from jevt_kernels.spec import Config, KernelSpec
 
 
@@ -29,6 +29,7 @@ class Mainloop(Protocol):
 
 MAINLOOPS: dict[str, Mainloop] = {
     "pointwise": pointwise,
+    "multi_tensor": multi_tensor,
     "rowwise": rowwise,
     "columnwise": columnwise,
     "gemm": gemm,

@@ -105,7 +105,7 @@ def test_check_names_the_group_that_differs(monkeypatch, tmp_path):
     from jevt_kernels import interpreter
 
     right = interpreter.call
-    monkeypatch.setattr(interpreter, "call", lambda spec, *a: [r + 1 for r in right(spec, *a)])
+    monkeypatch.setattr(interpreter, "call", lambda *a, **k: [r + 1 for r in right(*a, **k)])
     x, _, scale = arguments(rows=12, width=40)
     step = jevt.jit(layer_norm, backend="interpret")
 
@@ -117,7 +117,9 @@ def test_check_names_the_group_that_differs(monkeypatch, tmp_path):
         Exception, match=r"group g\d+_rowwise\w*: output 0 of kernel rowwise_\w+ differs"
     ):
         run_to_the_end()
-    assert list(tmp_path.glob("jevt_rowwise_*/reproduce.py"))
+    (script,) = tmp_path.glob("jevt_rowwise_*/reproduce.py")
+    compile(script.read_text(), script, "exec")
+    assert "\nconfig = None\n" in script.read_text()
     assert list(tmp_path.glob("jevt_rowwise_*/inputs.npz"))
 
 
@@ -299,7 +301,9 @@ def test_what_is_compiled_beforehand_is_what_runs(monkeypatch):
     """Outputs in place change a kernel's text, so they are settled before it is tried."""
     tried = []
     compile_kernel = launch.precompile
-    monkeypatch.setattr(launch, "precompile", lambda s, *a: (tried.append(s), compile_kernel(s, *a)))
+    monkeypatch.setattr(
+        launch, "precompile", lambda s, *a: (tried.append(s), compile_kernel(s, *a))
+    )
     params = {"w": jnp.ones((64, 64)), "b": jnp.ones((64,))}
     state = optax.adamw(1e-3).init(params)
     step = jevt.jit(adamw_step, backend="triton", donate_argnums=(0, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from jevt_kernels.tuning import Snapshot
+from jevt_kernels.tuning import NOTHING, Snapshot
 
 type Backend = Literal["auto", "triton", "xla", "interpret"]
 
@@ -70,7 +70,7 @@ class Context:
     fuel: int | None = None
     check: bool = False
     partition_seconds: float = 10.0
-    known: Snapshot = Snapshot()
+    known: Snapshot = NOTHING
     tune: bool = False
 
     @property

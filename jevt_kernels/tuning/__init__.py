@@ -18,6 +18,7 @@ from jevt_kernels.tuning.record import Record as Record
 from jevt_kernels.tuning.space import describe as describe
 from jevt_kernels.tuning.space import offered as offered
 from jevt_kernels.tuning.space import search_space as search_space
+from jevt_kernels.tuning.store import NOTHING as NOTHING
 from jevt_kernels.tuning.store import Snapshot as Snapshot
 from jevt_kernels.tuning.store import Store as Store
 from jevt_kernels.tuning.store import StoreWarning as StoreWarning

@@ -80,6 +80,10 @@ class Snapshot:
         return f"Snapshot({len(self.kernels)} kernels, {self.digest[:8] or 'empty'})"
 
 
+#: What is known where nothing is.
+NOTHING = Snapshot()
+
+
 def default_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
     """``JEVT_CACHE_DIR``, else ``jevt`` in the user's cache folder; None if there is no home."""
     if chosen := environ.get("JEVT_CACHE_DIR", "").strip():

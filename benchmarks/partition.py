@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from jevt.partition.plan import Plan
 from jevt.partition.problem import Grouping, Problem
 
 WORKLOADS = "bert,vit,resnet,xmlcnn,gcn"
-LAYERS = "1,2,4,8,16,24,32,48,64,80,96"
+LAYERS = "1,4,12,24,48,96"
 DEVICE = "H100"
 JSON = machine.ROOT / "benchmarks" / "results" / "partition.json"
 PAGE = machine.ROOT / "docs" / "partitioner.md"
@@ -218,12 +219,14 @@ def run(arguments: Sequence[str]) -> int:
         parser.error(str(error))
     device = DEVICES[args.device]
     plans, depths = [], []
+    load = [os.getloadavg()[0]]
     for name in names:
         plans += compare(name, *traced(registry.make(name, Options(size=args.size)), device))
         print(partitioner.plan_table(list(map(dataclasses.asdict, plans[-1 - len(GREEDY) :]))))
     chosen = [m for m in args.models.split(",") if m]
     for model, layers in itertools.product(chosen, map(int, filter(None, args.layers.split(",")))):
         depths.append(depth(model, layers, device))
+        load.append(os.getloadavg()[0])
         print(depths[-1])
     header = Header(
         machine.processor(available()),
@@ -234,6 +237,7 @@ def run(arguments: Sequence[str]) -> int:
     content = {
         **dataclasses.asdict(header),
         "planned_for": device.name,
+        "load": [min(load), max(load)],
         "rows": list(map(dataclasses.asdict, plans)),
         "depths": list(map(dataclasses.asdict, depths)),
     }

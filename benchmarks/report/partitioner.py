@@ -14,6 +14,8 @@ _PAGE = """\
 
 Made by `python -m benchmarks partition`: training steps traced at their full shapes, rewritten and
 partitioned as for an {planned_for}, without one. Seconds are of {device}, commit {commit}, {date}.
+Its load average was {load} meanwhile, of which the partitioner makes one or two: where others
+use the processors too, *CPU s* says what the work is.
 
 ## Plans against greedy fusion
 
@@ -110,6 +112,7 @@ def write_page(content: Mapping[str, Any], page: Path, figure: Path) -> None:
         **{key: content[key] for key in ("planned_for", "device", "commit", "date")},
         plans=plan_table(content["rows"]),
         depths=depth_table(content["depths"]),
+        load=" to ".join(f"{x:.1f}" for x in content["load"]),
         figure=os.path.relpath(figure, page.parent),
     )
     page.write_text(text)

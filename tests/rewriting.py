@@ -40,6 +40,10 @@ ALGEBRA = (
 )
 
 
+# Programs that run once: most of their time would be spent in LLVM.
+_QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}
+
+
 def traced(fun: Callable, *args) -> Jaxpr:
     """The inlined jaxpr of ``fun``, without dead and repeated equations."""
     jaxpr = jax.make_jaxpr(fun)(*args)
@@ -65,7 +69,9 @@ def evaluate(jaxpr: Jaxpr, *args, compiled: bool = False):
     def fun(*args):
         return jax.core.eval_jaxpr(jaxpr, jaxpr.consts, *args)
 
-    return (jax.jit(fun) if compiled else fun)(*jax.tree.leaves(args))
+    if compiled:
+        fun = jax.jit(fun, compiler_options=_QUICKLY_COMPILED)
+    return fun(*jax.tree.leaves(args))
 
 
 def same(got, want, *, signs: bool = True):

@@ -3,10 +3,10 @@
 In processing order: :mod:`.graph` reads the jaxpr, :mod:`.recompute` and :mod:`.duplicate` copy
 what is cheap to make again, :mod:`.contract` joins what no good partition separates,
 :mod:`.components` splits the rest, :mod:`.absorb` joins leaves to what they read, :mod:`.problem`
-states what is optimised, :mod:`.batch` and :mod:`.solve` with :mod:`.greedy` and :mod:`.ilp`
-optimise it, :mod:`.targets` with :mod:`.cost` chooses between a kernel and XLA, :mod:`.plan` is the
-result, of which :mod:`.printing`, :mod:`.serial` and :mod:`.neighbours` tell. :mod:`.run` is the
-way through.
+states what is optimised, :mod:`.copies` what several groups may compute, :mod:`.batch` and
+:mod:`.solve` with :mod:`.greedy` and :mod:`.ilp` optimise it, :mod:`.targets` with :mod:`.cost`
+chooses between a kernel and XLA, :mod:`.plan` is the result, of which :mod:`.printing`,
+:mod:`.serial` and :mod:`.neighbours` tell. :mod:`.run` is the way through.
 """
 
 from jevt.partition.cost import device_model as device_model

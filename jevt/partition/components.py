@@ -14,6 +14,7 @@ operands, and a path into it is struck out like one through an opaque node. This
 that would compute an operand inside the mainloop (a prologue), beyond the views and casts that
 :mod:`.contract` has joined to the product: for each operand at most the time of writing and reading
 it once, and nothing where it is needed elsewhere too, as by the other products of a backward pass.
+Copies of nodes (:mod:`.copies`) are tried inside a component only.
 
 EVT's second step: the border is rebuilt. For two nodes of a component with a path outside it, the
 problem gets the pair in ``ordered``, because any partition must respect that path. Two components'

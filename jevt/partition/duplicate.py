@@ -9,7 +9,9 @@ No good partition is lost. Take a partition of the program without copies; put e
 reader's group. A group that read the result from memory now reads the operand, which has no more
 bytes; a group that held the equation to write its result writes the operand, if that was not
 written anyway. Nothing becomes cyclic, because a reader ran after the operand's producer before.
-Readers that are opaque, and the program's output, keep sharing the original.
+Readers that are opaque, and the program's output, keep sharing the original. What the argument
+cannot see is a reader whose kernel ``build`` refuses because of its copy, as where views do not
+compose: that copy is then a group by itself, at a launch and the bytes of its operand and result.
 
     before  b:f32[4,8] = broadcast_in_dim a; c = mul x b; d = mul y b; e = dot_general b z
     after   b = broadcast_in_dim a; b' = broadcast_in_dim a; b'' = broadcast_in_dim a;

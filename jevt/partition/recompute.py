@@ -13,10 +13,10 @@ anyway; computing one again costs its arithmetic, in bytes that the device could
 meanwhile. Only pointwise equations, views and sources of the value's own region are repeated: never
 a reduction, nothing beyond what the region itself has read, and no value that is short.
 
-The cut is the best for what it counts. It does not know groups: neither their launches, nor that two
-groups of a region may both read a value. So it is a heuristic for the partitioner's objective, and
-the bound of a plan is one for the program with these repetitions. Repetitions inside a component
-are decided with the groups (:mod:`.copies`).
+The cut is the best for what it counts. It does not know groups: neither their launches, nor that
+two groups of a region may both read a value. So it is a heuristic for the partitioner's objective,
+and the bound of a plan is one for the program with these repetitions. Repetitions inside a
+component are decided with the groups (:mod:`.copies`).
 
 Every value that is computed again is computed by the same equations from the same operands.
 

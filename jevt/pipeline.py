@@ -30,6 +30,7 @@ from jevt.passes import (
     raise_attention,
     raise_norms,
     row_products,
+    segment_epilogues,
     segment_sums,
     sink_constants,
     sparse_products,
@@ -147,6 +148,9 @@ def _kernel_passes(context: Context, note: Callable[[str], None]) -> tuple[tuple
         # Loops over layers sort once, before the loop.
         ("hoist_orders", hoist_orders.run),
         ("cse", cse.run),
+        ("dce", dce.run),
+        # What is added to sums of segments, and their activations, join their kernels.
+        ("segment_epilogues", segment_epilogues.run),
         ("dce", dce.run),
     )
 

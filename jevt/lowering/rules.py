@@ -30,6 +30,7 @@ from jevt.lowering.products import Product, product
 from jevt.primitives.attention import attention_backward_p, attention_p
 from jevt.primitives.row_products import row_products_p
 from jevt.primitives.segments import (
+    fused_segment_sum_p,
     segment_blocks_p,
     segment_bounds_p,
     segment_order_p,
@@ -192,6 +193,7 @@ _CALLS: dict[Primitive, str] = {
     segment_bounds_p: "XLA",
     segment_blocks_p: "XLA",
     segment_sum_p: "a kernel of its own",
+    fused_segment_sum_p: "a kernel of its own",
     row_products_p: "a kernel of its own",
     attention_p: "cuDNN's fused attention",
     attention_backward_p: "cuDNN's fused attention",

@@ -46,6 +46,10 @@ segment_bounds_p = Primitive("segment_bounds")
 segment_blocks_p = Primitive("segment_blocks")
 segment_sum_p = Primitive("segment_sum")
 
+# A sum with its epilogue, see ``segment_epilogue.py``.
+fused_segment_sum_p = Primitive("fused_segment_sum")
+fused_segment_sum_p.multiple_results = True
+
 
 @segment_order_p.def_abstract_eval
 def _order_type(indices: Any) -> Any:

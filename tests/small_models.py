@@ -35,6 +35,20 @@ def _step(loss: Callable, optimizer) -> Callable:
     return step
 
 
+def initialised(model: nn.Module, *args):
+    """Variables of a module without running its initialisers, most of whose time is compilation."""
+    rng = np.random.default_rng(0)
+
+    def filled(path, leaf):
+        noise = rng.normal(size=leaf.shape) / np.sqrt(max(leaf.shape[0] if leaf.shape else 1, 10))
+        is_scale = path[-1].key in ("scale", "var")
+        value = is_scale + (0.1 if leaf.ndim < 2 else 1.0) * noise
+        return np.asarray(value, leaf.dtype)
+
+    shapes = jax.eval_shape(model.init, *args)
+    return jax.tree_util.tree_map_with_path(filled, shapes)
+
+
 def training(loss: Callable, params, *batch, optimizer=None):
     optimizer = optimizer or optax.adamw(1e-3)
     return _step(loss, optimizer), (params, optimizer.init(params), *batch)
@@ -45,7 +59,7 @@ def lstm():
     x = images(4, 6, 5)
     head = jax.random.normal(KEY, (8, 4)) * 0.3
     carry = cell.initialize_carry(KEY, (4, 5))
-    params = {"cell": cell.init(KEY, carry, x[:, 0]), "head": head}
+    params = {"cell": initialised(cell, KEY, carry, x[:, 0]), "head": head}
 
     def loss(params, x, labels):
         def body(carry, inputs):
@@ -115,7 +129,7 @@ class _Gpt(nn.Module):
 def gpt(**options):
     model = _Gpt(**options)
     tokens = np.random.default_rng(1).integers(0, 11, (4, 7)).astype(np.int32)
-    params = model.init({"params": KEY, "dropout": KEY}, tokens[:, :-1])
+    params = initialised(model, {"params": KEY, "dropout": KEY}, tokens[:, :-1])
 
     def loss(params, tokens, key=KEY):
         logits = model.apply(params, tokens[:, :-1], rngs={"dropout": key})
@@ -138,7 +152,7 @@ def mlp_mixer():
             return nn.Dense(4)(x.mean(1))
 
     model, x = Mixer(), images(4, 6, 8)
-    params = model.init(KEY, x)
+    params = initialised(model, KEY, x)
 
     def loss(params, x, labels):
         soft = optax.smooth_labels(jax.nn.one_hot(labels, 4), 0.1)
@@ -159,7 +173,7 @@ def conv_net():
             return nn.Dense(4)(x.mean((1, 2)))
 
     model, x = Net(), images(4, 8, 8, 3)
-    variables = model.init(KEY, x)
+    variables = initialised(model, KEY, x)
 
     def step(variables, momentum, x, labels):
         def loss(params):
@@ -205,7 +219,7 @@ def unet():
             return nn.Conv(3, (1, 1))(x)
 
     model, x = Net(), images(2, 8, 8, 3)
-    params = model.init(KEY, x)
+    params = initialised(model, KEY, x)
 
     def loss(params, x, labels):
         return cross_entropy(model.apply(params, x), labels)
@@ -224,7 +238,7 @@ def vae():
             return nn.Dense(10)(nn.softplus(nn.Dense(16)(z))), mean, log_var
 
     model, x = Vae(), images(4, 10)
-    params = model.init(KEY, x, KEY)
+    params = initialised(model, KEY, x, KEY)
 
     def loss(params, x, key):
         logits, mean, log_var = model.apply(params, x, key)
@@ -239,7 +253,7 @@ def mixed_precision(dtype: str = "bfloat16"):
     """bfloat16 blocks with float32 weights, and a scaled loss whose bad steps are skipped."""
     model = _Gpt(dtype=dtype)
     tokens = np.random.default_rng(1).integers(0, 11, (4, 7)).astype(np.int32)
-    params = model.init(KEY, tokens[:, :-1])
+    params = initialised(model, KEY, tokens[:, :-1])
 
     def step(params, scale, tokens):
         def loss(params):
@@ -263,7 +277,7 @@ def dropout():
             return nn.Dense(1)(x)[..., 0]
 
     model, x = Net(), images(32, 10)
-    params = model.init({"params": KEY, "dropout": KEY}, x)
+    params = initialised(model, {"params": KEY, "dropout": KEY}, x)
 
     def loss(params, x, y, key):
         predicted = model.apply(params, x, rngs={"dropout": key})

@@ -44,6 +44,8 @@ from jevt.partition.problem import Grouping, Problem
 WORKLOADS = "bert,vit,resnet,xmlcnn,gcn"
 LAYERS = "1,4,12,24,48,96"
 DEVICE = "H100"
+#: The partitioner's default; a busy machine may want more for the plans of an idle one.
+LIMIT = 10.0
 JSON = machine.ROOT / "benchmarks" / "results" / "partition.json"
 PAGE = machine.ROOT / "docs" / "partitioner.md"
 
@@ -97,14 +99,14 @@ class DepthRow:
     gap: float
 
 
-def traced(workload: Workload, device: Device) -> tuple[Jaxpr, Context]:
-    """The training step after the passes, constants as inputs."""
+def traced(workload: Workload, device: Device, limit: float = LIMIT) -> tuple[Jaxpr, Context]:
+    """The training step after the passes, constants as inputs; ``limit`` is the time limit."""
     state, batch = (jax.eval_shape(lambda make=m: make(0)) for m in (workload.init, workload.batch))
     jaxpr = jax.make_jaxpr(workload.step)(state, batch)
     context = Context("cuda", "auto", False, (False,) * len(jaxpr.invars), device)
     for _, graph_pass in pipeline.graph_passes(context):
         jaxpr = graph_pass(jaxpr)
-    return jaxpr.with_consts(()), context
+    return jaxpr.with_consts(()), dataclasses.replace(context, partition_seconds=limit)
 
 
 def compare(name: str, jaxpr: Jaxpr, context: Context) -> Iterator[PlanRow]:
@@ -185,9 +187,9 @@ MODELS: Mapping[str, Callable[[int], Workload]] = {
 }
 
 
-def depth(model: str, layers: int, device: Device) -> DepthRow:
+def depth(model: str, layers: int, device: Device, limit: float) -> DepthRow:
     """Times the partitioner on a model of that depth."""
-    jaxpr, context = traced(MODELS[model](layers), device)
+    jaxpr, context = traced(MODELS[model](layers), device, limit)
     clock, cpu = time.perf_counter(), time.process_time()
     plan = partition(jaxpr, context)
     return DepthRow(
@@ -210,6 +212,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--layers", default=LAYERS, help=f"comma-separated; default {LAYERS}")
     parser.add_argument("--models", default=",".join(MODELS), help="whose depth is varied")
     parser.add_argument("--device", default=DEVICE, choices=sorted(DEVICES), help="planned for")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds; default %(default)s")
     parser.add_argument("--json", type=Path, default=JSON)
     parser.add_argument("--page", type=Path, default=PAGE, help="default docs/partitioner.md")
     args = parser.parse_args(arguments)
@@ -221,11 +224,13 @@ def run(arguments: Sequence[str]) -> int:
     plans, depths = [], []
     load = [os.getloadavg()[0]]
     for name in names:
-        plans += compare(name, *traced(registry.make(name, Options(size=args.size)), device))
+        plans += compare(
+            name, *traced(registry.make(name, Options(size=args.size)), device, args.limit)
+        )
         print(partitioner.plan_table(list(map(dataclasses.asdict, plans[-1 - len(GREEDY) :]))))
     chosen = [m for m in args.models.split(",") if m]
     for model, layers in itertools.product(chosen, map(int, filter(None, args.layers.split(",")))):
-        depths.append(depth(model, layers, device))
+        depths.append(depth(model, layers, device, args.limit))
         load.append(os.getloadavg()[0])
         print(depths[-1])
     header = Header(
@@ -237,6 +242,7 @@ def run(arguments: Sequence[str]) -> int:
     content = {
         **dataclasses.asdict(header),
         "planned_for": device.name,
+        "limit": args.limit,
         "load": [min(load), max(load)],
         "rows": list(map(dataclasses.asdict, plans)),
         "depths": list(map(dataclasses.asdict, depths)),

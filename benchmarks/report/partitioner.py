@@ -15,7 +15,7 @@ _PAGE = """\
 Made by `python -m benchmarks partition`: training steps traced at their full shapes, rewritten and
 partitioned as for an {planned_for}, without one. Seconds are of {device}, commit {commit}, {date}.
 Its load average was {load} meanwhile, of which the partitioner makes one or two: where others
-use the processors too, *CPU s* says what the work is.
+use the processors too, *CPU s* says what the work is. The solver's time limit was {limit:g} s.
 
 ## Plans against greedy fusion
 
@@ -109,7 +109,7 @@ def write_page(content: Mapping[str, Any], page: Path, figure: Path) -> None:
 
     charts.planning_time(content["depths"], figure)
     text = _PAGE.format(
-        **{key: content[key] for key in ("planned_for", "device", "commit", "date")},
+        **{key: content[key] for key in ("planned_for", "device", "commit", "date", "limit")},
         plans=plan_table(content["rows"]),
         depths=depth_table(content["depths"]),
         load=" to ".join(f"{x:.1f}" for x in content["load"]),

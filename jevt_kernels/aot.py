@@ -55,7 +55,7 @@ def compile(  # noqa: A001
 ) -> Binary:
     """Compiles the kernel for an NVIDIA GPU with Triton's own ptxas; no GPU or driver is needed.
 
-    Of two stages, the first.
+    Of several stages, the first.
 
     Args:
       spec: the kernel.
@@ -73,7 +73,7 @@ def compile(  # noqa: A001
     if source is None:
         source = launch.source_for(spec, config)
     if source.stages is not None:
-        spec = source.stages.first
+        spec = source.stages.steps[0].spec
     launch.check_descriptors(spec, source, arch)
     return _compile(source, launch.signature(partials.written(spec, source), source), arch)
 

@@ -42,7 +42,7 @@ def generate(spec: KernelSpec, config: Config | None = None) -> Source:
     Raises:
       UnsupportedKernel: the mainloop cannot generate this spec.
     """
-    from jevt_kernels.mainloops import MAINLOOPS, gemm
+    from jevt_kernels.mainloops import MAINLOOPS, STAGES
 
     if spec.mainloop not in MAINLOOPS:
         raise UnsupportedKernel(
@@ -50,8 +50,9 @@ def generate(spec: KernelSpec, config: Config | None = None) -> Source:
         )
     mainloop = MAINLOOPS[spec.mainloop]
     config = config or mainloop.configs(spec)[0]
-    if spec.mainloop == "gemm" and (stages := gemm.stages(spec, config)) is not None:
-        first = generate(stages.first, dataclasses.replace(config, splits=1))
+    in_stages = STAGES.get(spec.mainloop)
+    if in_stages is not None and (stages := in_stages(spec, config)) is not None:
+        first = generate(stages.steps[0].spec, dataclasses.replace(config, splits=1))
         return dataclasses.replace(first, stages=stages)
     config = _fitted(config, spec, mainloop.SMALLEST_BLOCK)
     printer = Printer(spec, config)

@@ -121,6 +121,36 @@ def nan_min(x, y):
 
 
 @triton.jit
+def online_exp(most, x):
+    """What a sum relative to ``most`` is scaled by when ``x`` comes, and the share of ``x`` in it.
+
+    ``exp(old - new), exp(x - new)`` of the old and the new maximum: one of them is 1, and one
+    exponential gives the other. Where both are the same infinity, both are 1.
+    """
+    smaller = tl.where(x == most, 1.0, tl.exp(-tl.abs(x - most)))
+    return tl.where(x > most, smaller, 1.0), tl.where(x > most, 1.0, smaller)
+
+
+@triton.jit
+def online_exp2(most, x):
+    """:func:`online_exp` with powers of 2."""
+    smaller = tl.where(x == most, 1.0, tl.exp2(-tl.abs(x - most)))
+    return tl.where(x > most, smaller, 1.0), tl.where(x > most, 1.0, smaller)
+
+
+@triton.jit
+def relative_exp(x, most):
+    """``exp(x - most)``, 1 where both are the same infinity."""
+    return tl.where(x == most, 1.0, tl.exp(x - most))
+
+
+@triton.jit
+def relative_exp2(x, most):
+    """:func:`relative_exp` with powers of 2."""
+    return tl.where(x == most, 1.0, tl.exp2(x - most))
+
+
+@triton.jit
 def product(x, y):
     """Multiplication, for ``tl.reduce``."""
     return x * y

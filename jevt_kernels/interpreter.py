@@ -153,7 +153,7 @@ def run(
     if source is None:
         source = launch.source_for(spec, config)
     if source.stages is not None:
-        return launch.two_stages(run, source, [np.asarray(o) for o in operands])
+        return launch.in_stages(run, source, [np.asarray(o) for o in operands])
     launch.check_grid(spec, source)
     inputs = []
     for operand, operand_type in zip(operands, spec.inputs, strict=True):
@@ -176,7 +176,7 @@ def run(
     # A GPU's arithmetic does not warn; masked lanes compute with whatever is there.
     with _LOCK, np.errstate(all="ignore"):
         kernel[(source.grid,)](*arguments)
-    return partials.combine(spec, source, results)
+    return partials.combine(spec, source, results, run)
 
 
 def call(

@@ -137,10 +137,10 @@ def check_operands(spec: KernelSpec, operands: Sequence[Any]) -> None:
             )
 
 
-def two_stages[Array](
+def in_stages[Array](
     run: Callable[..., tuple[Array, ...]], source: Source, operands: Sequence[Array]
 ) -> tuple[Array, ...]:
-    """Runs the two kernels of ``source.stages``, of which ``source`` is the first.
+    """Runs the kernels of ``source.stages``, of which ``source`` is the first.
 
     Args:
       run: :func:`call` or :func:`jevt_kernels.interpreter.run`.
@@ -149,9 +149,11 @@ def two_stages[Array](
     """
     stages = source.stages
     assert stages is not None
-    first = dataclasses.replace(source, stages=None)
-    between = run(stages.first, *(operands[i] for i in stages.first_inputs), source=first)
-    return run(stages.second, *(operands[i] for i in stages.second_inputs), *between)
+    values = list(operands)
+    for number, step in enumerate(stages.steps):
+        printed = None if number else dataclasses.replace(source, stages=None)
+        values += run(step.spec, *(values[i] for i in step.reads), source=printed)
+    return tuple(values[i] for i in stages.results)
 
 
 def check_grid(spec: KernelSpec, source: Source) -> None:
@@ -198,7 +200,7 @@ def call(
         source = source_for(spec, config)
     if source.stages is not None:
         run = functools.partial(call, compute_capability=compute_capability, name=name)
-        return two_stages(run, source, operands)
+        return in_stages(run, source, operands)
     check_grid(spec, source)
     kernel_spec = partials.written(spec, source)
     signature(kernel_spec, source)  # raises for dtypes that kernels do not support
@@ -244,7 +246,8 @@ def call(
             cost_estimate=cost_estimate(spec),
         )
     in_place = [results[order.index(output)] for output in range(len(order))]
-    return partials.combine(spec, source, in_place)
+    run = functools.partial(call, compute_capability=compute_capability)
+    return partials.combine(spec, source, in_place, run)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -42,7 +42,8 @@ class Config:
         tile an instance.
       group: of matrix products: rows of tiles that are walked column by column, so that the
         operands of tiles computed at the same time stay in the L2 cache.
-      splits: of matrix products: parts of the contracted axis, each summed by a program of its own.
+      splits: of matrix products: parts of the contracted axis, each summed by a program of its own;
+        of rowwise kernels: parts of a row, each reduced by a program of its own.
       subtiles: of matrix products: parts of a tile for which the epilogue runs one after the other,
         a power of two.
       descriptors: of matrix products: whether operands are loaded through tensor descriptors, those
@@ -165,20 +166,31 @@ class Descriptor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stages:
-    """A kernel that is computed by two.
+class Step:
+    """One of several kernels that compute what a spec asks for.
 
     Attributes:
-      first: a kernel with one output.
-      first_inputs: which inputs of the whole are its own.
-      second: a kernel with the outputs of the whole; its last input is the output of ``first``.
-      second_inputs: which inputs of the whole come before that.
+      spec: the kernel.
+      reads: where its inputs come from: positions among the inputs of the whole, followed by the
+        outputs of the steps before it.
     """
 
-    first: KernelSpec
-    first_inputs: tuple[int, ...]
-    second: KernelSpec
-    second_inputs: tuple[int, ...]
+    spec: KernelSpec
+    reads: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """A kernel that is computed by several, one after another.
+
+    Attributes:
+      steps: the kernels.
+      results: the outputs of the whole: positions among its inputs, followed by the outputs of all
+        steps.
+    """
+
+    steps: tuple[Step, ...]
+    results: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,8 +206,8 @@ class Source:
       config: the configuration that the text was printed for.
       partials: outputs that need a second stage (``jevt_kernels.partials``).
       descriptors: tensor descriptors of inputs.
-      stages: two kernels that compute what the spec asks for; then all the above is about the
-        first of them, and None otherwise.
+      stages: several kernels that compute what the spec asks for; then all the above is about the
+        first of them. None where one kernel does.
     """
 
     text: str

@@ -181,6 +181,18 @@ def operands(node: Node) -> tuple[int, ...]:
             return ()
 
 
+def ancestors(tree: Tree, position: int) -> tuple[int, ...]:
+    """A node and those that its value is made of, ascending."""
+    found: set[int] = set()
+    stack = [position]
+    while stack:
+        here = stack.pop()
+        if here not in found:
+            found.add(here)
+            stack.extend(operands(tree[here]))
+    return tuple(sorted(found))
+
+
 def dependencies(tree: Tree, space: Space) -> tuple[frozenset[str], ...]:
     """For each node, the names of the tile axes along which its value varies.
 

@@ -115,7 +115,8 @@ GALLERY: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "pointwise_transposed": (transposed, (tensor(1000, 600),)),
     "pointwise_integers": (integers, (tensor(777, dtype=np.int32), tensor(777, dtype=np.int32))),
     "rowwise_softmax": (softmax, (tensor(4096, 1000),)),
-    "rowwise_softmax_looped": (softmax, (tensor(64, 131072),)),
+    "rowwise_softmax_looped": (softmax, (tensor(256, 131072),)),
+    "rowwise_softmax_parts": (softmax, (tensor(8, 1000000, dtype=BFLOAT16),)),
     "rowwise_masked_softmax": (masked_softmax, (tensor(2, 16, 512, 512, dtype=BFLOAT16),)),
     "rowwise_layer_norm": (
         layer_norm,

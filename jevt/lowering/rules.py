@@ -14,7 +14,6 @@ with a reason that goes into the plan. Four kinds of rules exist:
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -47,13 +46,10 @@ class Role:
       kind: "pointwise", "view", "reduction", "contraction" (a matrix product), or "source" (reads
         no array).
       axes: for a reduction, the reduced axes of its operand.
-      split: for a reduction, it has rows that are too few and too long for one program each: only
-        beside a matrix product, which sums them up tile by tile.
     """
 
     kind: Literal["pointwise", "view", "reduction", "contraction", "source"]
     axes: tuple[int, ...] = ()
-    split: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +286,4 @@ def _classify_reduction(eqn: JaxprEqn) -> Role:
     op, dtype = REDUCTIONS[eqn.primitive], _dtype(operand)
     if op in ("and", "or") and dtype != np.dtype(bool):
         raise NotFusible(f"bitwise {eqn.primitive.name} of {dtype} has no kernel form")
-    inner = next((i for i in reversed(range(operand.ndim)) if operand.shape[i] > 1), None)
-    kept = operand.size // max(1, math.prod(operand.shape[i] for i in axes))
-    return Role("reduction", axes, inner in axes and long_rows(operand.size, kept))
+    return Role("reduction", axes)

@@ -8,7 +8,6 @@ import math
 from jevt.lowering.axes import Factor, flat
 from jevt.lowering.errors import NotFusible
 from jevt.lowering.layout import Layout, Resolved, atoms_of
-from jevt.lowering.rules import long_rows
 from jevt_kernels import visitor
 
 
@@ -20,7 +19,7 @@ def layout(group: Resolved) -> Layout:
     """
     order = group.memory_order(_ranked(group), group.live)
     directions = _directions(group, order)
-    _check_reductions(group, order, directions)
+    _check_reductions(group, order)
     _check_stores(group, directions)
     if directions.over:
         tiles = [("row", directions.row), ("col", directions.col)]
@@ -72,12 +71,7 @@ def _directions(group: Resolved, order: list[Factor]) -> _Directions:
     return _Directions([a for a in order if a in row], [a for a in order if a in col], over)
 
 
-def _check_reductions(group: Resolved, order: list[Factor], directions: _Directions) -> None:
-    size, rows = (math.prod(a.size for a in atoms) for atoms in (order, directions.row))
-    if "col" in directions.over.values() and long_rows(size, rows):
-        raise NotFusible(
-            f"no mainloop: reduction of {size} elements to only {rows} (needs split rows)"
-        )
+def _check_reductions(group: Resolved, order: list[Factor]) -> None:
     for reduction in group.reductions:
         own = atoms_of(flat(reduction.axes))
         if any(atom not in own for atom in order):

@@ -159,8 +159,7 @@ def _candidates(graph: Graph, single: set[int]) -> Links:
     for tensor in graph.tensors:
         readers = [c for c in tensor.consumers if c not in ends]
         producer = tensor.producer
-        late = tensor.late or (producer is not None and graph.nodes[producer].split)
-        if producer is not None and producer not in single and not late:
+        if producer is not None and producer not in single and not tensor.late:
             for reader in readers:
                 if _may_join(graph.nodes[producer], graph.nodes[reader]) and not any(
                     shrinks(graph.jaxpr.eqns[p], tensor.var)

@@ -197,7 +197,6 @@ def merge(graph: Graph, parts: list[Node]) -> Node:
         ends=tuple(sorted(ends)),
         assumed=any(p.assumed for p in parts),
         free=all(p.free for p in parts),
-        split=any(p.split for p in parts),
     )
 
 

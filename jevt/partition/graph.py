@@ -34,9 +34,6 @@ class Role(Protocol):
     @property
     def axes(self) -> tuple[int, ...]: ...
 
-    @property
-    def split(self) -> bool: ...
-
 
 type Classify = Callable[[JaxprEqn], Role]
 
@@ -78,7 +75,6 @@ class Node:
       assumed: some positions in ``ends`` were joined to the others without proof (see
         :mod:`.absorb`).
       loose: a leaf that is only to be with what it reads, or alone (see :mod:`.absorb`).
-      split: a reduction with a place in the kernels of matrix products only.
       free: only relabels its operand's bytes (a row-major reshape), so that XLA runs it for
         nothing.
       reason: for opaque nodes, why.
@@ -92,7 +88,6 @@ class Node:
     ends: tuple[int, ...] = ()
     assumed: bool = False
     loose: bool = False
-    split: bool = False
     free: bool = False
     reason: str = ""
     fallback: bool = False
@@ -315,7 +310,7 @@ def _reduction(position: int, shape: Sequence[int], role: Role) -> Node:
         return Node((position,), "pointwise", size)
     inner = max(a for a, extent in enumerate(shape) if extent > 1)
     if inner in axes:
-        return Node((position,), "reduction", size, reduced, split=role.split)
+        return Node((position,), "reduction", size, reduced)
     return Node((position,), "reduction", size, size // reduced, ends=(position,))
 
 

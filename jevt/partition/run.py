@@ -162,7 +162,7 @@ class _Run:
         """The graph, with what ``build`` refuses even alone made opaque."""
         nodes = list(graph.nodes)
         for index, node in enumerate(nodes):
-            asked = node.kind in ("pointwise", "reduction", "contraction") and not node.split
+            asked = node.kind in ("pointwise", "reduction", "contraction")
             if asked and node.size > 1:
                 reason = self.builder.refusal(graph.extract(node.eqns))
                 if reason:

@@ -21,7 +21,7 @@ from jevt_kernels.mainloops import columnwise
 def labels_of(graph: Graph, part: Sequence[int]) -> tuple[Label, ...]:
     """The spaces that the nodes of a component can give a group."""
     nodes = [graph.nodes[n] for n in part]
-    spaces = {(node.size, node.cols, bool(node.ends), False) for node in nodes if not node.split}
+    spaces = {(node.size, node.cols, bool(node.ends), False) for node in nodes}
     spaces |= {(node.size, 0, False, False) for node in nodes}
     spaces |= {(node.size, 0, False, True) for node in nodes if node.kind == "contraction"}
     return tuple(Label(*space) for space in sorted(spaces))
@@ -77,8 +77,6 @@ def _fit(
             return ""
         if (node.size, node.cols) != (label.size, label.cols) or (strict and not label.late):
             return ""
-        if node.split:
-            return ""
         return "full" if all(t.size == label.size for t in early) else "rows"
     if node.size == label.size:
         return "full"
@@ -123,7 +121,7 @@ class _Reducible:
             node = graph.nodes[n]
             if node.kind == "contraction":
                 self.reductions[Label(node.size, 0, product=True)] |= 1 << n
-            if node.cols and not node.split:
+            if node.cols:
                 self.reductions[Label(node.size, node.cols, bool(node.ends))] |= 1 << n
 
     def __call__(self, node: int, label: Label) -> bool:

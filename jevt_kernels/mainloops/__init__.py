@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from jevt_kernels.codegen import Printer
-from jevt_kernels.mainloops import columnwise, gemm, multi_tensor, pointwise, rowwise, segments
-from jevt_kernels.spec import Config, KernelSpec
+from jevt_kernels.mainloops import (
+    columnwise,
+    gemm,
+    multi_tensor,
+    parts,
+    pointwise,
+    rowwise,
+    segments,
+)
+from jevt_kernels.spec import Config, KernelSpec, Stages
 
 
 class Mainloop(Protocol):
@@ -34,4 +43,11 @@ MAINLOOPS: dict[str, Mainloop] = {
     "columnwise": columnwise,
     "gemm": gemm,
     "segments": segments,
+    "parts": parts,
+}
+
+#: Mainloops that can leave a kernel to several: which ones, in a configuration; None for one.
+STAGES: dict[str, Callable[[KernelSpec, Config], Stages | None]] = {
+    "gemm": gemm.stages,
+    "rowwise": rowwise.stages,
 }

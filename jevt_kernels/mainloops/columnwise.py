@@ -3,7 +3,8 @@
 The gradients of biases and of normalisation parameters, and BatchNorm's statistics, are sums along
 all rows of values that are made from a few large tensors. A program walks many blocks of rows,
 stores full tiles on the way, and keeps one accumulator tile for each reduction; what it leaves is a
-partial result, and ``jevt_kernels.partials`` combines those of all programs in a fixed order.
+partial result, and ``jevt_kernels.partials`` combines those of all programs in a fixed order. Where
+one program walks all rows of its columns, it stores the result itself.
 
 With reductions along ``col`` too (a layer norm's input gradient beside its parameters' gradients),
 the tile holds whole rows; otherwise wide rows are cut into blocks of columns.
@@ -90,7 +91,12 @@ def emit(printer: Printer) -> int:
     printer.close()
 
     for reduction in along_rows:
-        for store in _stores_of(printer, reduction.position):
+        mine = _stores_of(printer, reduction.position)
+        if programs == 1:  # all rows: nothing is left to combine
+            reduction.finish(reduction.accumulator)
+            printer.store_all(mine)
+            continue
+        for store in mine:
             value = reduction.along(reduction.accumulator)
             store_partial(printer, reduction, store, value, "part", programs)
     return programs * column_blocks

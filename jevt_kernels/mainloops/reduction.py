@@ -76,12 +76,17 @@ class Reduction:
             f"{self.accumulator} = tl.full({shape}, {self.identity}, {triton_type(self.dtype)})"
         )
 
-    def accumulate(self) -> None:
-        """Prints the accumulator's update by the present tile."""
-        acc, value = self.accumulator, self.masked()
+    def accumulate(self, value: str = "", scale: str = "") -> None:
+        """Prints the accumulator's update by the present tile.
+
+        Args:
+          value: the masked operand, if it is printed already.
+          scale: what a sum so far is multiplied by.
+        """
+        acc, value = self.accumulator, value or self.masked()
         match self.node.op:
             case "sum":
-                text = f"{acc} + {value}"
+                text = f"{acc} * {scale} + {value}" if scale else f"{acc} + {value}"
             case "prod":
                 text = f"{acc} * {value}"
             case op:
@@ -118,25 +123,41 @@ class Reduction:
                 return f"tl.{name}({tile}, axis={axis}, keep_dims=True)"
 
 
-def store_partial(
-    printer: Printer, reduction: Reduction, store: int, value: str, part: str, programs: int
-) -> None:
-    """Prints the store of a reduction's partial result, of its partial type.
+def store_part(printer: Printer, reduction: Reduction, store: int, value: str, part: str) -> None:
+    """Prints the store of what a program knows of a reduction, of its partial type.
 
     Args:
       printer: of the kernel.
       reduction: what the store writes.
       store: position of the store.
-      value: the partial result, without the dimension that was reduced.
+      value: without the dimension that was reduced.
+      part: what is added to the address, as an expression.
+    """
+    node = printer.spec.tree[store]
+    assert isinstance(node, visitor.Store)
+    mask = printer.mask(printer.stored_along(node))
+    value = f"{value}.to({TRITON_TYPES[reduction.dtype]})"
+    address = f"{part} + {printer.store_address(node)}"
+    printer.line(f"tl.store(y{node.output} + {address}, {value}{f', mask={mask}' if mask else ''})")
+
+
+def store_partial(
+    printer: Printer, reduction: Reduction, store: int, value: str, part: str, programs: int
+) -> None:
+    """Prints the store of a partial result, one of ``programs``, that a second stage combines.
+
+    Args:
+      printer: of the kernel.
+      reduction: what the store writes.
+      store: position of the store.
+      value: without the dimension that was reduced.
       part: number of this program's part, as an atom.
       programs: number of parts.
     """
     node = printer.spec.tree[store]
     assert isinstance(node, visitor.Store)
-    mask = printer.mask(printer.stored_along(node))
-    address = f"{part} * {printer.spec.outputs[node.output].size} + {printer.store_address(node)}"
-    value = f"{value}.to({TRITON_TYPES[reduction.dtype]})"
-    printer.line(f"tl.store(y{node.output} + {address}, {value}{f', mask={mask}' if mask else ''})")
+    size = printer.spec.outputs[node.output].size
+    store_part(printer, reduction, store, value, f"{part} * {size}")
     partial = Partial(node.output, programs, reduction.node.op, reduction.dtype)
     if partial not in printer.partials:
         printer.partials.append(partial)

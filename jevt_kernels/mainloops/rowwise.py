@@ -1,19 +1,24 @@
 """Rowwise kernels: reductions along ``col``, with pointwise work before, between and after.
 
-Two forms. *Whole*: a program instance holds whole rows on chip, so each element is read and written
-once. *Looped*, for rows that do not fit: one loop over the row for each level of reductions (a
-reduction that needs an earlier reduction's result is one level up) and one for the stores;
-pointwise work is repeated rather than stored.
+Three forms. *Whole*: a program instance holds whole rows on chip, so each element is read and
+written once. *Looped*, for rows that do not fit: one loop over the row for each pass
+(``mainloops.passes``: a reduction that needs an earlier reduction's result comes one pass later,
+but for a softmax's sum) and one for the stores; pointwise work is repeated rather than stored.
+*Split*, for rows that are few and long: several kernels (``mainloops.long_rows``).
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer, power_of_two
-from jevt_kernels.mainloops.pipelining import stages
+from jevt_kernels.mainloops import long_rows, parts, pipelining
+from jevt_kernels.mainloops.passes import passes
 from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.reduction import before_reductions, hoist, reductions
-from jevt_kernels.spec import Config, KernelSpec
+from jevt_kernels.mainloops.sweep import Sweep
+from jevt_kernels.spec import Config, KernelSpec, Stages
 
 SMALLEST_BLOCK = 1
 
@@ -31,16 +36,18 @@ _MANY_REGISTERS = 96
 #: Blocks that walk the rows then, eight on each of 132 multiprocessors.
 _PROGRAMS = 1056
 
+#: Fewer rows than this, each too long for one block, leave most of a GPU idle: they are split.
+FEW_ROWS = 128
+
 
 def configs(spec: KernelSpec) -> tuple[Config, ...]:
     """Configurations worth trying, the preferred one first."""
     rows, columns = (spec.space.extent(spec.space.tile_axis(name)) for name in ("row", "col"))
     width = power_of_two(columns)
     if width > MAX_WHOLE:
-        return tuple(
-            Config((("row", 1), ("col", block)), warps)
-            for block, warps in ((4096, 8), (2048, 8), (8192, 16))
-        )
+        looped = [Config((("row", 1), ("col", block)), warps) for block, warps in parts.TILES]
+        split = [dataclasses.replace(c, splits=_splits(rows, columns, c)) for c in looped]
+        return tuple(dict.fromkeys([*split, *looped] if rows < FEW_ROWS else looped))
     warps = min(32, max(1, width // _PER_WARP))
     height = min(max(1, _PER_WARP // width), power_of_two(rows))
     blocks = (("row", height), ("col", width))
@@ -48,9 +55,23 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
     tiles, registers = _loads(spec, width // (32 * warps))
     if tiles and height * width <= _PER_WARP and rows > 4 * _PROGRAMS:
         ahead = (("row", 2 if tiles == 1 and width == _PER_WARP else height), ("col", width))
-        walking = Config(ahead, warps, stages(spec, "row", dict(ahead)), _PROGRAMS)
+        walking = Config(ahead, warps, pipelining.stages(spec, "row", dict(ahead)), _PROGRAMS)
         result.insert(0 if registers >= _MANY_REGISTERS else 1, walking)
     return tuple(dict.fromkeys(result))
+
+
+def _splits(rows: int, columns: int, config: Config) -> int:
+    """Parts of a row, of equal numbers of blocks, such that all rows have ``_PROGRAMS`` of them."""
+    blocks = -(-columns // config.block("col"))
+    each = -(-blocks * rows // _PROGRAMS)
+    return -(-blocks // each)
+
+
+def stages(spec: KernelSpec, config: Config) -> Stages | None:
+    """The kernels that a configuration with ``splits`` asks for; None if one is enough."""
+    if config.splits == 1 or not any(isinstance(n, visitor.Reduce) for n in spec.tree):
+        return None
+    return long_rows.stages(spec, config.splits)
 
 
 def _loads(spec: KernelSpec, per_thread: int) -> tuple[int, int]:
@@ -98,19 +119,16 @@ def _emit_whole(printer: Printer) -> None:
 
 def _emit_looped(printer: Printer) -> None:
     columns = printer.spec.space.extent(printer.spec.space.tile_axis("col"))
-    all_reductions = reductions(printer, "col")
-    for level in sorted({printer.levels[r.position] for r in all_reductions}):
-        here = [r for r in all_reductions if printer.levels[r.position] == level]
-        for reduction in here:
-            reduction.start()
-            hoist(printer, [reduction.node.operand], "col")
+    reductions(printer, "col")  # raises for what none knows
+    plan = passes(printer.spec)
+    for number in range(len(plan.of)):
+        sweep = Sweep(printer, plan, number)
+        sweep.start()
         printer.open_loop("start", "0", columns, "BLOCK_COL")
         printer.tile_index("col", "start")
-        for reduction in here:
-            reduction.accumulate()
+        sweep.accumulate()
         printer.close()
-        for reduction in here:
-            reduction.finish(reduction.accumulator)
+        sweep.finish()
     stores = printer.stores()
     operands = [o for position in stores for o in visitor.operands(printer.spec.tree[position])]
     hoist(printer, operands, "col")

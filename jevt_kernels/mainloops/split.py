@@ -13,7 +13,7 @@ from jevt_kernels import visitor
 from jevt_kernels.index_map import IndexMap, Space, TileAxis, row_major
 from jevt_kernels.mainloops import product
 from jevt_kernels.mainloops.product import Product
-from jevt_kernels.spec import KernelSpec, Stages, TensorType, UnsupportedKernel
+from jevt_kernels.spec import KernelSpec, Stages, Step, TensorType, UnsupportedKernel
 from jevt_kernels.visitor import Compute, Contract, Iota, Load, Lookup, Node, Reduce, Store
 
 
@@ -44,7 +44,9 @@ def stages(spec: KernelSpec, found: Product, splits: int) -> Stages:
     layout = _layout(spec)
     first, first_inputs = _first(spec, found, splits, axis, layout)
     second, second_inputs = _second(spec, found, splits, layout)
-    return Stages(first, first_inputs, second, second_inputs)
+    parts = len(spec.inputs)
+    steps = (Step(first, first_inputs), Step(second, (*second_inputs, parts)))
+    return Stages(steps, tuple(range(parts + 1, parts + 1 + len(spec.outputs))))
 
 
 def _outermost(spec: KernelSpec) -> int | None:

@@ -69,7 +69,7 @@ def global_accesses(ptx: str) -> set[str]:
         (lambda x: x[:, :512] * x[:, 512:], (tensor(999, 1024),)),
         (lambda x: x.reshape(32, 128, 16, 64).transpose(0, 2, 1, 3) * 2, (tensor(4096, 1024),)),
         (kernel_gallery.softmax, (tensor(4096, 1000),)),
-        (kernel_gallery.softmax, (tensor(64, 131072, dtype=BFLOAT16),)),
+        (kernel_gallery.softmax, (tensor(256, 131072, dtype=BFLOAT16),)),
         (kernel_gallery.transposed, (tensor(1024, 512, dtype=BFLOAT16),)),
     ],
 )
@@ -143,8 +143,8 @@ def test_all_configurations_are_printed() -> None:
         for config in MAINLOOPS[spec.mainloop].configs(spec):
             source = codegen.generate(spec, config)
             compile(source.text, name, "exec")
-            assert source.entry == name
-            assert source.config == config
+            assert source.stages or source.entry == name
+            assert dataclasses.replace(source.config, splits=config.splits) == config
             for axis, block in config.blocks:
                 assert block & (block - 1) == 0
                 assert f"BLOCK_{axis.upper()}: tl.constexpr = {block}\n" in source.text

@@ -140,7 +140,7 @@ def test_split_with_an_epilogue(name: str) -> None:
     config = dataclasses.replace(gemm.SMALL, splits=splits)
     stages = codegen.generate(spec, config).stages
     assert stages is not None
-    assert stages.first.outputs[0].shape[0] == splits
+    assert stages.steps[0].spec.outputs[0].shape[0] == splits
     gemm.check(spec, config)
 
 

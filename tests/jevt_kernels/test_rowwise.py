@@ -24,13 +24,14 @@ X = contract.random((5, 40))
 SCALE = contract.random((40,), seed=1)
 BIAS = contract.random((40,), seed=2)
 
-#: Several rows a tile, one row a tile, several tiles a program with a ragged last one, and the
-#: looped form with a ragged last block.
+#: Several rows a tile, one row a tile, several tiles a program with a ragged last one, the looped
+#: form with a ragged last block, and rows in several parts, two of them with a block more.
 CONFIGS = (
     None,
     Config((("row", 1), ("col", 64))),
     Config((("row", 2), ("col", 64)), num_stages=3, programs=2),
     Config((("row", 4), ("col", 16))),
+    Config((("row", 2), ("col", 8)), splits=3),
 )
 
 
@@ -132,12 +133,51 @@ def test_half_precision(name: str, dtype: Any) -> None:
             assert error < (5e-3 if dtype == contract.BFLOAT16 else 6e-4)
 
 
-@pytest.mark.parametrize("columns", [1, 7, 1000, 30528, 131072])
-def test_lengths(columns: int) -> None:
-    x = contract.random((1 if columns > 1000 else 3, columns))
-    spec = contract.check(lambda x: (jax.nn.softmax(x), x.sum(1)), x)
-    text = codegen.generate(spec).text
-    assert ("for start in range" in text) == (columns > rowwise.MAX_WHOLE)
+def both(x: Any) -> Any:
+    return jax.nn.softmax(x), jax.nn.logsumexp(x, axis=1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, contract.BFLOAT16, np.float16], ids=str)
+@pytest.mark.parametrize("columns", [1, 7, 1000, 30528])
+def test_lengths(columns: int, dtype: Any) -> None:
+    """Rows that are held on chip."""
+    x = contract.random((1 if columns > 1000 else 3, columns), dtype)
+    spec = contract.build(both, x)
+    expected = [np.asarray(a).astype(dtype) for a in jax.jit(both)(x.astype(np.float32))]
+    contract.same(interpreter.run(spec, x), expected)
+    source = codegen.generate(spec)
+    assert source.stages is None and "for start in range" not in source.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype"),
+    [(131072, contract.BFLOAT16), (670208, np.float16), (1000000, np.float32)],
+    ids=str,
+)
+def test_long_rows(columns: int, dtype: Any) -> None:
+    """In a loop, in two parts (the interpreter takes a while for each maximum), as preferred."""
+    x = contract.random((1, columns), dtype)
+    wide = x.astype(np.float32)
+    logsumexp = contract.build(lambda x: jax.nn.logsumexp(x, axis=1), x)
+    expected = [np.asarray(jax.nn.logsumexp(wide, axis=1)).astype(dtype)]
+    block = (("row", 1), ("col", 4096))
+    for config in (Config(block), Config(block, splits=2)):
+        contract.same(interpreter.run(logsumexp, x, config=config), expected)
+    total = contract.build(lambda x: (x.sum(1), jnp.square(x).sum(1)), x)
+    assert codegen.generate(total).stages is not None
+    exact = wide.astype(np.float64)
+    with np.errstate(over="ignore"):  # the squares are too many for a float16
+        sums = [exact.sum(1).astype(dtype), np.square(exact).sum(1).astype(dtype)]
+    contract.same(interpreter.run(total, x), sums, tolerance=1e-3)
+
+
+def test_softmax_in_a_loop_or_in_parts() -> None:
+    x = contract.random((2, 40000))
+    block = (("row", 1), ("col", 4096))
+    contract.check(both, x, configs=(Config(block), Config(block, splits=2)))
+    rows = jax.ShapeDtypeStruct((rowwise.FEW_ROWS, 40000), x.dtype)
+    source = codegen.generate(contract.build(both, rows))
+    assert source.stages is None and "for start in range" in source.text
 
 
 @pytest.mark.parametrize(
@@ -186,13 +226,24 @@ EDGES = np.array(
 )
 
 
-@pytest.mark.parametrize("config", [None, Config((("row", 2), ("col", 2)))])
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        Config((("row", 2), ("col", 2))),
+        Config((("row", 1), ("col", 1))),
+        Config((("row", 2), ("col", 1)), splits=2),
+        Config((("row", 4), ("col", 2)), splits=2),
+    ],
+)
 @pytest.mark.parametrize("columns", [3, 4])
 def test_infinities_and_nan(columns: int, config: Config | None) -> None:
     """In a masked tile and in a full one; the identity must not leak."""
 
     def everything(x: Any) -> Any:
-        return x.sum(1), x.max(1), x.min(1), x.prod(1), jax.nn.softmax(x), x > x.max(1)[:, None]
+        softmax, logsumexp = jax.nn.softmax(x), jax.nn.logsumexp(x, axis=1)
+        over = x > x.max(1)[:, None]
+        return x.sum(1), x.max(1), x.min(1), x.prod(1), softmax, logsumexp, over
 
     contract.check(everything, EDGES[:, :columns].copy(), configs=(config,))
 

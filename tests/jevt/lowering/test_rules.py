@@ -89,7 +89,7 @@ def test_views_reductions_sources_and_products() -> None:
     assert rules.classify(reduction) == rules.Role("reduction", (1,))
     square = jax.ShapeDtypeStruct((4096, 4096), np.float32)
     whole = equation(lambda x: lax.reduce_max_p.bind(x, axes=(0, 1), out_sharding=None), square)
-    assert rules.classify(whole) == rules.Role("reduction", (0, 1), split=True)
+    assert rules.classify(whole) == rules.Role("reduction", (0, 1))
     iota = equation(lambda: lax.broadcasted_iota(np.int32, (4, 5), 1))
     assert rules.classify(iota).kind == "source"
     product = equation(jnp.matmul, FLOAT, jax.ShapeDtypeStruct((FLOAT.shape[1], 3), np.float32))

@@ -1,0 +1,95 @@
+"""One pass of a loop over a row: the accumulators of its reductions along ``col``."""
+
+from __future__ import annotations
+
+from jevt_kernels import visitor
+from jevt_kernels.codegen import Printer
+from jevt_kernels.mainloops.passes import Online, Passes
+from jevt_kernels.mainloops.reduction import Reduction, hoist
+from jevt_kernels.visitor import Compute
+
+
+class Sweep:
+    """A pass.
+
+    A loop calls :meth:`accumulate` for each tile; afterwards :meth:`finish` gives the values if the
+    loop went over the whole row, :meth:`partial` what is known of them if it went over a part.
+    """
+
+    def __init__(self, printer: Printer, plan: Passes, number: int) -> None:
+        self.printer = printer
+        self.plan = plan
+        self.number = number
+        self.reductions = [Reduction(printer, position) for position in plan.of[number]]
+
+    def start(self) -> None:
+        """Prints the accumulators, and what tiles need that is the same for all of them."""
+        for reduction in self.reductions:
+            reduction.start()
+            below = visitor.ancestors(self.printer.spec.tree, reduction.node.operand)
+            ready = [p for p in below if self.plan.known[p] <= self.number]
+            hoist(self.printer, ready, "col")
+
+    def accumulate(self) -> None:
+        """Prints the update by the present tile."""
+        for reduction in self.reductions:
+            if reduction.position in self.plan.online:
+                continue
+            followers = self._followers(reduction)
+            if not followers:
+                reduction.accumulate()
+                continue
+            value = self.printer.bind(
+                ("operand", reduction.position), reduction.masked(), f"x{reduction.position}_tile"
+            )
+            for base in dict.fromkeys(self._base(online) for _, online in followers):
+                self._accumulate_relative(reduction, value, base)
+            reduction.accumulate(value)
+
+    def _accumulate_relative(self, maximum: Reduction, value: str, base: str) -> None:
+        """Prints the update of the sums relative to a maximum, before that of the maximum."""
+        stem = f"{base}{maximum.position}"
+        scale, unit = f"{stem}_scale", f"{stem}_unit"
+        self.printer.line(f"{scale}, {unit} = dm.online_{base}({maximum.accumulator}, {value})")
+        for reduction, online in self._followers(maximum):
+            if self._base(online) == base:
+                self.printer.set_value(online.exponential, unit)
+                reduction.accumulate(scale=scale)
+
+    def finish(self) -> None:
+        """Prints the values."""
+        for reduction in self.reductions:
+            online = self.plan.online.get(reduction.position)
+            tile = reduction.accumulator
+            if online is not None:  # the maximum's value is known by now: it comes first
+                base, maximum = self._base(online), Reduction(self.printer, online.maximum)
+                less = self.printer.value(online.subtrahend)
+                tile = f"{tile} * tl.{base}({maximum.accumulator} - {less})"
+            reduction.finish(tile)
+
+    def partial(self, reduction: Reduction) -> str:
+        """What the pass knows of a reduction; of an online sum, relative to the maximum."""
+        online = self.plan.online.get(reduction.position)
+        if online is None:
+            return self._of_part(reduction)
+        maximum = Reduction(self.printer, online.maximum)
+        most = self._of_part(maximum)
+        scaled = f"dm.relative_{self._base(online)}({maximum.accumulator}, {most})"
+        return reduction.along(f"{reduction.accumulator} * {scaled}")
+
+    def _of_part(self, reduction: Reduction) -> str:
+        name = f"part{reduction.position}"
+        return self.printer.bind(name, reduction.along(reduction.accumulator), name)
+
+    def _followers(self, maximum: Reduction) -> list[tuple[Reduction, Online]]:
+        return [
+            (reduction, self.plan.online[reduction.position])
+            for reduction in self.reductions
+            if reduction.position in self.plan.online
+            and self.plan.online[reduction.position].maximum == maximum.position
+        ]
+
+    def _base(self, online: Online) -> str:
+        node = self.printer.spec.tree[online.exponential]
+        assert isinstance(node, Compute)
+        return node.op

@@ -38,6 +38,12 @@ from jevt.passes.attention.scores import Scores
 TOLERANCE = 4e-3
 
 
+# What draws random bits where `expose_random_bits` has not made them arithmetic, with an `xor` in
+# every round; and how far back from a mask to look for that.
+_GENERATORS = ("threefry2x32", "random_bits", "rng_bit_generator")
+_EQUATIONS_OF_A_GENERATOR = 64
+
+
 @dataclasses.dataclass(frozen=True)
 class Named:
     """An array whose axes have names."""
@@ -81,12 +87,29 @@ def _seen_keys(region: Region, labels: Labels, how: Scores) -> Mapping[Var, bool
 
 
 def _suspect(region: Region, labels: Labels, how: Scores) -> str:
-    known = set(_seen_keys(region, labels, how))
-    for var in region.leaves():
-        aval: Any = var.aval
-        if aval.dtype == np.dtype(bool) and var not in known:
-            return "dropout, or a mask that is not of the scores"
+    known = {*_seen_keys(region, labels, how), *(value for _, value in how.biases)}
+    strange = [var for var in region.leaves() if var not in known]
+    if any(_is_random(var, region) for var in strange):
+        return "dropout on the probabilities: cuDNN would draw other random bits than JAX"
+    avals: list[Any] = [var.aval for var in strange]
+    if any(aval.dtype == np.dtype(bool) for aval in avals):
+        return "dropout, or a mask that is not of the scores"
     return "an unfamiliar computation between the products"
+
+
+def _is_random(var: Var, region: Region) -> bool:
+    """Whether the generator of random bits is near behind a value."""
+    seen, waiting = set[int](), [var]
+    while waiting and len(seen) < _EQUATIONS_OF_A_GENERATOR:
+        position = region.program.maker.get(waiting.pop())
+        if position is None or position in seen:
+            continue
+        seen.add(position)
+        eqn = region.program.eqns[position]
+        if eqn.primitive is p.xor_p or eqn.primitive.name in _GENERATORS:
+            return True
+        waiting += [a for a in eqn.invars if isinstance(a, Var)]
+    return False
 
 
 class _Evaluation:

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jevt_kernels import compat, launch, partials
+from jevt_kernels import compat, launch, limits, partials
 from jevt_kernels.spec import Config, KernelSpec, Source
 
 # jax-triton passes buffers of this alignment and tells Triton so; the code depends on it.
@@ -60,7 +60,7 @@ def compile(  # noqa: A001
     Args:
       spec: the kernel.
       arch: compute capability, 80 (A100) or 90 (H100).
-      config: launch configuration; the default is chosen by the mainloop.
+      config: launch configuration; the default is the mainloop's first that the GPU can run.
       source: printed kernel to use instead of generating one; it brings its own configuration.
 
     Raises:
@@ -71,7 +71,7 @@ def compile(  # noqa: A001
     """
     compat.check_compute_capability(arch)
     if source is None:
-        source = launch.source_for(spec, config)
+        source = launch.source_for(spec, config or limits.default_config(spec, arch))
     if source.stages is not None:
         spec = source.stages.steps[0].spec
     launch.check_descriptors(spec, source, arch)

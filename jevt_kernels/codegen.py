@@ -25,10 +25,13 @@ from jevt_kernels.spec import Config, KernelSpec, Source, UnsupportedKernel
 
 
 def default_config(spec: KernelSpec) -> Config:
-    """The configuration that the mainloop prefers when nothing was measured."""
+    """The configuration that the mainloop prefers for a GPU of which nothing is known.
+
+    (:func:`jevt_kernels.limits.default_config` is that for a known GPU.)
+    """
     from jevt_kernels.mainloops import MAINLOOPS
 
-    return MAINLOOPS[spec.mainloop].configs(spec)[0]
+    return next(c for c in MAINLOOPS[spec.mainloop].configs(spec) if not c.descriptors)
 
 
 def generate(spec: KernelSpec, config: Config | None = None) -> Source:
@@ -36,7 +39,7 @@ def generate(spec: KernelSpec, config: Config | None = None) -> Source:
 
     Args:
       spec: what to compute.
-      config: tile sizes and warps; the mainloop's first choice by default. A block that is larger
+      config: tile sizes and warps; :func:`default_config` by default. A block that is larger
         than its axis needs is made smaller.
 
     Raises:
@@ -49,7 +52,7 @@ def generate(spec: KernelSpec, config: Config | None = None) -> Source:
             f"expected a mainloop of {sorted(MAINLOOPS)}, got {spec.mainloop!r}"
         )
     mainloop = MAINLOOPS[spec.mainloop]
-    config = config or mainloop.configs(spec)[0]
+    config = config or default_config(spec)
     in_stages = STAGES.get(spec.mainloop)
     if in_stages is not None and (stages := in_stages(spec, config)) is not None:
         first = generate(stages.steps[0].spec, dataclasses.replace(config, splits=1))

@@ -1,8 +1,8 @@
 """The only file of ``jevt_kernels`` that touches private parts of JAX, jax-triton and Triton.
 
 Supported: JAX 0.11 and 0.12, Triton 3.6 to 3.9, jax-triton 0.4. The combination JAX 0.11.2, Triton
-3.8 and jax-triton 0.4.1 needs no mend; for the others, :func:`import_jax_triton` applies these,
-each only where it is needed:
+3.8 and jax-triton 0.4.1 works as it is; :func:`import_jax_triton` applies these mends, each only
+where it is needed:
 
 ============================  ==================  =================================================
 mend                          where               without it
@@ -12,6 +12,7 @@ mend                          where               without it
 :func:`_adapt_dce_rule`       JAX >= 0.12         dead-code elimination of a kernel raises TypeError
 :func:`_keep_environment`     always              importing jax-triton unsets ``TRITON_CACHE_DIR``
 :func:`backend_options`       Triton >= 3.9       PTX that CUDA 12 rejects; a warning a process
+:func:`_check_shared_memory`  always              a kernel that wants too much aborts the program
 ============================  ==================  =================================================
 """
 
@@ -32,6 +33,8 @@ import jax
 import numpy as np
 from jax._src import core as _core
 from jax.extend.core import DebugInfo, Jaxpr, JaxprEqn, Var
+
+from jevt_kernels.spec import UnsupportedKernel
 
 MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = 80
@@ -118,6 +121,20 @@ def check_compute_capability(capability: int) -> None:
         )
 
 
+#: Bytes of shared memory that a thread block may have, by compute capability (CUDA C++ Programming
+#: Guide, technical specifications).
+_SHARED_BYTES = {
+    80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10,
+    90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
+}  # fmt: skip
+
+
+def shared_memory_limit(capability: int) -> int:
+    """Bytes of shared memory that a thread block may have, 90 for sm_90."""
+    older = [known for known in _SHARED_BYTES if known <= capability]
+    return _SHARED_BYTES[max(older, default=min(_SHARED_BYTES))]
+
+
 def backend_options(capability: int | None) -> dict[str, Any]:
     """Options for Triton's CUDA backend that give the same code with every version of Triton.
 
@@ -159,6 +176,7 @@ def import_jax_triton() -> ModuleType:
             'jevt.jit(backend="xla").'
         ) from None
     _find_nvidia_backend(library)
+    _check_shared_memory(library)
     if version < (3, 8):
         _complete_descriptors(library)
     if jax_version() >= (0, 12):
@@ -205,6 +223,27 @@ def _adapt_dce_rule(library: Any) -> None:
         return rule(used_outputs, eqn)
 
     rules[library.triton_kernel_call_p] = rule_with_liveness
+
+
+def _check_shared_memory(library: Any) -> None:
+    """Refuses a kernel that wants more shared memory than the GPU has when it is compiled.
+
+    jax-triton leaves that to the launch, whose failure is that of the whole program.
+    """
+    compile_ptx = library.compile_ttir_to_ptx_inplace
+
+    def compile_and_check(ttir: Any, backend: Any, options: Any, capability: int) -> Any:
+        result = compile_ptx(ttir, backend, options, capability)
+        limit = shared_memory_limit(capability)
+        if result.shared_mem_bytes > limit:
+            raise UnsupportedKernel(
+                f"kernel {result.name}: expected at most {limit} bytes of shared memory on a GPU "
+                f"of compute capability {capability / 10}, got {result.shared_mem_bytes}. Use "
+                "smaller blocks or fewer stages."
+            )
+        return result
+
+    library.compile_ttir_to_ptx_inplace = compile_and_check
 
 
 @contextlib.contextmanager

@@ -178,7 +178,7 @@ def call(
     Args:
       spec: the kernel.
       operands: arrays of the types ``spec.inputs``.
-      config: launch configuration; the default is chosen by the mainloop.
+      config: launch configuration; the default is the mainloop's first that the GPU can run.
       source: printed kernel to use instead of generating one; it brings its own configuration.
       compute_capability: of the GPU to compile for, 90 for sm_90; the default is the first visible
         GPU's. Must be given to lower for CUDA on a machine without a GPU.
@@ -196,16 +196,16 @@ def call(
     check_operands(spec, operands)
     if not any(output.size for output in spec.outputs):
         return tuple(jnp.empty(output.shape, output.dtype) for output in spec.outputs)
+    if compute_capability is None:
+        compute_capability = compat.local_compute_capability()
     if source is None:
-        source = source_for(spec, config)
+        source = source_for(spec, config or _default_config(spec, compute_capability))
     if source.stages is not None:
         run = functools.partial(call, compute_capability=compute_capability, name=name)
         return in_stages(run, source, operands)
     check_grid(spec, source)
     kernel_spec = partials.written(spec, source)
     signature(kernel_spec, source)  # raises for dtypes that kernels do not support
-    if compute_capability is None:
-        compute_capability = compat.local_compute_capability()
     if compute_capability is not None:
         compat.check_compute_capability(compute_capability)
         check_descriptors(spec, source, compute_capability)
@@ -297,6 +297,12 @@ def _operations(spec: KernelSpec) -> int:
             axes = frozenset().union(*(dependencies[o] for o in visitor.operands(node)))
             flops += math.prod(extents[name] for name in axes)
     return flops
+
+
+def _default_config(spec: KernelSpec, capability: int | None) -> Config | None:
+    from jevt_kernels import limits
+
+    return None if capability is None else limits.default_config(spec, capability)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import kernel_contract as contract
@@ -176,3 +177,10 @@ def check(spec: KernelSpec, config: Config | None, run: Any = interpreter.run) -
         for mine, theirs in zip(got, expected, strict=True):
             name = np.dtype(theirs.dtype).name
             contract.same([mine], [theirs], TOLERANCE.get(name))
+
+
+def changed(spec: KernelSpec, position: int, **fields: Any) -> KernelSpec:
+    """The kernel with other fields of one node."""
+    tree = list(spec.tree)
+    tree[position] = dataclasses.replace(tree[position], **fields)
+    return dataclasses.replace(spec, tree=tuple(tree))

@@ -15,6 +15,8 @@ from jevt.partition.duplicate import merge_copies
 from jevt.partition.graph import Graph, Node, Reading, unexpected
 from jevt.partition.plan import Group, Plan
 from jevt.tuning import known
+from jevt_kernels import limits, tuning
+from jevt_kernels.spec import Config, KernelSpec
 
 #: Kinds of the groups of one equation that stands for many and runs as a library's call.
 _COMPOSITES = {"attention": "attention", "attention_backward": "attention"}
@@ -67,7 +69,8 @@ def choose(
     reason, fallback = _barred(context)
     if reason:
         return dataclasses.replace(group, reason=reason, fallback=fallback)
-    kernel = dataclasses.replace(group, target="triton", predicted_us=predicted)
+    config = _config(spec, context)
+    kernel = dataclasses.replace(group, target="triton", predicted_us=predicted, config=config)
     if (measured := known.settled(kernel, context)) is not None:
         return measured
     if context.backend == "auto" and predicted > xla * _unsure(context):
@@ -181,6 +184,13 @@ def _trivial(parts: Sequence[Node], context: Context) -> str:
 def chooses(context: Context) -> bool:
     """Whether the cost model has a say."""
     return context.backend == "auto" and context.platform != "cpu" and not context.partitioned
+
+
+def _config(spec: KernelSpec, context: Context) -> Config | None:
+    """The configuration that runs if none was measured; None leaves it to whoever runs it."""
+    if context.platform != "cuda" or context.backend == "interpret":
+        return None
+    return limits.default_config(tuning.anonymous(spec), context.device.compute_capability)
 
 
 def _unsure(context: Context) -> float:

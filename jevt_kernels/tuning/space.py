@@ -11,25 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 from jevt_kernels import launch
-from jevt_kernels.mainloops import MAINLOOPS, gemm_configs, product
+from jevt_kernels.limits import obstacle
+from jevt_kernels.mainloops import MAINLOOPS
 from jevt_kernels.spec import Config, KernelSpec, Source, UnsupportedKernel
-
-#: Bytes of shared memory that a thread block may have, by compute capability (CUDA C++ Programming
-#: Guide, technical specifications).
-_SHARED_BYTES = {
-    80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10,
-    90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
-}  # fmt: skip
-
-#: 32-bit registers of a thread, of which addresses and the operands of a step take some.
-_REGISTERS = 255
-_OTHER_REGISTERS = 24
-
-#: Warps of a thread block.
-_MOST_WARPS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +53,7 @@ def search_space(spec: KernelSpec, capability: int, most: int) -> Space:
         except UnsupportedKernel as error:
             pruned.append((config, str(error)))
             continue
-        reason = _obstacle(spec, source, config, capability)
+        reason = obstacle(spec, source, config, capability)
         # Blocks longer than their axis are cut, so two configurations can be one.
         printed = (
             dataclasses.replace(source, config=Config(())),
@@ -91,33 +77,6 @@ def offered(spec: KernelSpec) -> tuple[Config, ...]:
         return MAINLOOPS[spec.mainloop].configs(spec)
     except UnsupportedKernel:
         return ()
-
-
-def _obstacle(spec: KernelSpec, source: Source, config: Config, capability: int) -> str:
-    """Why a configuration cannot run on a GPU, "" if nothing is known against it."""
-    try:
-        launch.check_grid(spec, source)
-        launch.check_descriptors(spec, source, capability)
-    except UnsupportedKernel as error:
-        return str(error)
-    if config.num_warps > _MOST_WARPS:
-        return f"{config.num_warps} warps, a thread block has {_MOST_WARPS} at most"
-    if spec.mainloop != "gemm":
-        return ""
-    found = product.find(spec)
-    shared, limit = gemm_configs.shared_bytes(found, config), _shared_limit(capability)
-    if shared > limit:
-        return f"{shared} bytes of shared memory for the operands, {limit} at most"
-    held = config.block("m") * config.block("n") // (32 * config.num_warps)
-    registers = held * math.ceil(found.node.dtype.itemsize / 4)
-    if registers > _REGISTERS - _OTHER_REGISTERS:
-        return f"{registers} registers a thread for the result, {_REGISTERS} at most for all"
-    return ""
-
-
-def _shared_limit(capability: int) -> int:
-    older = [known for known in _SHARED_BYTES if known <= capability]
-    return _SHARED_BYTES[max(older, default=min(_SHARED_BYTES))]
 
 
 def describe(config: Config) -> str:

@@ -72,12 +72,6 @@ def test_integers_on_a_gpu(lhs: str, rhs: str, out: str, config: Config | None) 
     check_integers(lhs, rhs, out, config, launch.run)
 
 
-def changed(spec: KernelSpec, position: int, **fields: Any) -> KernelSpec:
-    tree = list(spec.tree)
-    tree[position] = dataclasses.replace(tree[position], **fields)
-    return dataclasses.replace(spec, tree=tuple(tree))
-
-
 VARIANTS = {
     "the default": None,
     "one group": dataclasses.replace(gemm.SMALL, group=1),
@@ -264,7 +258,7 @@ COMPILED: dict[str, KernelSpec] = {
     "prologue": gemm.prologue((1, 4096, 1024, 1024)),
     "heads": gemm.product((512, 512, 512, 64), BFLOAT16, "mbk", "nbk", "bmn", BFLOAT16),
     "odd": gemm.product((1, 1001, 1003, 999), BFLOAT16, "mk", "nk", "mn", BFLOAT16),
-    "tf32": changed(
+    "tf32": gemm.changed(
         gemm.product((1, 4096, 4096, 1024), FLOAT, "mk", "nk", "mn"), 2, precision="tf32"
     ),
     "float32": gemm.product((1, 4096, 4096, 1024), FLOAT, "mk", "kn", "mn"),
@@ -357,17 +351,17 @@ def without_contraction() -> KernelSpec:
     [
         (dataclasses.replace(contract.reduction("sum", FLOAT, 4, 8), mainloop="gemm"), "tile axes"),
         (without_contraction(), "expected one matrix product in a GEMM, got 0"),
-        (changed(PLAIN, 2, over="n"), "expected a contraction over 'k', got 'n'"),
-        (changed(PLAIN, 2, rhs=0), "operand rhs of a product varies along 'm'"),
-        (changed(PLAIN, 2, precision="fast"), "precision of ieee, tf32x3, tf32; got 'fast'"),
-        (changed(PLAIN, 2, dtype=np.dtype("float64")), "got float32 to float64"),
+        (gemm.changed(PLAIN, 2, over="n"), "expected a contraction over 'k', got 'n'"),
+        (gemm.changed(PLAIN, 2, rhs=0), "operand rhs of a product varies along 'm'"),
+        (gemm.changed(PLAIN, 2, precision="fast"), "precision of ieee, tf32x3, tf32; got 'fast'"),
+        (gemm.changed(PLAIN, 2, dtype=np.dtype("float64")), "got float32 to float64"),
         (gemm.product((1, 64, 64, 64), np.int16), "got int16 to int16"),
         (
-            changed(gemm.product((1, 64, 64, 64), BFLOAT16), 2, precision="tf32"),
+            gemm.changed(gemm.product((1, 64, 64, 64), BFLOAT16), 2, precision="tf32"),
             "expected precision 'ieee' of a product of bfloat16",
         ),
-        (changed(PLAIN, 3, operand=0), "an operand of a product is stored by the same kernel"),
-        (changed(EVERY, REDUCED, over="batch"), "got 'max' along 'batch'"),
+        (gemm.changed(PLAIN, 3, operand=0), "an operand of a product is stored by the same kernel"),
+        (gemm.changed(EVERY, REDUCED, over="batch"), "got 'max' along 'batch'"),
         (
             dataclasses.replace(EVERY, tree=(*EVERY.tree, Compute("neg", (REDUCED,), FLOAT))),
             "the result of a reduction beside a product is used",

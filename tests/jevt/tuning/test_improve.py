@@ -154,7 +154,7 @@ def test_what_cannot_be_measured_goes_by_predictions_and_is_noted(gpu, error):
     trace = gpu.compile(softmax, X)
     (group,) = kernels(trace)
     assert (group.target, group.measured_us) == ("triton", None)
-    (note,) = trace.notes
+    (note,) = (n for n in trace.notes if not n.startswith("raise_"))
     assert note.startswith(f"partition: {group.name}, which is not measured: ")
     assert str(error).splitlines()[0] in note
     assert gpu.store.load().kernels == {}
@@ -177,7 +177,7 @@ def test_an_error_of_the_bench_does_not_break_the_program(gpu):
             raise SystemError("broken")
 
     gpu.bench = Broken({})
-    assert "broken" in gpu.compile(softmax, X).notes[0]
+    assert "broken" in gpu.compile(softmax, X).notes[-1]
 
 
 def test_a_product_that_loses_is_split_and_the_rest_measured(gpu):

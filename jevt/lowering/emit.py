@@ -19,7 +19,7 @@ from jax.interpreters import mlir
 from jevt import _jaxpr
 from jevt._context import Context
 from jevt.lowering import checking
-from jevt.lowering.alias import donated_aliases
+from jevt.lowering.alias import donated_aliases, donated_inputs, partners
 from jevt.lowering.errors import JevtWarning
 from jevt.lowering.naming import canonical, common_scope
 from jevt.partition.plan import Group, Plan
@@ -116,8 +116,9 @@ def lower(plan: Plan, context: Context, *, top: bool = True) -> tuple[Jaxpr, Pla
         nested.append((key, carried_out))
     donated = donated_inputs(plan.jaxpr, context) if top else frozenset[Var]()
     free = _free_at(plan, donated)
+    wanted = partners(plan.jaxpr, donated)
     groups = tuple(
-        _confirm(group, plan, inputs, context)
+        _confirm(group, plan, inputs, wanted, context)
         for group, inputs in zip(plan.groups, free, strict=True)
     )
     planned, plan = plan, dataclasses.replace(plan, groups=groups, nested=tuple(nested))
@@ -130,13 +131,6 @@ def lower(plan: Plan, context: Context, *, top: bool = True) -> tuple[Jaxpr, Pla
         else:
             eqns.extend(_with_bodies(plan.jaxpr.eqns[i], i, bodies) for i in group.eqns)
     return plan.jaxpr.replace(eqns=eqns), plan
-
-
-def donated_inputs(jaxpr: Jaxpr, context: Context) -> frozenset[Var]:
-    """The inputs of the program whose buffers its caller gives up."""
-    if len(context.donated) != len(jaxpr.invars):
-        return frozenset()
-    return frozenset(v for v, d in zip(jaxpr.invars, context.donated, strict=True) if d)
 
 
 def _free_at(plan: Plan, donated: frozenset[Var]) -> list[frozenset[Var]]:
@@ -153,7 +147,13 @@ def _free_at(plan: Plan, donated: frozenset[Var]) -> list[frozenset[Var]]:
     return [frozenset(f) for f in free]
 
 
-def _confirm(group: Group, plan: Plan, free: frozenset[Var], context: Context) -> Group:
+def _confirm(
+    group: Group,
+    plan: Plan,
+    free: frozenset[Var],
+    wanted: Mapping[Var, Var],
+    context: Context,
+) -> Group:
     """The group with its final kernel, or left to XLA if that does not compile.
 
     Final means named, and with outputs in place where they may be: what is compiled here is run.
@@ -161,7 +161,7 @@ def _confirm(group: Group, plan: Plan, free: frozenset[Var], context: Context) -
     if group.target != "triton" or group.spec is None:
         return group
     spec = canonical(group.spec, group.jaxpr, _stacks(plan, group))
-    spec = dataclasses.replace(spec, aliases=donated_aliases(spec, group.jaxpr, free))
+    spec = dataclasses.replace(spec, aliases=donated_aliases(spec, group.jaxpr, free, wanted))
     group = dataclasses.replace(group, spec=spec)
     if context.platform != "cuda":
         return group

@@ -42,7 +42,7 @@ def xla_us(jaxpr: Jaxpr, device: Device, reductions: Collection[int]) -> float:
     ]
     total = sum(products.cublas_us(jaxpr.eqns[call[0]], device) for call in calls)
     for kernel in _merged(_fusions(jaxpr, reductions, calls)):
-        if all(_relabels(e) for e in kernel.eqns):
+        if all(relabels(e) for e in kernel.eqns):
             continue
         traffic = sum(cost.fetched(kernel.eqns, v) for v in kernel.operands)
         traffic += sum(graphs.nbytes(v.aval) for v in kernel.results)
@@ -137,7 +137,7 @@ def _merged(fusions: list[_Fusion]) -> list[_Fusion]:
     return result
 
 
-def _relabels(eqn: JaxprEqn) -> bool:
+def relabels(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name in ("reshape", "squeeze", "broadcast_in_dim") and all(
         graphs.elements(v.aval) == graphs.elements(eqn.outvars[0].aval) for v in eqn.invars
     )

@@ -16,6 +16,11 @@ def group_name(index: int, kind: str, jaxpr: Jaxpr) -> str:
     return f"g{index:02d}_{kind}" + (f"_{scope}" if scope else "")
 
 
+def moved(name: str, index: int) -> str:
+    """The name of a group at another position."""
+    return re.sub(r"^g\d+", f"g{index:02d}", name)
+
+
 def innermost_scope(jaxpr: Jaxpr) -> str:
     """The named scope that most equations are in, its last component as an identifier, "" if none.
 

@@ -12,7 +12,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 from jevt import _jaxpr
 from jevt._context import Context
 from jevt.lowering.errors import NotFusible
-from jevt.partition import copies, order, targets
+from jevt.partition import copies, horizontal, order, targets
 from jevt.partition import graph as graphs
 from jevt.partition.absorb import absorb, allowance
 from jevt.partition.batch import Component, Solver
@@ -141,10 +141,13 @@ class _Run:
             jaxpr,
             tuple(copies.moved(single.nodes[p], at) for p, at in zip(origin, moved, strict=True)),
         )
+        ordered = _ordered(laid, groups)
         chosen = tuple(
             targets.choose(laid, each, nodes, index, context, self.builder)
-            for index, nodes in enumerate(_ordered(laid, groups))
+            for index, nodes in enumerate(ordered)
         )
+        # 5. those that do the same for tensors of their own, a launch for many
+        chosen = horizontal.merge(chosen, order.quotient(ordered, laid.successors), jaxpr, context)
         scale = 1 / context.device.bytes_per_us
         lost = allowance(graph, launch)
         solution = Solution(
@@ -155,7 +158,7 @@ class _Run:
             max((o.rounds for o in outcomes), default=0),
             max((o.stopped for o in outcomes), default="", key=("", "work", "clock").index),
         )
-        # 5. bodies of control flow, each a plan of its own
+        # 6. bodies of control flow, each a plan of its own
         return Plan(jaxpr, chosen, solution, self._nested(jaxpr, context), context)
 
     def _checked(self, graph: Graph) -> Graph:
@@ -230,6 +233,7 @@ class _Run:
         for position, eqn in enumerate(jaxpr.eqns):
             parameters = graphs.BODIES.get(eqn.primitive.name, frozenset())
             inner = targets.body_context(context, eqn.primitive.name, eqn.params)
+            inner = dataclasses.replace(inner, donated=())  # buffers of a body are XLA's
             for ordinal, (parameter, _, body) in enumerate(_jaxpr.subjaxprs(eqn)):
                 if parameter in parameters:
                     result.append(((position, ordinal), self.plan(body, inner)))

@@ -10,13 +10,15 @@ from typing import Any
 from jax.extend.core import Jaxpr
 
 from jevt import _jaxpr
+from jevt.lowering import multi_tensor
 from jevt.lowering.errors import NotFusible
 from jevt.partition.build import Build, Builder
 from jevt.partition.duplicate import merge_copies
 from jevt.partition.plan import Group, Plan, Solution
 from jevt.partition.printing import traffic
-
+from jevt_kernels.spec import KernelSpec
 from jevt_kernels.tuning import record
+
 
 def to_json(plan: Plan) -> str:
     """The plan as JSON with one line a field, so that a text diff compares two plans.
@@ -69,8 +71,8 @@ def _data(plan: Plan) -> dict[str, Any]:
                 "predicted_us": _rounded(group.predicted_us),
                 "xla_us": _rounded(group.xla_us),
                 "measured_us": _rounded(group.measured_us),
-                "reason": group.reason,
                 "config": None if group.config is None else record.config_to_json(group.config),
+                "reason": group.reason,
                 "fallback": group.fallback,
             }
             for group in plan.groups
@@ -106,9 +108,8 @@ def _group(item: dict[str, Any], eqns: tuple[int, ...], jaxpr: Jaxpr, builder: B
     inner = _jaxpr.extract(jaxpr, eqns)
     spec = None
     if item["kernel"]:
-        inner = merge_copies(inner)
         try:
-            spec = builder.spec(inner, item["name"])
+            inner, spec = _kernel(inner, item["kind"], item["name"], builder)
         except NotFusible as refusal:
             raise ValueError(
                 f"expected equations {item['eqns']} to be a kernel, as in the plan; got: {refusal}"
@@ -122,6 +123,14 @@ def _group(item: dict[str, Any], eqns: tuple[int, ...], jaxpr: Jaxpr, builder: B
         config=None if item["config"] is None else record.config(item["config"]),
         **{name: item[name] for name in fields},
     )
+
+
+def _kernel(jaxpr: Jaxpr, kind: str, name: str, builder: Builder) -> tuple[Jaxpr, KernelSpec]:
+    if kind == "multi_tensor":
+        parts = [merge_copies(part) for part in multi_tensor.split(jaxpr)]
+        return multi_tensor.join(parts, [builder.spec(part, name) for part in parts], name)
+    jaxpr = merge_copies(jaxpr)
+    return jaxpr, builder.spec(jaxpr, name)
 
 
 def _ranges(numbers: Iterable[int]) -> str:

@@ -14,6 +14,7 @@ from jevt.partition.printing import format_bytes, traffic
 #: Fill colours by kind, of groups that become kernels; other kinds are "_KERNEL".
 _COLOURS = {
     "pointwise": "#cfe8cf",
+    "multi_tensor": "#e3efb4",
     "rowwise": "#c6dbef",
     "columnwise": "#d9d0ee",
     "gemm": "#fdd8b5",

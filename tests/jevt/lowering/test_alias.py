@@ -9,12 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import kernel_contract as contract
+import numpy as np
 import pytest
+from jax.extend.core import Jaxpr
 
+from jevt.lowering import multi_tensor
 from jevt.lowering import spec as lowering
-from jevt.lowering.alias import donated_aliases
+from jevt.lowering.alias import donated_aliases, partners
 from jevt_kernels import interpreter
-from jevt_kernels.spec import Config
+from jevt_kernels.spec import Config, KernelSpec
 
 X = contract.random((6, 16))
 BIAS = contract.random((16,))
@@ -97,3 +100,62 @@ def test_in_place_is_right(blocks: Any) -> None:
     config = None if blocks is None else Config(blocks)
     got = interpreter.run(spec, X, config=config)
     contract.same(got, jax.jit(function)(X))
+
+
+def test_an_output_takes_the_buffer_that_it_is_returned_in() -> None:
+    """As JAX pairs donated inputs and outputs, by type and order, not as the kernel lists them."""
+
+    def step(old: Any, w: Any, g: Any) -> Any:
+        mean = 0.9 * old + g
+        return mean, w - mean
+
+    jaxpr = contract.group(step, X, X, X)
+    free = set(jaxpr.invars[:2])
+    assert partners(jaxpr, free) == dict(zip(jaxpr.outvars, jaxpr.invars[:2], strict=True))
+
+    def returned(turned: bool) -> tuple[tuple[int, int], ...]:
+        """The pairs of the step as a kernel, where the program returns its results so."""
+        outputs = jaxpr.outvars[::-1] if turned else jaxpr.outvars
+        wanted = partners(jaxpr.replace(outvars=outputs), free)
+        return donated_aliases(lowering.build(jaxpr, "kernel"), jaxpr, free, wanted)
+
+    assert returned(turned=False) == ((0, 0), (1, 1))
+    assert returned(turned=True) == ((1, 0), (0, 1))
+
+
+def updates(rates: int = 1) -> tuple[Jaxpr, KernelSpec]:
+    """Two updates in one kernel, with a rate for both or one each."""
+    function = lambda w, g, r: w - r * g  # noqa: E731
+    parts = [contract.group(function, x, x, np.float32(1)) for x in (X, BIAS)]
+    specs = [lowering.build(part, "update") for part in parts]
+    if rates == 1:
+        rate = parts[0].invars[2]
+        eqns = [
+            e.replace(invars=[rate if v is parts[1].invars[2] else v for v in e.invars])
+            for e in parts[1].eqns
+        ]
+        parts[1] = parts[1].replace(invars=[*parts[1].invars[:2], rate], eqns=eqns)
+    return multi_tensor.join(parts, specs, "updates")
+
+
+@pytest.mark.parametrize("rates", [1, 2])
+def test_all_members_are_in_place_or_none(rates: int) -> None:
+    jaxpr, spec = updates(rates)
+    first, second = (jaxpr.invars[m.inputs[0]] for m in spec.members)
+    assert {first.aval.shape, second.aval.shape} == {X.shape, BIAS.shape}  # type: ignore[attr-defined]
+    pairs = donated_aliases(spec, jaxpr, {first, second})
+    assert pairs == tuple((m.inputs[0], m.outputs[0]) for m in spec.members)
+    assert donated_aliases(spec, jaxpr, {first}) == ()
+
+
+def test_what_two_members_read_is_not_overwritten() -> None:
+    part = contract.group(lambda w, g: w - g, X, X)
+    spec = lowering.build(part, "update")
+    w, g = part.invars
+    again = contract.group(lambda w, g: w - g, X, X)
+    names = {again.invars[0]: w, again.invars[1]: again.invars[1]}
+    eqns = [e.replace(invars=[names.get(v, v) for v in e.invars]) for e in again.eqns]
+    again = again.replace(invars=[w, again.invars[1]], eqns=eqns)
+    jaxpr, both = multi_tensor.join([part, again], [spec, spec], "both")
+    assert donated_aliases(both, jaxpr, {w}) == ()
+    assert len(donated_aliases(both, jaxpr, {g, again.invars[1]})) == 2

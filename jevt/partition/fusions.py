@@ -138,6 +138,7 @@ def _merged(fusions: list[_Fusion]) -> list[_Fusion]:
 
 
 def relabels(eqn: JaxprEqn) -> bool:
+    """Whether an equation only gives the same elements another shape, which costs XLA nothing."""
     return eqn.primitive.name in ("reshape", "squeeze", "broadcast_in_dim") and all(
         graphs.elements(v.aval) == graphs.elements(eqn.outvars[0].aval) for v in eqn.invars
     )

@@ -29,6 +29,7 @@ from jevt.passes import (
     one_hot,
     raise_attention,
     raise_norms,
+    raise_softmax,
     row_products,
     segment_epilogues,
     segment_sums,
@@ -123,6 +124,8 @@ def _raising_passes(note: Callable[[str], None]) -> tuple[tuple[str, Pass], ...]
     return (
         # Statistics and gradients of norms become composites.
         ("raise_norms", functools.partial(raise_norms.run, note=note)),
+        # So do those of softmaxes.
+        ("raise_softmax", functools.partial(raise_softmax.run, note=note)),
         # What they replace has no reader left.
         ("dce", dce.run),
         # Composites that nothing takes whole become equations again.

@@ -12,8 +12,13 @@ gained is the spelling. Over n elements, with c = x - mean:
                       dx = rstd·γ·((γ'g - sum_g/n) - c·a)           a = rstd²·sum_gc/n
                          = (k·γ'g - x·(k·a)) + k·(a·mean - sum_g/n)   k = rstd·γ
 
-The last is for rows that are not on chip, whose numbers come through memory, of programs that take
-the variance in one pass: its rounding error grows with the mean as that of such a variance does.
+    softmax_statistics  maximum = max x              0 where that is not finite, if guarded
+                        total = Σexp(x - maximum)
+    softmax_gradient    p = exp(x - maximum)/total, dx = p·(g - Σp·g)
+
+The second dx of a norm is for rows that are not on chip, whose numbers come through memory, of
+programs that take the variance in one pass: its rounding error grows with the mean as that of such
+a variance does.
 
 Invariant: the values of the primitives' references. Scopes and source lines of the composite stay.
 
@@ -34,14 +39,14 @@ from jax.extend.core import Jaxpr, JaxprEqn, Primitive
 from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom
-from jevt.lowering.rules import long_rows
 from jevt.passes import canonicalize
 from jevt.passes._facts import shape_of
 from jevt.passes._rewrite import map_bodies, once, rebuild, substitute
 from jevt.passes._rules import Graph
+from jevt.passes.raising.rows import along, exponential, on_chip
 from jevt.passes.raising.write import cast, number
 from jevt.primitives.norms import norm_gradient_p, norm_statistics_p, varies
-from jevt_kernels.mainloops.rowwise import MAX_WHOLE
+from jevt.primitives.softmax import softmax_gradient_p, softmax_statistics_p
 
 
 def run(jaxpr: Jaxpr) -> Jaxpr:
@@ -97,7 +102,7 @@ def _statistics(eqn: JaxprEqn, graph: Graph) -> list[Atom]:
     results = []
     if params["centred"]:
         mean = rows.over_n(rows.sum(x))
-        if params["two_pass"] or _on_chip(shape_of(x), params["axes"]):
+        if params["two_pass"] or on_chip(shape_of(x), params["axes"]):
             centred = rows.sub(x, rows.along(mean))
             variance = rows.over_n(rows.sum(rows.square(centred)))
         else:
@@ -111,14 +116,6 @@ def _statistics(eqn: JaxprEqn, graph: Graph) -> list[Atom]:
     if params["epsilon"]:
         shifted = graph.emit(p.add_p, variance, number(params["epsilon"], variance, graph))
     return [*results, variance, graph.emit(p.rsqrt_p, shifted, accuracy=None)]
-
-
-def _on_chip(shape: Sequence[int], axes: tuple[int, ...]) -> bool:
-    """Whether a kernel holds whole rows, so that a second pass over one moves nothing."""
-    rank, width = len(shape), math.prod(shape[axis] for axis in axes)
-    is_row = axes == tuple(range(rank - len(axes), rank))
-    size = math.prod(shape)
-    return is_row and width <= MAX_WHOLE and not long_rows(size, size // max(1, width))
 
 
 def _gradient(eqn: JaxprEqn, graph: Graph) -> list[Atom]:
@@ -139,7 +136,7 @@ def _gradient(eqn: JaxprEqn, graph: Graph) -> list[Atom]:
     sums = [rows.sum(g)] if centred else []
     sums.append(rows.sum(graph.mul(c, g)))
     a = rows.over_n(graph.mul(rows.square(rstd), sums[-1]))
-    if eqn.params["two_pass"] or not centred or _on_chip(shape_of(x), axes):
+    if eqn.params["two_pass"] or not centred or on_chip(shape_of(x), axes):
         dx = rows.sub(g, rows.along(rows.over_n(sums[0]))) if centred else g
         return [graph.mul(rows.sub(dx, graph.mul(c, rows.along(a))), outer), *sums]
     # Rows of numbers pass through memory from the sums to here: as few as can be.
@@ -150,8 +147,32 @@ def _gradient(eqn: JaxprEqn, graph: Graph) -> list[Atom]:
     return [graph.emit(p.add_p, dx, shift), *sums]
 
 
+def _softmax(eqn: JaxprEqn, graph: Graph) -> list[Atom]:
+    (x,), axes = eqn.invars, eqn.params["axes"]
+    rows = _Rows(shape_of(x), axes, graph)
+    maximum = graph.emit(p.reduce_max_p, x, axes=axes, out_sharding=None)
+    if eqn.params["guarded"]:
+        zero = graph.broadcast(number(0.0, maximum, graph), shape_of(maximum), ())
+        maximum = graph.emit(p.select_n_p, graph.emit(p.is_finite_p, maximum), zero, maximum)
+    return [maximum, rows.sum(exponential(x, maximum, axes, graph))]
+
+
+def _softmax_gradient(eqn: JaxprEqn, graph: Graph) -> list[Atom]:
+    x, maximum, total, g = eqn.invars
+    axes = eqn.params["axes"]
+    rows = _Rows(shape_of(x), axes, graph)
+    probability = graph.emit(
+        p.div_p, exponential(x, maximum, axes, graph), along(total, x, axes, graph)
+    )
+    g = cast(g, x, graph)
+    inner = rows.sum(graph.mul(probability, g))
+    return [graph.mul(probability, rows.sub(g, rows.along(inner)))]
+
+
 #: What replaces a composite equation: emits the others, and returns its results.
 EXPANSIONS: Mapping[Primitive, Callable[[JaxprEqn, Graph], list[Atom]]] = {
     norm_statistics_p: _statistics,
     norm_gradient_p: _gradient,
+    softmax_statistics_p: _softmax,
+    softmax_gradient_p: _softmax_gradient,
 }

@@ -119,14 +119,18 @@ def summed(total: Sum, dx: Atom, graph: Graph) -> Atom:
 
 def cast(value: Atom, like: Any, graph: Graph) -> Atom:
     """``value`` in the type of the variable ``like``."""
+    return to_type(value, like.aval.dtype, graph)
+
+
+def to_type(value: Atom, dtype: Any, graph: Graph) -> Atom:
+    """``value`` in a type."""
     have: Any = value.aval
-    want: Any = like.aval
-    if have.dtype == want.dtype:
+    if have.dtype == dtype:
         return value
     return graph.emit(
         p.convert_element_type_p,
         value,
-        new_dtype=np.dtype(want.dtype),
+        new_dtype=np.dtype(dtype),
         weak_type=False,
         sharding=None,
     )

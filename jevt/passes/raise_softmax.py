@@ -1,0 +1,162 @@
+"""Raising of softmaxes: the statistics and gradients of softmax, its logarithm and logsumexp.
+
+Purpose: programs spell a softmax in many ways (``exp(x - max)/Σ``, the exponential of a logarithm,
+without a maximum), and differentiation makes a different gradient of each, with terms that are
+rounded one by one and squares of the sum. As a composite each has its one best spelling, which
+``expand_composites`` writes.
+
+Invariant: the same function in exact arithmetic. Statistics and gradient are float32 at least, and
+rounded once. Sums over the full size do not become more; a row that a kernel holds on chip may get
+a maximum, which keeps its exponentials from overflowing. Rows with infinities give what they gave.
+
+    before  { lambda ; x:f32[8,64] g:f32[8,64]. let
+                m:f32[8] = reduce_max[axes=(1,)] x; e:f32[8,64] = exp (sub x (reshape m))
+                s:f32[8] = reduce_sum[axes=(1,)] e; k:f32[8] = div 1.0 (square s)
+                n:f32[8] = mul (reduce_sum[axes=(1,)] (mul g e)) k
+                dx:f32[8,64] = mul (sub (div g (reshape s)) n) e in (div e (reshape s), dx) }
+    after   { lambda ; x:f32[8,64] g:f32[8,64]. let
+                m:f32[8] s:f32[8] = softmax_statistics[axes=(1,) guarded=False] x
+                e:f32[8,64] = exp (sub x (reshape m))
+                dx:f32[8,64] = softmax_gradient[axes=(1,)] x m s g in (div e (reshape s), dx) }
+
+How: see ``jevt/passes/raising/``.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from jax.extend import source_info_util
+from jax.extend.core import Jaxpr, JaxprEqn, Var
+from jax.extend.core import primitives as p
+
+from jevt.passes import canonicalize
+from jevt.passes._rewrite import map_bodies, once, rebuild, substitute
+from jevt.passes._rules import Graph
+from jevt.passes.attention.operations import NoMatch
+from jevt.passes.attention.region import Program
+from jevt.passes.raising import logsumexp_gradients, softmax_gradients, softmaxes
+from jevt.passes.raising.logsumexp_gradients import Multiple
+from jevt.passes.raising.softmax_gradients import SoftmaxGradient
+from jevt.passes.raising.softmaxes import Softmax
+from jevt.passes.raising.write_softmax import SoftmaxWriter
+
+type Note = Callable[[str], None]
+
+
+def run(jaxpr: Jaxpr, note: Note = lambda _: None) -> Jaxpr:
+    """Raises the softmaxes of ``jaxpr`` and of its bodies.
+
+    Args:
+      jaxpr: canonical.
+      note: receives how many of each were raised, and a line for each reason for which what looks
+        like a softmax stays.
+    """
+    this = _Run()
+    result = this.run(jaxpr)
+    for name, (forward, backward) in sorted(this.counts.items()):
+        note(f"{name}: {forward} forward, {backward} backward")
+    for reason, places in this.misses.items():
+        others = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        note(f"softmax at {places[0]}{others} stays: {reason}")
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A softmax, its gradient, and its multiples by numbers a row."""
+
+    softmax: Softmax
+    gradient: SoftmaxGradient | None
+    multiples: tuple[Multiple, ...]
+
+    def inside(self) -> set[int]:
+        """The equations of the gradients."""
+        inside = {i for m in self.multiples for i in m.inside}
+        return inside | (self.gradient.inside if self.gradient is not None else set())
+
+    def replaced(self) -> set[Var]:
+        """The gradients' results."""
+        values = {m.value for m in self.multiples}
+        return values | ({self.gradient.sum.root} if self.gradient is not None else set())
+
+
+class _Run:
+    """One run of the pass.
+
+    Attributes:
+      counts: statistics and gradients that were raised, by the name.
+      misses: source lines by the reason for which what is there stays.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+        self.misses: dict[str, list[str]] = {}
+        self.run = once(self._rewritten)
+
+    def _rewritten(self, jaxpr: Jaxpr) -> Jaxpr:
+        program = Program(jaxpr)
+        graph = Graph(jaxpr, canonicalize.RULES)
+        todo: dict[int, list[Callable[[], None]]] = {}
+        replaced: set[int] = set()
+        for found in self._found(program):
+            writer = SoftmaxWriter(found.softmax, found.gradient, graph)
+            writes: dict[Var, Callable[[], None]] = {}
+            writes |= {v: functools.partial(writer.result, v) for v in found.softmax.results}
+            todo.setdefault(min(program.maker[v] for v in writes), []).append(writer.statistics)
+            writes |= {m.value: functools.partial(writer.multiple, m) for m in found.multiples}
+            if found.gradient is not None:
+                writes[found.gradient.sum.root] = writer.sum
+            for var, write in writes.items():
+                todo.setdefault(program.maker[var], []).append(write)
+                replaced.add(program.maker[var])
+        if not todo:
+            return rebuild(jaxpr, [map_bodies(eqn, self.run) for eqn in jaxpr.eqns], {})
+        for position, eqn in enumerate(jaxpr.eqns):
+            for write in todo.get(position, ()):
+                write()
+            if position not in replaced:
+                graph.add(map_bodies(substitute(graph.env, eqn), self.run))
+        return rebuild(jaxpr, graph.eqns, graph.env)
+
+    def _found(self, program: Program) -> list[_Found]:
+        result: list[_Found] = []
+        taken: set[object] = set()
+        for position, eqn in enumerate(program.eqns):
+            if eqn.primitive is not p.exp_p:
+                continue
+            try:
+                softmax = softmaxes.find(program, position)
+                if softmax is None or not taken.isdisjoint(softmax.results):
+                    continue
+                found = self._with_gradients(softmax, eqn, taken)
+                softmaxes.check(softmax, found.inside(), found.replaced())
+            except NoMatch as error:
+                self._miss(str(error), eqn)
+                continue
+            taken.update(softmax.results)
+            taken.update(found.replaced())
+            counts = self.counts[softmax.name()]
+            counts[0] += 1
+            counts[1] += bool(found.replaced())
+            result.append(found)
+        return result
+
+    def _with_gradients(self, softmax: Softmax, eqn: JaxprEqn, taken: set[object]) -> _Found:
+        multiples = tuple(m for m in logsumexp_gradients.find(softmax) if m.value not in taken)
+        gradient = None
+        if softmax.name() == "softmax":
+            try:
+                gradient = softmax_gradients.find(softmax)
+            except NoMatch as error:
+                self._miss(f"the gradient of softmax: {error}", eqn)
+        if gradient is not None and gradient.sum.root in taken:
+            gradient = None
+        return _Found(softmax, gradient, multiples)
+
+    def _miss(self, reason: str, eqn: JaxprEqn) -> None:
+        place = source_info_util.summarize(eqn.source_info) or "a line of no file"
+        self.misses.setdefault(reason, []).append(place)

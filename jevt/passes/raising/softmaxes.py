@@ -1,0 +1,301 @@
+"""The statistics of a softmax, found from the sum of an exponential.
+
+    x ─▶ (max, guards) ─▶ exp ─▶ Σ = total ─▶ log, ÷, … = softmax, its logarithm, logsumexp
+
+From the sum back, each value through which all of the way goes may be the x of whose row it is the
+softmax's total; the nearest is taken. Then everything that is computed from x and the total alone
+is compared with what a softmax has to give. Both are done by evaluation, on random numbers and on
+rows with infinities, by which guards differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from jax.extend.core import Var
+from jax.extend.core import primitives as p
+
+from jevt._jaxpr import Atom
+from jevt.lowering.axes import Factor
+from jevt.passes._facts import is_float, shape_of
+from jevt.passes.attention.operations import VIEWS, NoMatch, is_known
+from jevt.passes.attention.region import Program, is_renaming, number
+from jevt.passes.attention.small import Named
+from jevt.passes.raising.cones import Cone, dominators, size
+from jevt.passes.raising.norms import in_order, living, same_mesh, sums
+from jevt.passes.raising.rows import on_chip
+from jevt.passes.raising.small import Evaluation, dimensions
+
+#: Dominators that are tried, and values that are compared with what a softmax has to give.
+_TRIES = 6
+_MANY = 60
+
+#: Literals are rounded to float32.
+_TOLERANCE = 2e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """The statistics of a softmax, found.
+
+    Attributes:
+      program: whose.
+      cone: x, and the equations from it to the total.
+      total: the sum of exponentials, as the program has it.
+      axes: of x, over which it runs.
+      guarded: whether 0 is subtracted where the maximum is not finite.
+      after: the equations that compute something from x and the total alone, ascending.
+      results: values of the program that x and the statistics give, by what they are.
+    """
+
+    program: Program
+    cone: Cone
+    total: Var
+    axes: tuple[int, ...]
+    guarded: bool
+    after: tuple[int, ...]
+    results: dict[Var, str]
+
+    @property
+    def x(self) -> Var:
+        return self.cone.source
+
+    def statistics(self) -> list[Var]:
+        """Values that are smaller than x, and computed from it alone."""
+        eqns = [self.program.eqns[i] for i in (*self.cone.positions, *self.after)]
+        return [v for eqn in eqns for v in eqn.outvars if size(v) < size(self.x)]
+
+    def name(self) -> str:
+        """What it is called: by the last of what the program computes of it."""
+        return "softmax" if "softmax" in self.results.values() else "logsumexp"
+
+
+def find(program: Program, exponential: int) -> Softmax | None:
+    """The softmax of an exponential; None if this does not look like one.
+
+    Raises:
+      NoMatch: it looks like one and is none.
+    """
+    total = _total(program, exponential)
+    if total is None:
+        return None
+
+    def resolve(var: Var, positions: set[int]) -> bool:
+        chain = number(program, var) is not None
+        positions.update(_constant(program, var) if chain else ())
+        return chain
+
+    unshifted: Softmax | None = None
+    for tries, cone in enumerate(dominators(program, [total], resolve)):
+        if tries == _TRIES:
+            break
+        if size(cone.source) <= size(total) or not is_float(cone.source.aval):
+            continue
+        softmax = _confirm(program, cone, total)
+        if softmax is None:
+            continue
+        if _has_maximum(program, cone):
+            return softmax
+        unshifted = unshifted or softmax
+    if unshifted is None:
+        raise NoMatch("a sum of exponentials, but not that of a softmax")
+    if _is_shifted(program, unshifted.x):
+        raise NoMatch("something else than the maximum is subtracted")
+    if not on_chip(shape_of(unshifted.x), unshifted.axes):
+        raise NoMatch("the maximum is not subtracted, and would need a pass of its own")
+    return unshifted
+
+
+def _total(program: Program, exponential: int) -> Var | None:
+    """The sum of an exponential over some axes, cast or seen differently before it."""
+    stack = [program.eqns[exponential].outvars[0]]
+    while stack:
+        for position in program.readers.get(stack.pop(), ()):
+            eqn = program.eqns[position]
+            if eqn.primitive is p.reduce_sum_p:
+                return eqn.outvars[0]
+            if eqn.primitive is p.convert_element_type_p or is_renaming(eqn):
+                stack.append(eqn.outvars[0])
+    return None
+
+
+def _has_maximum(program: Program, cone: Cone) -> bool:
+    return any(program.eqns[i].primitive is p.reduce_max_p for i in cone.positions)
+
+
+def _is_shifted(program: Program, x: Var) -> bool:
+    """Whether something that depends on a maximum is subtracted from each row already."""
+    stack: list[tuple[Atom, int]] = [(x, 6)]
+    while stack:
+        atom, left = stack.pop()
+        eqn = program.definition(atom)
+        if eqn is None or not is_known(eqn) or left == 0:
+            continue
+        if eqn.primitive is p.reduce_max_p:
+            return True
+        if atom is x or size(atom) < size(x) or eqn.primitive in VIEWS:
+            stack.extend((a, left - 1) for a in eqn.invars)
+    return False
+
+
+def _confirm(program: Program, cone: Cone, total: Var) -> Softmax | None:
+    """The softmax of a cone; None if the total is another one."""
+    after = tuple(_after(program, cone, total))
+    try:
+        runs = tuple(_runs(program, cone, after))
+    except NoMatch:
+        return None
+    run = runs[0]
+    over = {r: [n for n in r.names(cone.source) if n not in r.names(total)] for r in runs}
+    shifts = _has_maximum(program, cone)
+    # What is not shifted is shifted by 0, as a guarded one is where the maximum is not finite.
+    for guarded in (False, True) if shifts else (True,):
+        known = [forms(r, r.value(cone.source), over[r], guarded=guarded) for r in runs]
+        results = _results(program, cone, after, runs, known)
+        if results.get(total) == "total":
+            break
+    else:
+        if shifts or not all(_is_unshifted(r, cone.source, total, over[r]) for r in runs):
+            return None
+    axes = run.axes(cone.source)
+    rest = dimensions([name for name in run.names(cone.source) if name not in over[run]], axes)
+    if rest is None:
+        return None
+    over_axes = tuple(i for i, axis in enumerate(axes) if axis and i not in rest)
+    return Softmax(program, cone, total, over_axes, guarded, after, results)
+
+
+def _after(program: Program, cone: Cone, total: Var) -> Iterator[int]:
+    """The equations that compute something from a total, and from what it is computed from."""
+    pure = {v for i in cone.positions for v in program.eqns[i].outvars} | {cone.source}
+    late = {total}
+    inside = set(cone.positions)
+    heap = sorted(set(program.readers.get(total, ())))
+    seen = set(heap)
+    while heap and len(seen) < _MANY:
+        position = heap.pop(0)
+        eqn = program.eqns[position]
+        if position in inside or not is_known(eqn) or eqn.primitive is p.reduce_sum_p:
+            continue
+        if not all(a in pure or number(program, a) is not None for a in _values(eqn.invars)):
+            continue
+        for atom in _values(eqn.invars):
+            if atom not in pure:
+                constants = set(_constant(program, atom)) - inside
+                inside |= constants
+                yield from constants
+        (out,) = eqn.outvars
+        pure.add(out)
+        late.add(out)
+        inside.add(position)
+        yield position
+        more = set(program.readers.get(out, ())) - seen
+        seen |= more
+        heap = sorted([*heap, *more])
+
+
+def _values(atoms: Sequence[Atom]) -> Iterator[Var]:
+    return (a for a in atoms if isinstance(a, Var))
+
+
+def _constant(program: Program, atom: Atom) -> Iterator[int]:
+    """The equations that repeat a number."""
+    while isinstance(atom, Var):
+        yield program.maker[atom]
+        (atom,) = program.eqns[program.maker[atom]].invars
+
+
+def _runs(program: Program, cone: Cone, after: tuple[int, ...]) -> Iterator[Evaluation]:
+    """The values on random numbers, and where a row has infinities."""
+    for special in (None, -np.inf, np.inf):
+        run = Evaluation(program, sorted({*cone.positions, *after}))
+        x = run.value(cone.source)
+        if special is not None:
+            array = np.array(x.array)
+            array[... if special < 0 else (0,) * array.ndim] = special
+            run.values[cone.source] = Named(x.names, array)
+        run.run()
+        yield run
+
+
+def forms(run: Evaluation, x: Named, over: list[Factor], *, guarded: bool) -> Mapping[str, Named]:
+    """What a softmax has to give, of small values."""
+    places = tuple(x.names.index(name) for name in over)
+    rows = tuple(name for name in x.names if name not in over)
+    with np.errstate(all="ignore"):
+        maximum = Named(rows, x.array.max(places))
+        if guarded:
+            maximum = Named(rows, np.where(np.isfinite(maximum.array), maximum.array, 0.0))
+        shifted = x.array - maximum.along(x.names)
+        exponential = Named(x.names, np.exp(shifted))
+        total = run.sum(exponential, over)
+        logarithm = Named(rows, np.log(total.array))
+        return {
+            "maximum": maximum,
+            "total": total,
+            "logsumexp": Named(rows, logarithm.array + maximum.array),
+            "softmax": Named(x.names, exponential.array / total.along(x.names)),
+            "log_softmax": Named(x.names, shifted - logarithm.along(x.names)),
+            "exponential": exponential,
+        }
+
+
+def _results(
+    program: Program,
+    cone: Cone,
+    after: tuple[int, ...],
+    runs: Sequence[Evaluation],
+    known: Sequence[Mapping[str, Named]],
+) -> dict[Var, str]:
+    """The values that are what a softmax gives, with axes in the order of x."""
+    results: dict[Var, str] = {}
+    for position in sorted({*cone.positions, *after}):
+        (out,) = program.eqns[position].outvars
+        if not is_float(out.aval):
+            continue
+        for name in known[0]:
+            pairs = [(r.value(out), k[name]) for r, k in zip(runs, known, strict=True)]
+            if all(agree(got, want) for got, want in pairs):
+                if in_order(runs[0].names(out), runs[0].names(cone.source)):
+                    results[out] = name
+                break
+    return results
+
+
+def agree(got: Named, want: Named) -> bool:
+    """Whether two values are the same numbers, infinities and NaN included."""
+    if set(got.names) != set(want.names):
+        return False
+    expected = want.along(got.names)
+    largest = np.abs(expected[np.isfinite(expected)]).max(initial=0.0)
+    return np.allclose(got.array, expected, rtol=0, atol=_TOLERANCE * largest, equal_nan=True)
+
+
+def _is_unshifted(run: Evaluation, x: Var, total: Var, over: list[Factor]) -> bool:
+    """Whether a total is the sum of the exponentials of x itself."""
+    with np.errstate(all="ignore"):
+        exponential = Named(run.value(x).names, np.exp(run.value(x).array))
+    return agree(run.value(total), run.sum(exponential, over))
+
+
+def check(softmax: Softmax, gradients: set[int], replaced: set[Var]) -> None:
+    """Raises :class:`NoMatch` where it would not pay, or could not be written.
+
+    Args:
+      softmax: what has been found.
+      gradients: the equations of its gradients.
+      replaced: of these, the values that will be written anew.
+    """
+    program, x = softmax.program, softmax.x
+    if not same_mesh(x):
+        raise NoMatch("it is sharded")
+    if 0 in shape_of(x):
+        raise NoMatch("it is empty")
+    inside = {*softmax.cone.positions, *softmax.after, *gradients}
+    left = living(program, inside, {*softmax.results, *replaced})
+    cone = {id(program.eqns[i]) for i in softmax.cone.positions}
+    left = [eqn for eqn in left if id(eqn) in cone]
+    if sums(left, size(x)) or any(eqn.primitive is p.exp_p for eqn in left):
+        raise NoMatch("values of the softmax that others read")

@@ -38,16 +38,17 @@ def merge_along(
 def repair(problem: Problem, groups: Grouping, accepts: Accepts) -> Grouping:
     """The groups, those that ``accepts`` refuses replaced by pieces that it takes.
 
-    A node that several groups hold stays in the first of them, and what then forms a cycle or does
-    not hang together is taken apart like what is refused.
+    A node that several groups hold stays in the first of them, and what then forms a cycle, does
+    not hang together or has no space in common is taken apart like what is refused.
     """
     groups = _disjoint(groups)
     links, successors = problem.links(), problem.successors()
     whole = [group for group in groups if len(components(group, links)) == 1]
     cyclic = {tuple(group) for group in on_cycles(groups, successors)}
+    hidden = problem.hidden(groups)
     kept, refused = [], set[int]()
     for group in groups:
-        fine = group in whole and tuple(group) not in cyclic
+        fine = group in whole and tuple(group) not in cyclic and problem.fitting(group, hidden)
         if len(group) == 1 or (fine and accepts(group)):
             kept.append(group)
         else:

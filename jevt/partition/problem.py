@@ -242,7 +242,7 @@ class Problem:
             return False
         groups = [groups[rank] for rank in ranks]
         stored = [{self.tensors[t].producer for t in found} for found in self.stored(groups)]
-        hidden = set(range(self.size)).difference(*stored)
+        hidden = self.hidden(groups)
         consumers = self.consumers()
         sets = [set(group) for group in groups]
         if any(len(s) < len(g) for s, g in zip(sets, groups, strict=True)):
@@ -280,6 +280,11 @@ class Problem:
                 if tensor.leaves or any(not holders[c] <= makers for c in tensor.consumers):
                     result[home[tensor.producer]].append(index)
         return result
+
+    def hidden(self, groups: Sequence[Sequence[int]]) -> set[int]:
+        """The nodes whose results no group writes; of groups with one the first would."""
+        written = (self.tensors[t].producer for found in self.stored(groups) for t in found)
+        return set(range(self.size)).difference(written)
 
     def name(self, group: Iterable[int]) -> int:
         """A node that tells groups apart: the first that only one group holds, else the first."""

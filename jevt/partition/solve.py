@@ -193,6 +193,8 @@ def _mend(
     cuts = [cut for g, s in refused for cut in refusals.explain(problem, oracle, g, s, links)]
     for cut in cuts:
         program.refused(cut)
-    if cyclic or refused:
+    # A piece may hold a copy that was made for another, and have to write it now.
+    hidden = problem.hidden(connected)
+    if cyclic or refused or not all(len(g) == 1 or problem.fitting(g, hidden) for g in connected):
         connected = greedy.repair(problem, connected, oracle.accepts)
     return connected, cuts

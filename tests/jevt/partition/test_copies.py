@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from partitions import check_valid, context, trace
+from many_partitions import ANYTHING
+from partitions import check_valid, context, random_problem, trace
 
-from jevt.partition import batch, copies, partition, to_json
+from jevt.partition import batch, copies, partition, solve, to_json
 
 SHAPE = (2048, 512)
 RNG = np.random.default_rng(0)
@@ -91,3 +92,11 @@ def test_no_time_still_gives_a_valid_plan(seconds):
     _, plan, consts = planned(batch_norm_gradient, x, g, where=where)
     check_valid(plan, [*consts, x, g], rtol=1e-4)
     assert plan.solution.gap >= 0
+
+
+def test_a_piece_whose_copy_has_to_be_written_is_taken_apart():
+    """Its group did not hang together; the node's other copy was in the piece that read it."""
+    problem = random_problem(180, 270, near=6, products=13, copies=27)
+    outcome = solve.solve(problem, ANYTHING, solve.Limits(work=0.2))
+    assert problem.valid(outcome.groups)
+    assert outcome.cost == problem.cost(outcome.groups)

@@ -28,6 +28,7 @@ from jevt.passes import (
     inline,
     one_hot,
     raise_attention,
+    raise_cross_entropy,
     raise_norms,
     raise_softmax,
     row_products,
@@ -126,8 +127,11 @@ def _raising_passes(note: Callable[[str], None]) -> tuple[tuple[str, Pass], ...]
         ("raise_norms", functools.partial(raise_norms.run, note=note)),
         # So do those of softmaxes.
         ("raise_softmax", functools.partial(raise_softmax.run, note=note)),
-        # What they replace has no reader left.
+        # What they compute of the same rows is computed once; what they replace has no reader left.
+        ("cse", cse.run),
         ("dce", dce.run),
+        # Cross entropies, around the statistics of their softmaxes, are spelled in one way.
+        ("raise_cross_entropy", functools.partial(raise_cross_entropy.run, note=note)),
         # Composites that nothing takes whole become equations again.
         ("expand_composites", expand_composites.run),
         ("cse", cse.run),

@@ -10,7 +10,7 @@ import optax
 from jax.extend.core import Jaxpr, check_jaxpr
 from jax.lax import stop_gradient
 
-from jevt.passes import dce, raise_softmax
+from jevt.passes import cse, dce, raise_cross_entropy, raise_softmax
 
 
 def raised(jaxpr: Jaxpr, *passes) -> tuple[Jaxpr, list[str]]:
@@ -23,6 +23,21 @@ def raised(jaxpr: Jaxpr, *passes) -> tuple[Jaxpr, list[str]]:
         assert result.out_avals == before.out_avals
         assert graph_pass.run(result) is result, "not idempotent"
     return result, notes
+
+
+def with_cross_entropies(jaxpr: Jaxpr) -> tuple[Jaxpr, list[str]]:
+    """As ``raised``, and what the pass of cross entropies makes of that and notes."""
+    return raised(cse.run(raised(jaxpr)[0]), raise_cross_entropy)
+
+
+def passes_over_rows(jaxpr: Jaxpr) -> int:
+    """The longest chain of reductions, each of which needs the one before."""
+    depth: dict = {}
+    for eqn in jaxpr.eqns:
+        known = [depth.get(a, 0) for a in eqn.invars if not hasattr(a, "val")]
+        reduces = eqn.primitive.name in ("reduce_sum", "reduce_max")
+        depth.update(dict.fromkeys(eqn.outvars, max(known, default=0) + reduces))
+    return max(depth.values())
 
 
 def exponential(x, axis=-1):
@@ -88,6 +103,11 @@ def _z_loss(x, labels):
     return z - _picked(x, labels) + 1e-2 * z**2
 
 
+def _z_loss_apart(x, labels):
+    loss = optax.softmax_cross_entropy_with_integer_labels(x, labels)
+    return loss + 1e-2 * jax.nn.logsumexp(x, -1) ** 2
+
+
 def _ignored(x, labels):
     return jnp.where(labels == 3, 0, optax.softmax_cross_entropy_with_integer_labels(x, labels))
 
@@ -109,6 +129,7 @@ CROSS_ENTROPY: dict[str, Callable] = {
     "log_softmax, one hot": lambda x, n: -(jax.nn.log_softmax(x) * _one_hot(x, n)).sum(-1),
     "logsumexp": lambda x, n: jax.nn.logsumexp(x, -1) - _picked(x, n),
     "z-loss": _z_loss,
+    "z-loss apart": _z_loss_apart,
     "ignored labels": _ignored,
     "weights": lambda x, n: jnp.cos(n) * -_picked(jax.nn.log_softmax(x), n),
 }

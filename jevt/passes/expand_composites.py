@@ -14,7 +14,9 @@ gained is the spelling. Over n elements, with c = x - mean:
 
     softmax_statistics  maximum = max x              0 where that is not finite, if guarded
                         total = Σexp(x - maximum)
-    softmax_gradient    p = exp(x - maximum)/total, dx = p·(g - Σp·g)
+    softmax_gradient    p = exp(x - maximum)/total
+                        dx = p·(g - Σp·g)                        where a row is on chip
+                           = p·(g - Σ(exp(x - maximum)·g)/total)         else
 
 The second dx of a norm is for rows that are not on chip, whose numbers come through memory, of
 programs that take the variance in one pass: its rounding error grows with the mean as that of such
@@ -161,11 +163,13 @@ def _softmax_gradient(eqn: JaxprEqn, graph: Graph) -> list[Atom]:
     x, maximum, total, g = eqn.invars
     axes = eqn.params["axes"]
     rows = _Rows(shape_of(x), axes, graph)
-    probability = graph.emit(
-        p.div_p, exponential(x, maximum, axes, graph), along(total, x, axes, graph)
-    )
-    g = cast(g, x, graph)
-    inner = rows.sum(graph.mul(probability, g))
+    exp, g = exponential(x, maximum, axes, graph), cast(g, x, graph)
+    probability = graph.emit(p.div_p, exp, along(total, x, axes, graph))
+    if on_chip(shape_of(x), axes):
+        inner = rows.sum(graph.mul(probability, g))
+    else:
+        # A sum that does not wait for the total can share a pass over the rows with it.
+        inner = graph.emit(p.div_p, rows.sum(graph.mul(exp, g)), total)
     return [graph.mul(probability, rows.sub(g, rows.along(inner)))]
 
 

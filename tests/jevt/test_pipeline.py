@@ -180,6 +180,7 @@ def test_attention_that_stays_is_reported(monkeypatch):
     text = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert "cudnn" not in text
     trace = jevt.last_trace(step)
-    (note,) = trace.notes
+    note, softmax = trace.notes
     assert note.startswith("raise_attention: attention at ") and "this is float32" in note
+    assert softmax == "raise_softmax: softmax: 1 forward, 1 backward"
     assert trace.stage("raise_attention").notes and f"# {note}" in str(trace)

@@ -52,7 +52,9 @@ def test_debug_levels(monkeypatch, capsys):
         assert captured.out == ""
         printed[level] = captured.err
     assert printed["0"] == ""
-    assert printed["1"].count("\n") == 1 and "# jevt: <lambda>" in printed["1"]
+    summary, note = printed["1"].splitlines()
+    assert "# jevt: <lambda>" in summary
+    assert note == "# raise_softmax: softmax: 1 forward, 0 backward"
     assert "reason" in printed["2"] and "# stage" not in printed["2"]
     assert "# stage 5" in printed["3"] and "# plan" in printed["3"]
 

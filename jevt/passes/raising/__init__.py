@@ -10,6 +10,7 @@
 ``gradients.py``            the gradient that belongs to a norm's statistics
 ``softmax_gradients.py``    that of a softmax
 ``logsumexp_gradients.py``  that of a logsumexp, a softmax times a number a row
+``cross_entropies.py``      what a cross entropy is made of around a softmax's statistics
 ``rows.py``                 where the rows of a composite are, and arithmetic with their numbers
 ``write.py``                the composite equations in the place of what was found
 ``write_softmax.py``        those of a softmax, and what the program computes of its rows

@@ -1,0 +1,82 @@
+"""Cross entropies, forward and backward: found, counted, and brought to one spelling.
+
+Purpose: a cross entropy is the difference of a logsumexp and of the target's x. Spelled as the
+target's element of a ``log_softmax``, its sum needs the total of the row, so that a long row is
+read a third time; a z-loss adds a second multiple of the softmax to the gradient. No primitives of
+its own are needed: the row's statistics (``jevt/primitives/softmax.py``) are all that is dear, and
+with them
+
+    loss = log total - Σ target·(x - maximum)        where the target is one element of the row
+    dx = (k / total)·exp(x - maximum) - target·g     k: the factor of the loss, and of a z-loss
+
+Invariant: the same bits forward. A gradient with a z-loss is rounded once less. Targets that are
+not one element of the row (soft or smoothed labels) stay as they are spelled, and are counted.
+
+    before  { lambda ; x:f32[8,64] hot:bool[8,64]. let
+                m:f32[8] s:f32[8] = softmax_statistics[axes=(1,) guarded=False] x
+                l:f32[8,64] = sub (sub x (reshape m)) (reshape (log s))
+              in (reduce_sum[axes=(1,)] (select_n hot 0.0 l),) }          hot: position = label
+    after   { lambda ; x:f32[8,64] hot:bool[8,64]. let
+                m:f32[8] s:f32[8] = softmax_statistics[axes=(1,) guarded=False] x
+                t:f32[8] = reduce_sum[axes=(1,)] (select_n hot 0.0 (sub x (reshape m)))
+              in (select_n (0 ≤ label ≤ 63) 0.0 (sub t (log s)),) }
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jax.extend.core import Jaxpr
+from jax.extend.core import primitives as p
+
+from jevt.passes import canonicalize
+from jevt.passes._rewrite import map_bodies, once, rebuild, substitute
+from jevt.passes._rules import Graph
+from jevt.passes.attention.region import Program
+from jevt.passes.raising import cross_entropies
+from jevt.passes.raising.cross_entropies import Logits
+from jevt.primitives.softmax import softmax_statistics_p
+
+type Note = Callable[[str], None]
+
+
+def run(jaxpr: Jaxpr, note: Note = lambda _: None) -> Jaxpr:
+    """Rewrites the cross entropies of ``jaxpr`` and of its bodies.
+
+    Args:
+      jaxpr: with the composites of softmaxes, what is equal computed once.
+      note: receives how many there are, forward and backward.
+    """
+    counts = [0, 0]
+    body = once(lambda inner: _run(inner, body, counts))
+    result = body(jaxpr)
+    if counts[0]:
+        note(f"cross entropy: {counts[0]} forward, {counts[1]} backward")
+    return result
+
+
+def _run(jaxpr: Jaxpr, body: Callable[[Jaxpr], Jaxpr], counts: list[int]) -> Jaxpr:
+    program = Program(jaxpr)
+    graph = Graph(jaxpr, canonicalize.RULES)
+    todo: dict[int, Callable[[Graph], None]] = {}
+    for eqn in program.eqns:
+        if eqn.primitive is not softmax_statistics_p:
+            continue
+        logits = Logits(program, eqn)
+        forward = cross_entropies.losses(logits)
+        counts[0] += bool(forward)
+        counts[1] += bool(forward) and cross_entropies.has_gradient(logits)
+        rewrites = [cross_entropies.picked(logits, position) for position in forward]
+        rewrites += [
+            cross_entropies.merged(logits, position)
+            for position in logits.readers_of_multiples()
+            if program.eqns[position].primitive in (p.add_p, p.add_jaxvals_p)
+        ]
+        todo.update({r.position: r.write for r in rewrites if r is not None})
+    for position, eqn in enumerate(jaxpr.eqns):
+        if position in todo:
+            graph.place(eqn)
+            todo[position](graph)
+        else:
+            graph.add(map_bodies(substitute(graph.env, eqn), body))
+    return rebuild(jaxpr, graph.eqns, graph.env)

@@ -1,0 +1,333 @@
+"""The parts of a cross entropy around a softmax's statistics.
+
+Σ target·x, or Σ target·log_softmax(x)  ─▶ … ─▶ loss               forward
+(k / total)·exp(x - maximum)  ─▶ + or - target·g ─▶ dx             backward
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+from jax.extend.core import JaxprEqn, Primitive, Var
+from jax.extend.core import primitives as p
+
+from jevt._jaxpr import Atom
+from jevt.passes._facts import shape_of
+from jevt.passes._rewrite import read
+from jevt.passes._rules import Graph
+from jevt.passes.attention.operations import VIEWS, is_known
+from jevt.passes.attention.region import Program, number, root
+from jevt.passes.raising.cones import size
+from jevt.passes.raising.norms import same_mesh
+from jevt.passes.raising.rows import along
+from jevt.passes.raising.write import number as literal
+from jevt.primitives.norms import kept
+
+_ADDITIONS = frozenset({p.add_p, p.add_jaxvals_p, p.sub_p})
+
+#: Equations between the target's x and the loss: guards, signs, views.
+_MANY = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """What stands for the result of the equation at a position."""
+
+    position: int
+    write: Callable[[Graph], None]
+
+
+class Logits:
+    """What is normalised by a softmax, and what the program computes with its statistics."""
+
+    def __init__(self, program: Program, eqn: JaxprEqn) -> None:
+        self.program = program
+        (self.x,) = eqn.invars
+        self.maximum, self.total = eqn.outvars
+        self.axes: tuple[int, ...] = eqn.params["axes"]
+        self.rows = kept(shape_of(self.x), self.axes)
+
+    def is_x(self, atom: Atom) -> bool:
+        same = root(self.program, atom) is root(self.program, self.x)
+        return same and shape_of(atom) == shape_of(self.x)
+
+    def is_shifted(self, atom: Atom) -> bool:
+        eqn = self._made_by(atom, p.sub_p)
+        return eqn is not None and eqn.invars[0] is self.x and self.is_row(eqn.invars[1])
+
+    def is_exponential(self, atom: Atom) -> bool:
+        eqn = self._made_by(atom, p.exp_p)
+        return eqn is not None and self.is_shifted(eqn.invars[0])
+
+    def is_softmax(self, atom: Atom) -> bool:
+        eqn = self._made_by(atom, p.div_p)
+        return eqn is not None and self.is_exponential(eqn.invars[0])
+
+    def is_log_softmax(self, atom: Atom) -> bool:
+        eqn = self._made_by(atom, p.sub_p)
+        if eqn is None or not self.is_shifted(eqn.invars[0]):
+            return False
+        return self.is_logarithm(self.behind(eqn.invars[1]))
+
+    def is_logsumexp(self, atom: Atom) -> bool:
+        eqn = self._made_by(self.behind(atom), p.add_p)
+        if eqn is None:
+            return False
+        a, b = (self.behind(operand) for operand in eqn.invars)
+        return (self.is_logarithm(a) and b is self.maximum) or (
+            self.is_logarithm(b) and a is self.maximum
+        )
+
+    def is_logarithm(self, atom: Atom) -> bool:
+        eqn = self._made_by(atom, p.log_p)
+        return eqn is not None and eqn.invars[0] is self.total
+
+    def is_row(self, atom: Atom) -> bool:
+        """Whether this is the maximum, placed along the rows."""
+        return self.behind(atom) is self.maximum
+
+    def multiple(self, atom: Atom) -> tuple[Atom, Atom] | None:
+        """The k and the exponential of a value ``(k / total)·exp(x - maximum)``."""
+        eqn = self._made_by(atom, p.mul_p)
+        if eqn is None:
+            return None
+        for row, exponential in (eqn.invars, eqn.invars[::-1]):
+            quotient = self._made_by(self.behind(row), p.div_p)
+            if quotient is None or not self.is_exponential(exponential):
+                continue
+            k, total = quotient.invars
+            if total is self.total and shape_of(k) in ((), self.rows) and self.repeats(row):
+                return k, exponential
+        return None
+
+    def readers_of_multiples(self) -> Iterator[int]:
+        """The additions that read a multiple of the softmax, ascending, each once."""
+        found: set[int] = set()
+        for shifted in self._readers(self.x):
+            for exponential in self._readers(shifted):
+                if not self.is_exponential(exponential):
+                    continue
+                for value in self._readers(exponential):
+                    if self.multiple(value) is not None:
+                        found.update(self.program.readers.get(value, ()))
+        for position in sorted(found):
+            if self.program.eqns[position].primitive in _ADDITIONS:
+                yield position
+
+    def behind(self, atom: Atom) -> Atom:
+        """What an atom is a view of."""
+        while (eqn := self.program.definition(atom)) is not None and eqn.primitive in VIEWS:
+            atom = eqn.invars[0]
+        return atom
+
+    def repeats(self, row: Atom) -> bool:
+        """Whether a row's values are repeated along the axes, and in no other way."""
+        eqn = self.program.definition(row)
+        if eqn is None or shape_of(eqn.invars[0]) != self.rows:
+            return False
+        if eqn.primitive is p.broadcast_in_dim_p:
+            rest = [i for i in range(len(shape_of(self.x))) if i not in self.axes]
+            return list(eqn.params["broadcast_dimensions"]) == rest
+        placed = tuple(1 if i in self.axes else n for i, n in enumerate(shape_of(self.x)))
+        return eqn.primitive is p.reshape_p and shape_of(row) == placed
+
+    def _readers(self, atom: Atom) -> Iterator[Var]:
+        if isinstance(atom, Var):
+            for position in self.program.readers.get(atom, ()):
+                yield from self.program.eqns[position].outvars
+
+    def _made_by(self, atom: Atom, primitive: Primitive) -> JaxprEqn | None:
+        eqn = self.program.definition(atom)
+        return eqn if eqn is not None and eqn.primitive is primitive else None
+
+
+def losses(logits: Logits) -> list[int]:
+    """The sums of the target times x, or times the logarithm of its softmax, of cross entropies."""
+    return [
+        position
+        for position, eqn in enumerate(logits.program.eqns)
+        if eqn.primitive is p.reduce_sum_p
+        and tuple(eqn.params["axes"]) == logits.axes
+        and _is_loss(logits, eqn)
+    ]
+
+
+def _is_loss(logits: Logits, eqn: JaxprEqn) -> bool:
+    product = logits.program.definition(eqn.invars[0])
+    if product is None or product.primitive not in (p.select_n_p, p.mul_p):
+        return False
+    if any(map(logits.is_log_softmax, product.invars)):
+        return not any(map(logits.is_softmax, product.invars))  # that is an entropy
+    if not any(logits.is_x(a) or logits.is_shifted(a) for a in product.invars):
+        return False
+    # The x of the target is a cross entropy's if it meets the logsumexp, or the total's logarithm.
+    stack, seen = list(eqn.outvars), set(eqn.outvars)
+    while stack and len(seen) <= _MANY:
+        for position in logits.program.readers.get(stack.pop(), ()):
+            reader = logits.program.eqns[position]
+            if reader.primitive in _ADDITIONS and any(
+                logits.is_logsumexp(a) or logits.is_logarithm(a) for a in reader.invars
+            ):
+                return True
+            if is_known(reader) and reader.primitive is not p.reduce_sum_p:
+                new = [v for v in reader.outvars if v not in seen and size(v) < size(logits.x)]
+                seen.update(new)
+                stack.extend(new)
+    return False
+
+
+def has_gradient(logits: Logits) -> bool:
+    """Whether a multiple of the softmax is added to something, as in a cross entropy's gradient."""
+    return any(True for _ in logits.readers_of_multiples())
+
+
+def picked(logits: Logits, position: int) -> Rewrite | None:
+    """The rewrite of a sum that picks an element of the logarithm of the softmax.
+
+    Where no position of the row is the label, the sum is 0 and stays so.
+    """
+    program = logits.program
+    eqn = program.eqns[position]
+    product = program.definition(eqn.invars[0])
+    assert product is not None
+    index = next((i for i, a in enumerate(product.invars) if logits.is_log_softmax(a)), None)
+    if index is None or len(logits.axes) != 1:
+        return None
+    label = _label(logits, _mask(program, product, index))
+    if label is None or not same_mesh(logits.x, label, *product.invars):
+        return None
+    logarithm = program.definition(product.invars[index])
+    assert logarithm is not None
+    shifted, log_total = logarithm.invars[0], logits.behind(logarithm.invars[1])
+
+    (out,) = eqn.outvars
+    last = shape_of(logits.x)[logits.axes[0]] - 1
+    guarded = _is_guarded(program, out, label, last)
+
+    def write(graph: Graph) -> None:
+        operands = [read(graph.env, a) for a in product.invars]
+        operands[index] = read(graph.env, shifted)
+        terms = graph.emit(product.primitive, *operands, **product.params)
+        total = graph.emit(p.reduce_sum_p, terms, **eqn.params)
+        loss = graph.emit(p.sub_p, total, read(graph.env, log_total))
+        graph.env[out] = loss if guarded else _where_hit(loss, read(graph.env, label), last, graph)
+
+    return Rewrite(position, write)
+
+
+def _is_guarded(program: Program, out: Var, label: Atom, last: int) -> bool:
+    """Whether a value is read only where the label is between 0 and the last."""
+
+    def is_bound(atom: Atom, primitive: Primitive, bound: int) -> bool:
+        eqn = program.definition(atom)
+        if eqn is None or eqn.primitive is not primitive or eqn.invars[0] is not label:
+            return False
+        return number(program, eqn.invars[1]) == bound
+
+    def is_guard(position: int) -> bool:
+        eqn = program.eqns[position]
+        if eqn.primitive is not p.select_n_p or len(eqn.invars) != 3 or eqn.invars[1] is out:
+            return False
+        test = program.definition(eqn.invars[0])
+        if test is None or test.primitive is not p.and_p:
+            return False
+        low, high = test.invars
+        return is_bound(low, p.ge_p, 0) and is_bound(high, p.le_p, last)
+
+    return out not in program.outputs and all(map(is_guard, program.readers.get(out, ())))
+
+
+def _where_hit(loss: Atom, label: Atom, last: int, graph: Graph) -> Atom:
+    """The loss where the label is between 0 and the last, 0 elsewhere."""
+    row = graph.reshape(label, shape_of(loss))
+    inside = graph.emit(
+        p.and_p,
+        graph.emit(p.ge_p, row, literal(0, row, graph)),
+        graph.emit(p.le_p, row, literal(last, row, graph)),
+    )
+    nothing = graph.broadcast(literal(0.0, loss, graph), shape_of(loss), ())
+    return graph.emit(p.select_n_p, inside, nothing, loss)
+
+
+def _mask(program: Program, product: JaxprEqn, index: int) -> Atom | None:
+    """The mask of a sum of masked values, None if it is another one."""
+    if product.primitive is p.select_n_p:
+        mask, other = product.invars[0], product.invars[3 - index]
+        return mask if index == 2 and number(program, other) == 0.0 else None
+    factor = product.invars[1 - index]
+    eqn = program.definition(factor)
+    if eqn is None or eqn.primitive is not p.convert_element_type_p:
+        return None
+    return eqn.invars[0]
+
+
+def _label(logits: Logits, mask: Atom | None) -> Atom | None:
+    """The label of a mask that is true where the position is a row's label, if it is one."""
+    eqn = logits.program.definition(mask) if mask is not None else None
+    if mask is None or eqn is None or eqn.primitive is not p.eq_p:
+        return None
+    if shape_of(mask) != shape_of(logits.x):
+        return None
+    shape, (axis,) = shape_of(logits.x), logits.axes
+    for positions, labels in (eqn.invars, eqn.invars[::-1]):
+        iota = logits.program.definition(positions)
+        if iota is None or iota.primitive is not p.iota_p or iota.params["dimension"] != axis:
+            continue
+        if len(shape_of(positions)) != len(shape) or shape_of(positions)[axis] != shape[axis]:
+            continue
+        view = logits.program.definition(labels)
+        if view is not None and logits.repeats(labels):
+            return view.invars[0]
+        if shape_of(labels) == tuple(1 if i == axis else n for i, n in enumerate(shape)):
+            return labels
+    return None
+
+
+def merged(logits: Logits, position: int) -> Rewrite | None:
+    """The rewrite of the sum of two multiples of one softmax: their numbers a row are added."""
+    program = logits.program
+    eqn = program.eqns[position]
+    for first, second in (eqn.invars, eqn.invars[::-1]):
+        one = logits.multiple(first)
+        if one is None or not _is_read_once(program, first):
+            continue
+        inner = program.definition(second)
+        others: tuple[Atom, ...] = ()
+        two = logits.multiple(second)
+        if two is None and inner is not None and inner.primitive in (p.add_p, p.add_jaxvals_p):
+            for a, b in (inner.invars, inner.invars[::-1]):
+                two, others = logits.multiple(a), (b,)
+                if two is not None:
+                    break
+        if two is None or not _is_read_once(program, second):
+            continue
+        if not same_mesh(logits.x, one[0], two[0], *others):
+            continue
+        write = functools.partial(_write_merged, logits, eqn, one, two[0], others)
+        return Rewrite(position, write)
+    return None
+
+
+def _is_read_once(program: Program, atom: Atom) -> bool:
+    if not isinstance(atom, Var) or atom in program.outputs:
+        return False
+    return len(program.readers.get(atom, ())) == 1
+
+
+def _write_merged(
+    logits: Logits,
+    eqn: JaxprEqn,
+    one: tuple[Atom, Atom],
+    other_k: Atom,
+    others: tuple[Atom, ...],
+    graph: Graph,
+) -> None:
+    k, exponential = (read(graph.env, atom) for atom in one)
+    k = graph.emit(p.add_p, k, read(graph.env, other_k))
+    row = graph.emit(p.div_p, k, read(graph.env, logits.total))
+    value = graph.mul(along(row, logits.x, logits.axes, graph), exponential)
+    for other in others:
+        value = graph.emit(p.add_p, read(graph.env, other), value)
+    graph.env[eqn.outvars[0]] = value

@@ -125,7 +125,7 @@ class Logits:
     def repeats(self, row: Atom) -> bool:
         """Whether a row's values are repeated along the axes, and in no other way."""
         eqn = self.program.definition(row)
-        if eqn is None or shape_of(eqn.invars[0]) != self.rows:
+        if eqn is None or not eqn.invars or shape_of(eqn.invars[0]) != self.rows:
             return False
         if eqn.primitive is p.broadcast_in_dim_p:
             rest = [i for i in range(len(shape_of(self.x))) if i not in self.axes]

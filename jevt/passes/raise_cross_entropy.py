@@ -57,7 +57,6 @@ def run(jaxpr: Jaxpr, note: Note = lambda _: None) -> Jaxpr:
 
 def _run(jaxpr: Jaxpr, body: Callable[[Jaxpr], Jaxpr], counts: list[int]) -> Jaxpr:
     program = Program(jaxpr)
-    graph = Graph(jaxpr, canonicalize.RULES)
     todo: dict[int, Callable[[Graph], None]] = {}
     for eqn in program.eqns:
         if eqn.primitive is not softmax_statistics_p:
@@ -73,6 +72,9 @@ def _run(jaxpr: Jaxpr, body: Callable[[Jaxpr], Jaxpr], counts: list[int]) -> Jax
             if program.eqns[position].primitive in (p.add_p, p.add_jaxvals_p)
         ]
         todo.update({r.position: r.write for r in rewrites if r is not None})
+    if not todo:
+        return rebuild(jaxpr, [map_bodies(eqn, body) for eqn in jaxpr.eqns], {})
+    graph = Graph(jaxpr, canonicalize.RULES)
     for position, eqn in enumerate(jaxpr.eqns):
         if position in todo:
             graph.place(eqn)

@@ -87,25 +87,27 @@ def find(program: Program, exponential: int) -> Softmax | None:
         positions.update(_constant(program, var) if chain else ())
         return chain
 
-    unshifted: Softmax | None = None
+    unshifted: Cone | None = None
     for tries, cone in enumerate(dominators(program, [total], resolve)):
         if tries == _TRIES:
             break
         if size(cone.source) <= size(total) or not is_float(cone.source.aval):
             continue
-        softmax = _confirm(program, cone, total)
-        if softmax is None:
+        if not _has_maximum(program, cone):
+            if cone.source is program.eqns[exponential].invars[0]:
+                unshifted = cone
             continue
-        if _has_maximum(program, cone):
+        softmax = _confirm(program, cone, total)
+        if softmax is not None:
             return softmax
-        unshifted = unshifted or softmax
-    if unshifted is None:
+    if unshifted is None or _is_shifted(program, unshifted.source):
+        raise NoMatch("a sum of exponentials, but not of differences from the maximum")
+    softmax = _confirm(program, unshifted, total)
+    if softmax is None:
         raise NoMatch("a sum of exponentials, but not that of a softmax")
-    if _is_shifted(program, unshifted.x):
-        raise NoMatch("something else than the maximum is subtracted")
-    if not on_chip(shape_of(unshifted.x), unshifted.axes):
+    if not on_chip(shape_of(softmax.x), softmax.axes):
         raise NoMatch("the maximum is not subtracted, and would need a pass of its own")
-    return unshifted
+    return softmax
 
 
 def _total(program: Program, exponential: int) -> Var | None:

@@ -10,6 +10,8 @@ import small_models
 from rewriting import ALGEBRA, count, evaluate, relative_norm, rewritten, traced
 from small_models import MODELS
 
+from benchmarks import registry
+from benchmarks.options import Options
 from jevt import pipeline
 from jevt._context import Context
 from jevt.partition.cost import DEVICES
@@ -36,9 +38,8 @@ def changes(outs, args) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def before_and_after(name):
-    """A step's changes before and after all passes for a GPU; none has more to do."""
-    step, args = MODELS[name]()
+def before_and_after(step, args):
+    """A step's changes before and after all passes for a GPU."""
     jaxpr = jax.make_jaxpr(step)(*args)
     context = Context("cuda", "auto", False, (False,) * len(jaxpr.invars), DEVICES["H100"])
     result = jaxpr
@@ -52,8 +53,15 @@ def before_and_after(name):
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "mixed_precision"])
 def test_values(name):
-    want, got = before_and_after(name)
+    want, got = before_and_after(*MODELS[name]())
     assert relative_norm([got], [want]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "resnet", "xmlcnn", "gcn"])
+def test_workloads(name):
+    workload = registry.make(name, Options(size="smoke", dtype="float32", param_dtype="float32"))
+    want, got = before_and_after(workload.step, (workload.init(0), workload.batch(0)))
+    assert relative_norm([got], [want]) < 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -69,7 +77,7 @@ def test_mixed_precision_is_as_precise():
     """bfloat16 is rounded where it was, or less: the distance from float32 does not grow."""
     step, args = small_models.mixed_precision("float32")
     truth = changes(evaluate(traced(step, *args), *jax.tree.leaves(args), compiled=True), args)
-    want, got = before_and_after("mixed_precision")
+    want, got = before_and_after(*MODELS["mixed_precision"]())
     assert relative_norm([got], [truth]) < 1.1 * relative_norm([want], [truth]) < 0.05
 
 

@@ -106,7 +106,8 @@ class _Run:
             writer = SoftmaxWriter(found.softmax, found.gradient, graph)
             writes: dict[Var, Callable[[], None]] = {}
             writes |= {v: functools.partial(writer.result, v) for v in found.softmax.results}
-            todo.setdefault(min(program.maker[v] for v in writes), []).append(writer.statistics)
+            first = min(program.maker[v] for v in (found.softmax.total, *writes))
+            todo.setdefault(first, []).append(writer.statistics)
             writes |= {m.value: functools.partial(writer.multiple, m) for m in found.multiples}
             if found.gradient is not None:
                 writes[found.gradient.sum.root] = writer.sum
@@ -130,14 +131,14 @@ class _Run:
                 continue
             try:
                 softmax = softmaxes.find(program, position)
-                if softmax is None or not taken.isdisjoint(softmax.results):
+                if softmax is None or not taken.isdisjoint((softmax.total, *softmax.results)):
                     continue
                 found = self._with_gradients(softmax, eqn, taken)
                 softmaxes.check(softmax, found.inside(), found.replaced())
             except NoMatch as error:
                 self._miss(str(error), eqn)
                 continue
-            taken.update(softmax.results)
+            taken.update((softmax.total, *softmax.results))
             taken.update(found.replaced())
             counts = self.counts[softmax.name()]
             counts[0] += 1

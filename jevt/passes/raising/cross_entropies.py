@@ -21,7 +21,7 @@ from jevt.passes.attention.operations import VIEWS, is_known
 from jevt.passes.attention.region import Program, number, root
 from jevt.passes.raising.cones import size
 from jevt.passes.raising.norms import same_mesh
-from jevt.passes.raising.rows import along
+from jevt.passes.raising.rows import along, of_row
 from jevt.passes.raising.write import number as literal
 from jevt.primitives.norms import kept
 
@@ -324,9 +324,9 @@ def _write_merged(
     others: tuple[Atom, ...],
     graph: Graph,
 ) -> None:
-    k, exponential = (read(graph.env, atom) for atom in one)
-    k = graph.emit(p.add_p, k, read(graph.env, other_k))
-    row = graph.emit(p.div_p, k, read(graph.env, logits.total))
+    total, exponential = read(graph.env, logits.total), read(graph.env, one[1])
+    ks = [of_row(read(graph.env, k), total, graph) for k in (one[0], other_k)]
+    row = graph.emit(p.div_p, graph.emit(p.add_p, *ks), total)
     value = graph.mul(along(row, logits.x, logits.axes, graph), exponential)
     for other in others:
         value = graph.emit(p.add_p, read(graph.env, other), value)

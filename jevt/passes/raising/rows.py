@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from jax.extend.core import Literal
 from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom
 from jevt.lowering.rules import long_rows
 from jevt.passes._facts import shape_of
 from jevt.passes._rules import Graph
+from jevt.passes.raising.write import cast, number
 from jevt_kernels.mainloops.rowwise import MAX_WHOLE
 
 
@@ -31,3 +33,11 @@ def exponential(x: Atom, maximum: Atom, axes: tuple[int, ...], graph: Graph) -> 
     """``exp(x - maximum)`` with one maximum a row, as every reader of a softmax spells it."""
     shifted = graph.emit(p.sub_p, x, along(maximum, x, axes, graph))
     return graph.emit(p.exp_p, shifted, accuracy=None)
+
+
+def of_row(k: Atom, row: Atom, graph: Graph) -> Atom:
+    """A number a row, or one for all: in the type of ``row``, and in its shape or a scalar."""
+    if isinstance(k, Literal):
+        return number(k.val, row, graph)
+    k = cast(k, row, graph)
+    return graph.reshape(k, shape_of(row)) if shape_of(k) else k

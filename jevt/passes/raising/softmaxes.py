@@ -80,6 +80,8 @@ def find(program: Program, exponential: int) -> Softmax | None:
     """
     total = _total(program, exponential)
     if total is None:
+        if _is_masked(program, exponential):
+            raise NoMatch("the exponential is masked (where=), not what it is taken of")
         return None
 
     def resolve(var: Var, positions: set[int]) -> bool:
@@ -123,11 +125,22 @@ def _total(program: Program, exponential: int) -> Var | None:
     return None
 
 
+def _is_masked(program: Program, exponential: int) -> bool:
+    """Whether a sum takes some of a softmax's exponentials, by a mask."""
+    eqn = program.eqns[exponential]
+    if not _is_shifted(program, eqn.invars[0]):
+        return False
+    readers = (program.eqns[i] for i in program.readers.get(eqn.outvars[0], ()))
+    masked = (r.outvars[0] for r in readers if r.primitive is p.select_n_p)
+    last = (program.eqns[i] for v in masked for i in program.readers.get(v, ()))
+    return any(eqn.primitive is p.reduce_sum_p for eqn in last)
+
+
 def _has_maximum(program: Program, cone: Cone) -> bool:
     return any(program.eqns[i].primitive is p.reduce_max_p for i in cone.positions)
 
 
-def _is_shifted(program: Program, x: Var) -> bool:
+def _is_shifted(program: Program, x: Atom) -> bool:
     """Whether something that depends on a maximum is subtracted from each row already."""
     stack: list[tuple[Atom, int]] = [(x, 6)]
     while stack:

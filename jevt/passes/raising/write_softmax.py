@@ -14,7 +14,7 @@ from jevt.passes._facts import shape_of
 from jevt.passes._rewrite import read
 from jevt.passes._rules import Graph
 from jevt.passes.raising.logsumexp_gradients import Multiple
-from jevt.passes.raising.rows import along, exponential
+from jevt.passes.raising.rows import along, exponential, of_row
 from jevt.passes.raising.softmax_gradients import SoftmaxGradient
 from jevt.passes.raising.softmaxes import Softmax
 from jevt.passes.raising.write import cast, composite, summed, to_type
@@ -74,10 +74,7 @@ class SoftmaxWriter:
         """Writes a product of the softmax and a number a row."""
         graph = self.graph
         graph.place(self.softmax.program.eqns[self.softmax.program.maker[multiple.value]])
-        total: Any = self.total.aval
-        k = to_type(read(graph.env, multiple.k), total.dtype, graph)
-        if shape_of(k):
-            k = graph.reshape(k, shape_of(self.total))
+        k = of_row(read(graph.env, multiple.k), self.total, graph)
         row = self.along(graph.emit(p.div_p, k, self.total))
         value = graph.reshape(graph.mul(row, self.exponential()), shape_of(multiple.value))
         graph.env[multiple.value] = cast(value, multiple.value, graph)

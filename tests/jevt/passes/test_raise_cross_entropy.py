@@ -113,6 +113,19 @@ def test_contrastive():
     assert relative_norm(evaluate(plain, x, labels), evaluate(jaxpr, x, labels)) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["log_softmax", "z-loss apart"])
+def test_shard_map(name):
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("i")
+    step = jax.grad(lambda x, labels: CROSS_ENTROPY[name](x, labels).sum())
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    args = operands()
+    jaxpr = canonical(mapped, *args)
+    result, _ = with_cross_entropies(jaxpr)
+    assert count(result, "softmax_statistics") == 1
+    assert relative_norm(evaluate(expanded(result), *args), evaluate(jaxpr, *args)) < 1e-6
+
+
 # What is not a cross entropy
 
 

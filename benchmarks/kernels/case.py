@@ -11,7 +11,7 @@ from benchmarks.options import Size
 from benchmarks.workload import Tree, Workload
 
 # Each module registers at least one suite when imported.
-MODULES = ("pointwise", "rowwise", "columnwise", "gemm")
+MODULES = ("pointwise", "rowwise", "columnwise", "reductions", "gemm")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from jevt.lowering.axes import Address, Axes, Factor, View, dense, flat, fresh, 
 from jevt.lowering.errors import NotFusible
 from jevt_kernels import visitor
 from jevt_kernels.index_map import IndexMap
+from jevt_kernels.ops import compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,24 @@ class Builder:
         """Stores a result to the output at ``position``."""
         value = self.operand(var)
         address = dense(value.axes, aval(var).shape)
-        self.add(visitor.Store(position, value.node, IndexMap(())), address)
+        self.add(visitor.Store(position, self._unrounded(value.node), IndexMap(())), address)
+
+    def _unrounded(self, position: int) -> int:
+        """The reduction below conversions that change nothing but what is stored.
+
+        A reduction along rows is known only when all programs' parts are combined: its store
+        converts it, but nothing before that can.
+        """
+        here, node = position, self.nodes[position]
+        while isinstance(node, visitor.Compute) and node.op == "convert":
+            (here,) = node.operands
+            source = self.nodes[here]
+            if not isinstance(source, visitor.Compute | visitor.Reduce):
+                break
+            if compute_dtype(source.dtype) != compute_dtype(node.dtype):
+                break
+            node = source
+        return here if isinstance(node, visitor.Reduce) else position
 
     def _pointwise(self, eqn: JaxprEqn) -> None:
         operation = rules.POINTWISE[eqn.primitive](eqn)

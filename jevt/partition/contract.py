@@ -117,10 +117,15 @@ def _into_producer(joined: _Joined, v: int) -> None:
     if result.size == 1 and len(result.consumers) > 1:
         return  # readers of one scalar are not counted as connected
     if operand.var in joined.late:
-        if not node.free:
+        if not node.free and not _rounds(graph, node):
             return
         joined.late.add(result.var)
     joined.join(u, v)
+
+
+def _rounds(graph: Graph, node: Node) -> bool:
+    """Whether a node gives a sum another type, which the kernel that completes the sum can do."""
+    return [graph.jaxpr.eqns[p].primitive.name for p in node.eqns] == ["convert_element_type"]
 
 
 def _given_scalar(tensor: Tensor) -> bool:

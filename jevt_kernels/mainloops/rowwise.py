@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer, power_of_two
 from jevt_kernels.mainloops import long_rows, parts, pipelining
@@ -36,6 +38,10 @@ _MANY_REGISTERS = 96
 #: Blocks that walk the rows then, eight on each of 132 multiprocessors.
 _PROGRAMS = 1056
 
+#: Blocks that walk the widest rows: about a multiple of the multiprocessors of an A100 (108) and of
+#: an H100 (132), each of which holds one.
+_WALKERS = 528
+
 #: Fewer rows than this, each too long for one block, leave most of a GPU idle: they are split.
 FEW_ROWS = 128
 
@@ -44,20 +50,39 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
     """Configurations worth trying, the preferred one first."""
     rows, columns = (spec.space.extent(spec.space.tile_axis(name)) for name in ("row", "col"))
     width = power_of_two(columns)
+    looped = [Config((("row", 1), ("col", block)), warps) for block, warps in parts.TILES]
     if width > MAX_WHOLE:
-        looped = [Config((("row", 1), ("col", block)), warps) for block, warps in parts.TILES]
         split = [dataclasses.replace(c, splits=_splits(rows, columns, c)) for c in looped]
         return tuple(dict.fromkeys([*split, *looped] if rows < FEW_ROWS else looped))
-    warps = min(32, max(1, width // _PER_WARP))
+    if width == MAX_WHOLE:
+        return (*_widest(spec, rows), *looped) if held(spec) <= 1 else (*looped, _whole_row())
+    warps = max(1, width // _PER_WARP)
     height = min(max(1, _PER_WARP // width), power_of_two(rows))
     blocks = (("row", height), ("col", width))
-    result = [Config(blocks, warps), Config(blocks, min(32, 2 * warps))]
+    result = [Config(blocks, warps), Config(blocks, 2 * warps)]
     tiles, registers = _loads(spec, width // (32 * warps))
     if tiles and height * width <= _PER_WARP and rows > 4 * _PROGRAMS:
         ahead = (("row", 2 if tiles == 1 and width == _PER_WARP else height), ("col", width))
         walking = Config(ahead, warps, pipelining.stages(spec, "row", dict(ahead)), _PROGRAMS)
         result.insert(0 if registers >= _MANY_REGISTERS else 1, walking)
     return tuple(dict.fromkeys(result))
+
+
+def _widest(spec: KernelSpec, rows: int) -> tuple[Config, ...]:
+    """Configurations for a row that takes a multiprocessor by itself, 64 registers of a thread.
+
+    A thread block a row alternates between memory and arithmetic: 51 % of an H200's bandwidth in
+    BERT's cross entropy. Blocks that walk the rows load the next one meanwhile.
+    """
+    tiles, registers = _loads(spec, _PER_WARP // 32)
+    whole = _whole_row()
+    if tiles == 1 and registers == _PER_WARP // 32 and rows > 2 * _WALKERS:
+        return dataclasses.replace(whole, num_stages=2, programs=_WALKERS), whole
+    return (whole,)
+
+
+def _whole_row() -> Config:
+    return Config((("row", 1), ("col", MAX_WHOLE)), MAX_WHOLE // _PER_WARP)
 
 
 def _splits(rows: int, columns: int, config: Config) -> int:
@@ -88,6 +113,45 @@ def _loads(spec: KernelSpec, per_thread: int) -> tuple[int, int]:
     return len(tiles), len(along) * per_thread
 
 
+def _in_turn(spec: KernelSpec) -> list[int]:
+    """The reductions of a whole row in the order in which they are made.
+
+    What needs fewer of the others comes first, so that few values wait for a later one.
+    """
+    levels = visitor.levels(spec.tree)
+    found = (
+        p for p, n in enumerate(spec.tree) if isinstance(n, visitor.Reduce) and n.over == "col"
+    )
+    return sorted(found, key=lambda position: (levels[position], position))
+
+
+def held(spec: KernelSpec) -> int:
+    """Full tiles, most of them at a time, that a whole row's program keeps through a reduction."""
+    turn = {position: number for number, position in enumerate(_in_turn(spec))}
+    col, varies = len(turn), visitor.dependencies(spec.tree, spec.space)
+    first = [col] * len(spec.tree)
+    last = [0] * len(spec.tree)
+    for position in reversed(range(len(spec.tree))):
+        at = turn.get(position, first[position])
+        for operand in visitor.operands(spec.tree[position]):
+            first[operand] = min(first[operand], at)
+            last[operand] = max(last[operand], at)
+    kept = [
+        range(first[position], last[position])
+        for position, node in enumerate(spec.tree)
+        if "col" in varies[position] and _takes_registers(spec, position, node)
+    ]
+    return max((sum(number in one for one in kept) for number in range(col)), default=0)
+
+
+def _takes_registers(spec: KernelSpec, position: int, node: visitor.Node) -> bool:
+    """Whether a value is not a position, which is made again, nor a boolean, which is a bit."""
+    if isinstance(node, visitor.Compute | visitor.Constant) and node.dtype == np.dtype(bool):
+        return False
+    below = visitor.ancestors(spec.tree, position)
+    return any(isinstance(spec.tree[p], visitor.Load) for p in below)
+
+
 def emit(printer: Printer) -> int:
     """Prints the body; a program instance walks one block of rows, or several."""
     space, config = printer.spec.space, printer.config
@@ -112,8 +176,9 @@ def emit(printer: Printer) -> int:
 
 
 def _emit_whole(printer: Printer) -> None:
-    for reduction in reductions(printer, "col"):
-        reduction.finish(reduction.masked())
+    found = {reduction.position: reduction for reduction in reductions(printer, "col")}
+    for position in _in_turn(printer.spec):
+        found[position].finish(found[position].masked())
     printer.store_all(printer.stores())
 
 

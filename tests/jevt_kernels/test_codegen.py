@@ -38,7 +38,9 @@ def test_text(name: str, golden: Callable[[str, str], None]) -> None:
 def test_compiles_without_spills(name: str, arch: int) -> None:
     binary = aot.compile(kernel_gallery.spec(name), arch)
     assert binary.spill_bytes == 0
-    assert binary.shared_bytes <= 48 * 1024
+    # As much as a thread block of any GPU since sm_80 has, for the widest rows; 48 KiB for others.
+    widest = binary.num_warps == 32
+    assert binary.shared_bytes <= (99 if widest else 48) * 1024
 
 
 @pytest.mark.aot

@@ -55,6 +55,10 @@ def gradient(function: Callable[..., Any]) -> Callable[..., Any]:
     return pulled_back
 
 
+def softmax_of(x: Any) -> Any:
+    return jax.nn.softmax(x)
+
+
 def cross_entropy(logits: Any, one_hot: Any) -> Any:
     return -(jax.nn.log_softmax(logits) * one_hot).sum(-1)
 
@@ -195,6 +199,24 @@ def test_loads_are_issued_ahead_where_few_blocks_fit(name: str, dtype: Any, walk
         spec = contract.build(function, *(jax.ShapeDtypeStruct(s, dtype) for s in shapes))
     text = codegen.generate(spec).text
     assert ("in tl.range(pid, 16384, 1056, num_stages=" in text) == walks
+
+
+@pytest.mark.parametrize(
+    ("function", "operands", "first"),
+    [
+        (softmax_of, 1, Config((("row", 1), ("col", 32768)), 32, 2, 528)),
+        (rms_norm, 2, Config((("row", 1), ("col", 32768)), 32)),
+        (gradient(softmax_of), 2, Config((("row", 1), ("col", 4096)), 8)),
+    ],
+    ids=["loads ahead", "vectors take the room", "two tiles do not fit"],
+)
+def test_the_widest_rows(function: Callable[..., Any], operands: int, first: Config) -> None:
+    rows = jax.ShapeDtypeStruct((4096, 30528), contract.BFLOAT16)
+    vector = jax.ShapeDtypeStruct((30528,), contract.BFLOAT16)
+    arguments = (rows, vector if function is rms_norm else rows)[:operands]
+    assert codegen.generate(contract.build(function, *arguments)).config == first
+    few = jax.ShapeDtypeStruct((132, 30528), contract.BFLOAT16)
+    assert codegen.generate(contract.build(softmax_of, few)).config.programs == 0
 
 
 def test_what_does_not_vary_along_rows_is_loaded_once() -> None:

@@ -22,6 +22,8 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from jevt._context import Device
 from jevt.partition import graph as graphs
+from jevt_kernels.mainloops import rowwise
+from jevt_kernels.spec import KernelSpec
 from jevt_kernels.tuning import Calibration
 
 
@@ -143,6 +145,20 @@ def traffic(jaxpr: Jaxpr) -> int:
     read = sum(fetched(jaxpr.eqns, v) for v in jaxpr.invars)
     results = dict.fromkeys(v for v in jaxpr.outvars if isinstance(v, Var))
     return read + sum(graphs.nbytes(v.aval) for v in results)
+
+
+def long_rows_us(spec: KernelSpec, device: Device) -> float:
+    """What rows that do not fit on chip cost beside moving everything once.
+
+    Every further pass over them moves something again, and of few rows it is a launch. That the
+    parts of few rows have to be combined is true of XLA's kernels, too, and counted for neither.
+    """
+    if spec.mainloop != "rowwise":
+        return 0.0
+    moved, launches = rowwise.traffic(spec)
+    once = sum(operand.nbytes for operand in (*spec.inputs, *spec.outputs))
+    again = max(0, moved - once) / device.bytes_per_us
+    return again + (launches - 1) * device.triton_launch_us
 
 
 def second_stage_us(reductions: Collection[JaxprEqn], device: Device) -> float:

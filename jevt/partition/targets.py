@@ -70,6 +70,7 @@ def choose(
     if reason:
         return dataclasses.replace(group, reason=reason, fallback=fallback)
     config = _config(spec, context)
+    predicted += cost.long_rows_us(spec, context.device)
     kernel = dataclasses.replace(group, target="triton", predicted_us=predicted, config=config)
     if (measured := known.settled(kernel, context)) is not None:
         return measured

@@ -99,6 +99,22 @@ def stages(spec: KernelSpec, config: Config) -> Stages | None:
     return long_rows.stages(spec, config.splits)
 
 
+def traffic(spec: KernelSpec) -> tuple[int, int]:
+    """Bytes that a kernel moves in its preferred configuration, and how many launches do so.
+
+    The launches that combine parts of rows are not among them: they move next to nothing.
+    """
+    preferred = configs(spec)[0]
+    columns = spec.space.extent(spec.space.tile_axis("col"))
+    if columns <= MAX_WHOLE or stages(spec, dataclasses.replace(preferred, splits=2)) is None:
+        return sum(operand.nbytes for operand in (*spec.inputs, *spec.outputs)), 1
+    # A loop makes the same passes; nothing but partial results is written between its own.
+    steps = long_rows.stages(spec, preferred.splits).steps
+    moved = sum(operand.nbytes for s in steps for operand in (*s.spec.inputs, *s.spec.outputs))
+    over_rows = [s for s in steps if s.spec.mainloop != "rowwise"]
+    return moved, len(over_rows) if preferred.splits > 1 else 1
+
+
 def _loads(spec: KernelSpec, per_thread: int) -> tuple[int, int]:
     """Full tiles that are loaded, and the registers that they and the vectors along columns take.
 

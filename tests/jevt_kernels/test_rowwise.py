@@ -270,6 +270,21 @@ def test_infinities_and_nan(columns: int, config: Config | None) -> None:
     contract.check(everything, EDGES[:, :columns].copy(), configs=(config,))
 
 
+@pytest.mark.parametrize("name", ["log_softmax", "layer norm", "RMS norm"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_norms_of_infinities_and_nan(name: str, *, backward: bool) -> None:
+    """As ``jax.jit`` has them, in rows that are held, walked through, or in parts."""
+    function, arrays = ROWS[f"{name}, gradient" if backward else name]
+    count = len(arrays) - 1 - backward
+    rows = EDGES.copy()
+    rows[6] = [1e15, -1e15, 2e15, 0]  # squares of 1e38 are infinite in one order of sums only
+    vectors = [np.ones(4, np.float32) * 2, np.zeros(4, np.float32)][:count]
+    cotangent = [np.arange(36, dtype=np.float32).reshape(9, 4)] * backward
+    parts = Config((("row", 2), ("col", 1)), splits=2)
+    configs = (None, Config((("row", 2), ("col", 2))), parts)
+    contract.check(function, rows, *vectors, *cotangent, configs=configs)
+
+
 @pytest.mark.parametrize("dtype", TRITON_TYPES, ids=lambda d: d.name)
 @pytest.mark.parametrize("op", ["sum", "prod", "max", "min"])
 def test_reductions(op: str, dtype: np.dtype) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from partitions import trace
 
+from jevt.lowering import spec as lowering
 from jevt.lowering.rules import classify
 from jevt.partition import cost, fusions
 from jevt.partition import graph as graphs
@@ -120,3 +121,17 @@ def test_an_absent_gpu_is_taken_for_an_h100(monkeypatch):
 
     monkeypatch.setattr(jax, "devices", absent)
     assert cost.device_model("cuda").name == "H100"
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "passes", "launches"),
+    [(16384, 1024, 2, 1), (1024, 131072, 3, 1), (8, 16777216, 3, 2)],
+    ids=["on chip", "in a loop", "in parts"],
+)
+def test_long_rows_are_read_twice(rows, columns, passes, launches):
+    """A softmax that one pass reads and another reads and writes."""
+    x = jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16)
+    spec = lowering.build(trace(jax.nn.softmax, x)[0], "softmax")
+    again = (passes - 2) * 2 * rows * columns / H100.bytes_per_us
+    expected = again + (launches - 1) * H100.triton_launch_us
+    assert cost.long_rows_us(spec, H100) == pytest.approx(expected, rel=1e-3)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from jax.extend.core import Var
+from jax.extend.core import JaxprEqn, Var
 from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom
@@ -311,6 +312,17 @@ def check(softmax: Softmax, gradients: set[int], replaced: set[Var]) -> None:
     inside = {*softmax.cone.positions, *softmax.after, *gradients}
     left = living(program, inside, {*softmax.results, *replaced})
     cone = {id(program.eqns[i]) for i in softmax.cone.positions}
-    left = [eqn for eqn in left if id(eqn) in cone]
+    left = [eqn for eqn in left if id(eqn) in cone and not _is_maximum(softmax, eqn)]
     if sums(left, size(x)) or any(eqn.primitive is p.exp_p for eqn in left):
         raise NoMatch("values of the softmax that others read")
+
+
+def _is_maximum(softmax: Softmax, eqn: JaxprEqn) -> bool:
+    """Whether an equation takes the maximum as the composite does: then it is taken once."""
+    aval: Any = softmax.x.aval
+    return (
+        eqn.primitive is p.reduce_max_p
+        and eqn.invars[0] is softmax.x
+        and tuple(eqn.params["axes"]) == softmax.axes
+        and aval.dtype.itemsize >= 4
+    )

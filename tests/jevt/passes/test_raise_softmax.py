@@ -138,6 +138,19 @@ def test_the_gradient_is_found_among_others():
     assert relative_norm(evaluate(plain, *args), evaluate(jaxpr, *args)) < 1e-6
 
 
+def test_a_softmax_and_a_logsumexp_share_their_maximum():
+    def fun(x):
+        return jax.nn.softmax(x) + jax.nn.logsumexp(x, -1, keepdims=True) ** 2
+
+    args = operands(fun)
+    jaxpr = canonical(training(fun), *args)
+    result, notes = raised(jaxpr)
+    assert notes == ["logsumexp: 1 forward, 1 backward", "softmax: 1 forward, 1 backward"]
+    plain = expanded(result)
+    assert reductions(plain) <= reductions(jaxpr)
+    assert relative_norm(evaluate(plain, *args), evaluate(jaxpr, *args)) < 1e-6
+
+
 def loop(x):
     return jax.lax.scan(lambda y, _: (jax.checkpoint(jax.nn.softmax)(y), None), x, length=3)[0]
 

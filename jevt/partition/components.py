@@ -14,6 +14,8 @@ operands, and a path into it is struck out like one through an opaque node. This
 that would compute an operand inside the mainloop (a prologue), beyond the views and casts that
 :mod:`.contract` has joined to the product: for each operand at most the time of writing and reading
 it once, and nothing where it is needed elsewhere too, as by the other products of a backward pass.
+Nor is one number that many read, such as a global norm, a link to its maker: it would hold the
+updates of all parameters together. This loses a launch for each such number at most.
 Copies of nodes (:mod:`.copies`) are tried inside a component only.
 
 EVT's second step: the border is rebuilt. For two nodes of a component with a path outside it, the
@@ -41,6 +43,9 @@ from jevt.partition.spaces import labels_of, places
 
 #: Readers of one tensor beyond this number are paired with their nearest neighbours only.
 _ALL_PAIRS = 8
+
+#: Readers of one number beyond which its maker shares a group with none of them.
+_MANY = 6
 
 
 def split(graph: Graph, reach: Reach, launch: int) -> tuple[list[list[int]], Links]:
@@ -159,7 +164,8 @@ def _candidates(graph: Graph, single: set[int]) -> Links:
     for tensor in graph.tensors:
         readers = [c for c in tensor.consumers if c not in ends]
         producer = tensor.producer
-        if producer is not None and producer not in single and not tensor.late:
+        common = tensor.size <= 1 and len(readers) > _MANY
+        if not (producer is None or producer in single or tensor.late or common):
             for reader in readers:
                 if _may_join(graph.nodes[producer], graph.nodes[reader]) and not any(
                     shrinks(graph.jaxpr.eqns[p], tensor.var)

@@ -494,3 +494,21 @@ def test_equal_layers_are_solved_once(monkeypatch):
         counts[layers] = len(solved)
         assert plan.solution.status == "optimal"
     assert counts[4] == counts[8]
+
+
+def test_updates_of_all_parameters_are_not_one_component():
+    """A global norm scales them all; they are solved apart, and to the end."""
+
+    def step(gradients):
+        norm = jnp.sqrt(sum(jnp.sum(g * g) for g in gradients))
+        scale = jnp.where(norm < 1.0, 1.0, 1.0 / norm)
+        return [jnp.tanh(g * scale) * scale for g in gradients]
+
+    arguments = [np.full((n, 512), 1.0 / n, np.float32) for n in range(100, 109)]
+    jaxpr, consts = trace(step, arguments)
+    plan = partition(jaxpr, context("triton"), workers=1)
+    assert plan.solution.status == "optimal"
+    check_valid(plan, [*consts, *arguments], rtol=1e-5)
+    scalar = next(e.outvars[0] for e in plan.jaxpr.eqns if e.primitive.name == "select_n")
+    makers = [g for g in plan.groups if scalar in g.jaxpr.outvars]
+    assert len(makers) == 1 and makers[0].jaxpr.outvars == [scalar]

@@ -114,8 +114,10 @@ def _into_producer(joined: _Joined, v: int) -> None:
         return
     if result.size != operand.size or node.size != operand.size or result.nbytes > operand.nbytes:
         return
-    if result.size == 1 and len(result.consumers) > 1:
-        return  # readers of one scalar are not counted as connected
+    if result.size == 1 and (len(result.consumers) > 1 or joined.reduces[joined.find(u)]):
+        # Readers of one scalar are not counted as connected; and a matrix product's kernel can hold
+        # a sum of all its result, but nothing that reads that sum.
+        return
     if operand.var in joined.late:
         if not node.free and not _rounds(graph, node):
             return

@@ -68,9 +68,17 @@ def _fit(
     if node.kind == "contraction":
         return "full" if label.product and node.size == label.size else ""
     if node.cols and label.product:
+        # What reads a sum is not in its group. A number's readers that are numbers have no place in
+        # a product's space; of others this node is kept apart.
         sums = [t for t in early if t.size < label.size]
-        read = any((index, c) in links.edges for t in sums for c in t.consumers)
+        read = any(
+            (index, c) in links.edges and max(t.size, graph.nodes[c].size) > 1
+            for t in sums
+            for c in t.consumers
+        )
         return "" if read or node.size != label.size or _reads_sums(graph, node) else "full"
+    if label.product and node.size <= 1 and _reads_a_total(graph, index):
+        return ""
     if node.cols:
         strict = bool(node.ends) and not node.assumed
         if label.late and not node.ends and not late_rows(label):
@@ -95,6 +103,12 @@ def _reads_sums(graph: Graph, node: Node) -> bool:
     eqns = [graph.jaxpr.eqns[p] for p in node.eqns]
     sums = {v for e in eqns for v in e.outvars if elements(v.aval) < node.size}
     return any(v in sums for e in eqns for v in e.invars if isinstance(v, Var))
+
+
+def _reads_a_total(graph: Graph, index: int) -> bool:
+    """Whether a node reads one number that a reduction gives."""
+    makers = (graph.tensors[t].producer for t in graph.reads[index])
+    return any(p is not None and graph.nodes[p].cols for p in makers)
 
 
 def _all_consumers(graph: Graph, links: Links, node: int) -> list[int] | None:

@@ -512,3 +512,25 @@ def test_updates_of_all_parameters_are_not_one_component():
     scalar = next(e.outvars[0] for e in plan.jaxpr.eqns if e.primitive.name == "select_n")
     makers = [g for g in plan.groups if scalar in g.jaxpr.outvars]
     assert len(makers) == 1 and makers[0].jaxpr.outvars == [scalar]
+
+
+def test_a_sum_of_all_of_a_product_is_in_its_kernel():
+    """And what divides it is not: a kernel of tiles cannot read what it has summed up."""
+
+    def head(x, w, y):
+        z = (x @ w).astype(jnp.float32)
+        loss = (jax.nn.softplus(z) - y * z).mean() + 1.0
+        return loss, (jax.nn.sigmoid(z) - y).astype(jnp.bfloat16)
+
+    shapes = [
+        ((1024, 512), jnp.bfloat16),
+        ((512, 16384), jnp.bfloat16),
+        ((1024, 16384), jnp.float32),
+    ]
+    jaxpr, _ = trace(head, *(jax.ShapeDtypeStruct(*s) for s in shapes))
+    for backend in ("auto", "triton"):
+        plan = partition(jaxpr, context(backend))
+        (product,) = (g for g in plan.groups if g.kind == "gemm")
+        assert product.target == "triton"
+        assert sorted(v.aval.size for v in product.jaxpr.outvars) == [1, 1024 * 16384]
+        assert plan.solution.status == "optimal"

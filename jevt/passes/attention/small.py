@@ -20,6 +20,7 @@ from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom
 from jevt.lowering.axes import Factor
+from jevt.passes._facts import kind
 from jevt.passes.attention import scores
 from jevt.passes.attention.labels import Labels, Use
 from jevt.passes.attention.operations import (
@@ -185,7 +186,7 @@ class _Evaluation:
         if isinstance(atom, Literal):
             if np.ndim(atom.val):
                 raise NoMatch("an array among the numbers of the program")
-            return Named((), np.asarray(atom.val, None if atom.val.dtype == bool else np.float64))
+            return Named((), np.asarray(atom.val, bool if kind(atom.aval) == "b" else np.float64))
         return self.values[atom]
 
     def attention(self, how: Scores) -> dict[Part, Named]:

@@ -99,7 +99,7 @@ class Evaluation:
         if isinstance(atom, Literal):
             if np.ndim(atom.val):
                 raise NoMatch("an array among the numbers of the program")
-            return Named((), np.asarray(atom.val, None if atom.val.dtype == bool else np.float64))
+            return Named((), np.asarray(atom.val, bool if kind(atom.aval) == "b" else np.float64))
         if atom not in self.values:
             self.values[atom] = self._draw(atom)
         return self.values[atom]

@@ -38,10 +38,9 @@ from jevt.passes.attention.region import Program
 from jevt.passes.raising import gradients, norms
 from jevt.passes.raising.gradients import Gradient
 from jevt.passes.raising.norms import Norm
+from jevt.passes.raising.report import Note, report
 from jevt.passes.raising.write import NormWriter
 from jevt.primitives.norms import name_of
-
-type Note = Callable[[str], None]
 
 
 def run(jaxpr: Jaxpr, note: Note = lambda _: None) -> Jaxpr:
@@ -54,11 +53,7 @@ def run(jaxpr: Jaxpr, note: Note = lambda _: None) -> Jaxpr:
     """
     this = _Run()
     result = this.run(jaxpr)
-    for name, (forward, backward) in sorted(this.counts.items()):
-        note(f"{name}: {forward} forward, {backward} backward")
-    for reason, places in this.misses.items():
-        others = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        note(f"norm at {places[0]}{others} stays: {reason}")
+    report("norm", this.counts, this.misses, note)
     return result
 
 

@@ -40,11 +40,10 @@ from jevt.passes.attention.operations import NoMatch
 from jevt.passes.attention.region import Program
 from jevt.passes.raising import logsumexp_gradients, softmax_gradients, softmaxes
 from jevt.passes.raising.logsumexp_gradients import Multiple
+from jevt.passes.raising.report import Note, report
 from jevt.passes.raising.softmax_gradients import SoftmaxGradient
 from jevt.passes.raising.softmaxes import Softmax
 from jevt.passes.raising.write_softmax import SoftmaxWriter
-
-type Note = Callable[[str], None]
 
 
 def run(jaxpr: Jaxpr, note: Note = lambda _: None) -> Jaxpr:
@@ -57,11 +56,7 @@ def run(jaxpr: Jaxpr, note: Note = lambda _: None) -> Jaxpr:
     """
     this = _Run()
     result = this.run(jaxpr)
-    for name, (forward, backward) in sorted(this.counts.items()):
-        note(f"{name}: {forward} forward, {backward} backward")
-    for reason, places in this.misses.items():
-        others = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        note(f"softmax at {places[0]}{others} stays: {reason}")
+    report("softmax", this.counts, this.misses, note)
     return result
 
 

@@ -30,9 +30,10 @@ from jevt.primitives import cudnn_attention
 
 type Layout = Literal["BTNH", "BNTH"]
 
-#: What a masked score gets added: large enough to absorb every score in float32, so that a row
-#: without any key is the mean of the values, and small enough that no sum of two overflows.
-MASKED = {"bfloat16": float(-2 << 40), "float16": float(-2 << 14)}
+#: What a masked score gets added: more than scores differ by, and so little that the float32 next
+#: to it is near: a kernel takes exponentials of differences of such sums, in a row without any key
+#: too, and a distance of 128 or more overflows.
+MASKED = {"bfloat16": float(-1 << 26), "float16": float(-2 << 14)}
 
 #: The lowest bias. Lower ones hide a key no better, and a row of them would lose its scores.
 LOWEST = float(-1 << 15)

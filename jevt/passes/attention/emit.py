@@ -54,8 +54,7 @@ class Emitter:
         out = self.results[0]
         if self.match.may_be_blind:
             self.blind = self._blind()
-            if self.match.causal:
-                out = self._mean_where_blind(out, self.operands[2])
+            out = self._mean_where_blind(out, self.operands[2])
         self._result("out", out, how.of_queries(how.value_width))
 
     def backward(self) -> None:
@@ -66,14 +65,14 @@ class Emitter:
         source = self.match.region.program.eqns[first]
         self.graph.place(source)
         d_out = self._operand(roles.d_out, how.of_queries(how.value_width))
-        lost = None
+        out, statistics = self.results
         if self.blind is not None:
-            d_out, lost = self._without_blind(d_out)
-        operands = [*self.operands, *self.results, d_out]
+            statistics = self._zero_where_blind(statistics)
+        operands = [*self.operands, out, statistics, d_out]
         d_q, d_k, d_v = self._equation(attention_backward_p, operands, source)
-        if lost is not None:
+        if self.blind is not None and "d_v" in roles.results:
             aval: Any = d_v.aval
-            d_v = self.graph.emit(p.add_p, d_v, self._cast(lost, aval))
+            d_v = self.graph.emit(p.add_p, d_v, self._cast(self._through_means(d_out), aval))
         self._result("d_q", d_q, how.of_queries(how.width))
         self._result("d_k", d_k, how.of_keys(how.width))
         self._result("d_v", d_v, how.of_keys(how.value_width))
@@ -206,17 +205,21 @@ class Emitter:
     def _mean_where_blind(self, out: Atom, v: Atom) -> Atom:
         """out, but the mean of all values where a query sees none.
 
-        The kernel's own causal mask leaves out keys altogether, and would give the mean of a part.
+        The kernel gives anything finite there: it leaves out what its own causal mask hides, and
+        does not see equal scores beneath what a mask adds.
         """
-        assert self.blind is not None
         how = self.how
-        mean = self._mean(
-            v, how.of_keys(how.value_width), how.keys, how.of_queries(how.value_width)
-        )
-        order = [name for axis in how.of_queries(how.value_width) for name in axis]
-        mask = self.graph.reshape(self._repeated(*self.blind, order), shape_of(out))
+        axes = how.of_queries(how.value_width)
+        mean = self._mean(v, how.of_keys(how.value_width), how.keys, axes)
         aval: Any = out.aval
-        return self.graph.emit(p.select_n_p, mask, out, self._cast(mean, aval))
+        return self.graph.emit(p.select_n_p, self._blind_like(out), out, self._cast(mean, aval))
+
+    def _blind_like(self, array: Atom) -> Atom:
+        """Whether a query sees no key, repeated to an array like out."""
+        assert self.blind is not None
+        axes = self.how.of_queries(self.how.value_width)
+        order = [name for axis in axes for name in axis]
+        return self.graph.reshape(self._repeated(*self.blind, order), shape_of(array))
 
     def _mean(
         self,
@@ -237,24 +240,25 @@ class Emitter:
         total = self._repeated(total, kept, [name for axis in want for name in axis])
         return self.graph.reshape(total, [size(axis) for axis in want])
 
-    def _without_blind(self, d_out: Atom) -> tuple[Atom, Atom | None]:
-        """The gradient of out without the queries that see no key, and what these give to d_v.
+    def _zero_where_blind(self, statistics: Atom) -> Atom:
+        """The statistics ``[B, N, T]``, but 0 for queries that see no key: they get no weights.
 
-        Such a query's out is the mean of the values. cuDNN keeps only the logarithm of the sum of
-        its weights, in which their number is lost beside the mask's large one.
+        Their own logarithms are about as large as what a mask adds, and as coarse: the difference
+        of the two can be any power's exponent.
         """
         assert self.blind is not None
-        graph, how = self.graph, self.how
-        axes = how.of_queries(how.value_width)
-        order = [name for axis in axes for name in axis]
-        mask = graph.reshape(self._repeated(*self.blind, order), shape_of(d_out))
+        how = self.how
+        order = [*how.batch, *how.heads, *how.groups, *how.queries]
+        mask = self.graph.reshape(self._repeated(*self.blind, order), shape_of(statistics))
+        return self.graph.emit(p.select_n_p, mask, statistics, self._full(0, statistics))
+
+    def _through_means(self, d_out: Atom) -> Atom:
+        """What queries that see no key, whose out is the mean of the values, give to d_v."""
+        how = self.how
         nothing = self._full(0, d_out)
-        seeing = graph.emit(p.select_n_p, mask, d_out, nothing)
-        if "d_v" not in self.match.roles.results:
-            return seeing, None
-        lost = graph.emit(p.select_n_p, mask, nothing, d_out)
-        gone = (*how.queries, *how.groups)
-        return seeing, self._mean(lost, axes, gone, how.of_keys(how.value_width))
+        lost = self.graph.emit(p.select_n_p, self._blind_like(d_out), nothing, d_out)
+        axes = how.of_queries(how.value_width)
+        return self._mean(lost, axes, (*how.queries, *how.groups), how.of_keys(how.value_width))
 
     def operands_type(self) -> Any:
         """The type of q."""

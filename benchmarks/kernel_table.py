@@ -39,7 +39,7 @@ def category(kernel: str) -> str:
 
 def short_name(kernel: str) -> str:
     """A kernel's name without the numbers that tell its instances apart, at most 70 characters."""
-    return re.sub(r"[._]\d+", "", kernel)[:70]
+    return re.sub(r"([._]\d{1,5})+$", "", kernel)[:70]
 
 
 def aggregate(events: Iterable[tuple[str, float]], steps: int) -> Profile:

@@ -35,7 +35,9 @@ from jevt.passes import (
     segment_epilogues,
     segment_sums,
     sink_constants,
+    slices,
     sparse_products,
+    split_products,
     table_gradient,
 )
 from jevt.report import text
@@ -55,6 +57,8 @@ GRAPH_PASSES: tuple[tuple[str, Pass], ...] = (
     ("dce", dce.run),
     # What is computed twice is computed once.
     ("cse", cse.run),
+    # Parts of an array are slices of it.
+    ("slices", slices.run),
     # What depends on no input becomes a literal.
     ("fold_constants", fold_constants.run),
     # Each thing is said in one way: what autodiff and numerically careful code leave behind goes.
@@ -99,7 +103,8 @@ def graph_passes(
     grouped = context.backend in ("auto", "triton") and not context.partitioned
     products = PRODUCT_PASSES if grouped else ()
     own = _kernel_passes(context, note) if context.own_kernels else ()
-    return GRAPH_PASSES + attention + _raising_passes(note) + products + GPU_PASSES + own
+    passes = GRAPH_PASSES + attention + _raising_passes(note) + products + GPU_PASSES + own
+    return passes + _splitting_passes(context)
 
 
 def _attention_passes(
@@ -158,6 +163,17 @@ def _kernel_passes(context: Context, note: Callable[[str], None]) -> tuple[tuple
         ("dce", dce.run),
         # What is added to sums of segments, and their activations, join their kernels.
         ("segment_epilogues", segment_epilogues.run),
+        ("dce", dce.run),
+    )
+
+
+def _splitting_passes(context: Context) -> tuple[tuple[str, Pass], ...]:
+    """Passes that write what calls read where they read it; after all that put in calls."""
+    return (
+        # Products that are read in parts become a product for each part.
+        ("split_products", functools.partial(split_products.run, context=context)),
+        # Slices of the same columns are one product; nobody reads the whole.
+        ("cse", cse.run),
         ("dce", dce.run),
     )
 

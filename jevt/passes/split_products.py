@@ -1,0 +1,252 @@
+"""A matrix product that is read in parts becomes a product for each part. For GPUs.
+
+Purpose: a layer gives queries, keys and values as one product with a wide weight, ``y @ W``, and
+attention is a call of cuDNN, whose operands are arrays of their own. So XLA copies q, k and v out
+of the product, which reads and writes all of it once more. Products with parts of the weight write
+them where they are needed; what is copied then are the weight's parts, which are small.
+
+Invariant: the same sums over the same numbers, with the same precision.
+
+A product is split if all that reads it are slices of columns of one operand, with views and
+what cuBLAS takes along (a bias, a cast) between, no column is in two parts, and the times that the
+cost model predicts are less by the copies of those slices that a call reads. What a kernel reads is
+no reason: it reads a slice in place. Left alone:
+
+* what somebody reads whole, as the gradient of a weight reads the gradient of q, k and v;
+* parts of few columns, which cuBLAS is slow to multiply;
+* small products, which XLA puts together again.
+
+    before  { lambda ; a:bf16[64,512,256] b:bf16[256,768] c:bf16[1,1,768]. let
+                d:bf16[64,512,768] = dot_general[(([2], [0]), ([], []))] a b
+                e:bf16[64,512,768] = add d c
+                f:bf16[64,512,3,4,64] = reshape e
+                g:bf16[64,512,1,4,64] = slice[start_indices=(0, 0, 0, 0, 0) …] f
+                … = attention (reshape g) … in (…) }
+    after   { lambda ; a:bf16[64,512,256] b:bf16[256,768] c:bf16[1,1,768]. let
+                d:bf16[256,256] = slice[start_indices=(0, 0) limit_indices=(256, 256)] b
+                e:bf16[64,512,256] = dot_general[(([2], [0]), ([], []))] a d
+                f:bf16[1,1,256] = slice[limit_indices=(1, 1, 256)] c
+                g:bf16[64,512,1,4,64] = reshape (add e f)
+                … = attention (reshape g) … in (…) }
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn, Var
+from jax.extend.core import primitives as p
+
+from jevt._context import Context, Device
+from jevt._jaxpr import Atom
+from jevt.lowering.errors import NotFusible
+from jevt.partition.fusions import relabels
+from jevt.partition.graph import elements, nbytes, uses
+from jevt.partition.products import Size, cublas_us
+from jevt.partition.targets import body_context
+from jevt.passes._facts import shape_of
+from jevt.passes._parts import Part, follow, is_view
+from jevt.passes._rewrite import map_bodies, rebuild, substitute
+from jevt.passes._rules import Abandon, Graph, check_same_mesh
+from jevt.primitives.attention import attention_backward_p, attention_p
+from jevt.primitives.row_products import row_products_p
+from jevt.primitives.segments import fused_segment_sum_p, segment_sum_p
+
+#: Fewest columns of a part.
+MIN_COLUMNS = 256
+
+#: XLA makes one product of two that share an operand, if one of them reads and writes less
+#: (``xla_gpu_dot_merger_threshold_mb``).
+MERGED_BYTES = 32 << 20
+
+#: What XLA hands to cuBLAS with a product, if the other operand is small.
+_FOLDED = frozenset({p.add_p, p.add_jaxvals_p, p.mul_p, p.max_p, p.convert_element_type_p})
+
+#: Calls of libraries and of kernels, and loops: what reads arrays, not slices of them.
+_CALLS = frozenset(
+    {
+        *(attention_p, attention_backward_p, segment_sum_p, fused_segment_sum_p, row_products_p),
+        *(p.conv_general_dilated_p, p.fft_p, p.scan_p, p.while_p, p.cond_p),
+        *(p.psum_p, p.all_gather_p, p.all_to_all_p, p.ppermute_p, p.ragged_all_to_all_p),
+    }
+)
+
+#: Others, whose primitives JAX does not export.
+_CALLS_BY_NAME = frozenset(
+    {"ffi_call", "pallas_call", "triton_kernel_call", "psum_invariant", "reduce_scatter"}
+)
+
+
+def run(jaxpr: Jaxpr, context: Context) -> Jaxpr:
+    """Splits the products of ``jaxpr`` and of its bodies for the device of ``context``."""
+    return _Run().run(jaxpr, context, outermost=True)
+
+
+class _Run:
+    """One run of the pass, with the bodies that are done."""
+
+    def __init__(self) -> None:
+        self.done: dict[tuple[Jaxpr, Context], Jaxpr] = {}
+
+    def run(self, jaxpr: Jaxpr, context: Context, *, outermost: bool = False) -> Jaxpr:
+        key = jaxpr, context
+        if key not in self.done:
+            self.done[key] = self._rewritten(jaxpr, context, outermost)
+        return self.done[key]
+
+    def _rewritten(self, jaxpr: Jaxpr, context: Context, outermost: bool) -> Jaxpr:
+        # Under automatic partitioning, a weight's parts may lie on other devices than its whole.
+        found = () if context.partitioned else _splits(_Readers(jaxpr, outermost), context.device)
+        parts = {part.slice.outvars[0]: part for split in found for part in split}
+        graph = Graph(jaxpr, {})
+        for eqn in jaxpr.eqns:
+            if eqn.outvars and eqn.outvars[0] in parts:
+                graph.env[eqn.outvars[0]] = parts[eqn.outvars[0]].emit(graph)
+                continue
+            inner = body_context(context, eqn.primitive.name, eqn.params)
+            body = functools.partial(self.run, context=inner)
+            graph.add(map_bodies(substitute(graph.env, eqn), body))
+        return rebuild(jaxpr, graph.eqns, graph.env)
+
+
+class _Readers:
+    """A jaxpr, and what reads its values.
+
+    Attributes:
+      outermost: whether its outputs are arrays of their own; a loop writes those of its body into
+        larger ones.
+    """
+
+    def __init__(self, jaxpr: Jaxpr, outermost: bool) -> None:
+        self.eqns = jaxpr.eqns
+        self.outermost = outermost
+        self._positions = uses(jaxpr)
+        self._makers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+
+    def of(self, var: Var) -> list[JaxprEqn]:
+        """The equations that read a value, in order."""
+        found = self._positions.get(var, ())
+        return [self.eqns[i] for i in sorted(i for i in found if i is not None)]
+
+    def is_output(self, var: Var) -> bool:
+        return None in self._positions.get(var, ())
+
+    def elements(self, atom: Atom) -> int:
+        """The number of elements that an array has in memory, where it may be a broadcast."""
+        maker = self._makers.get(atom) if isinstance(atom, Var) else None
+        if maker is not None and maker.primitive is p.broadcast_in_dim_p:
+            atom = maker.invars[0]
+        return elements(atom.aval)
+
+    def is_copied(self, var: Var) -> bool:
+        """Whether a slice is read by something that does not read it in place."""
+        if self.is_output(var) and self.outermost:
+            return True
+        return any(
+            self.is_copied(eqn.outvars[0]) if relabels(eqn) else _reads_arrays(eqn, var)
+            for eqn in self.of(var)
+        )
+
+
+def _splits(readers: _Readers, device: Device) -> Iterator[list[Part]]:
+    """The products that are worth it, as their parts."""
+    for eqn in readers.eqns:
+        if eqn.primitive is not p.dot_general_p or not _may_be_split(eqn):
+            continue
+        parts = [follow(chain) if chain else None for chain in _chains(eqn, readers)]
+        found = [part for part in parts if part is not None and _is_folded(part, readers)]
+        if found and len(found) == len(parts) and _is_worthwhile(found, readers, device):
+            yield found
+
+
+def _may_be_split(product: JaxprEqn) -> bool:
+    try:
+        check_same_mesh(product.invars)
+        moved = Size.of(product).moved
+    except (Abandon, NotFusible):
+        return False
+    return moved > MERGED_BYTES and product.params.get("out_sharding") is None
+
+
+def _chains(product: JaxprEqn, readers: _Readers) -> Iterator[tuple[JaxprEqn, ...]]:
+    """The ways from a product to the slices of it; an empty one to what reads it whole."""
+    stack: list[tuple[JaxprEqn, ...]] = [(product,)]
+    while stack:
+        chain = stack.pop()
+        (var,) = chain[-1].outvars
+        if readers.is_output(var):
+            yield ()
+        for eqn in readers.of(var):
+            if eqn.primitive is p.slice_p:
+                yield (*chain, eqn)
+            elif is_view(eqn) or (eqn.primitive in _FOLDED and eqn.invars.count(var) == 1):
+                stack.append((*chain, eqn))
+            else:
+                yield ()
+
+
+def _is_folded(part: Part, readers: _Readers) -> bool:
+    """Whether all other operands on the way are small."""
+    values = {v for eqn in part.chain for v in eqn.outvars}
+    operands = [a for eqn in part.chain[1:] for a in eqn.invars]
+    others = [a for a in operands if not isinstance(a, Var) or a not in values]
+    try:
+        check_same_mesh([*part.product.invars, *others])
+    except Abandon:
+        return False
+    columns = Size.of(part.product).batch * part.all_columns
+    return all(readers.elements(a) <= columns for a in others)
+
+
+def _is_worthwhile(parts: Sequence[Part], readers: _Readers, device: Device) -> bool:
+    """Whether products of the parts are faster than one and the copies of its slices."""
+    products = _different(parts)
+    if products is None or any(len(columns) < MIN_COLUMNS for columns, _ in products):
+        return False
+    alone = [part.alone() for _, part in products]
+    if len(alone) > 1 and any(Size.of(eqn).moved <= MERGED_BYTES for eqn in alone):
+        return False
+
+    def copies(values: Iterable[Atom]) -> float:
+        sizes = [nbytes(v.aval) for v in values]
+        return sum(2 * size / device.bytes_per_us + device.xla_launch_us for size in sizes)
+
+    slices = [part.slice.outvars[0] for part in parts if _is_saved(part, readers)]
+    before = cublas_us(parts[0].product, device) + copies(slices)
+    weights = [eqn.invars[parts[0].side] for eqn in alone]
+    return sum(cublas_us(eqn, device) for eqn in alone) + copies(weights) < before
+
+
+def _different(parts: Sequence[Part]) -> list[tuple[np.ndarray, Part]] | None:
+    """One part for each set of columns; None if two sets overlap, or are of two operands."""
+    found = {columns.tobytes(): (columns, part) for part in parts for columns in [part.columns()]}
+    read = np.concatenate([columns for columns, _ in found.values()])
+    if len({part.side for part in parts}) > 1 or len(np.unique(read)) < len(read):
+        return None
+    return list(found.values())
+
+
+def _is_saved(part: Part, readers: _Readers) -> bool:
+    """Whether a slice is copied, and its part needs no copy."""
+    copied = not part.is_one_piece() and readers.is_copied(part.slice.outvars[0])
+    return copied and part.is_in_order()
+
+
+def _reads_arrays(eqn: JaxprEqn, var: Var) -> bool:
+    """Whether an equation is a call that reads ``var`` as an array of its own."""
+    if eqn.primitive is p.dot_general_p:
+        return any(_is_in_order(eqn, side) for side in (0, 1) if eqn.invars[side] is var)
+    return eqn.primitive in _CALLS or eqn.primitive.name in _CALLS_BY_NAME
+
+
+def _is_in_order(product: JaxprEqn, side: int) -> bool:
+    """Whether cuBLAS takes an operand as it is: its batch first, its other axes in two blocks."""
+    contracted, batch = (pair[side] for pair in product.params["dimension_numbers"])
+    rest = range(len(batch), len(shape_of(product.invars[side])))
+    first, last = rest[: len(contracted)], rest[len(rest) - len(contracted) :]
+    return tuple(batch) == tuple(range(len(batch))) and tuple(contracted) in (
+        tuple(first),
+        tuple(last),
+    )

@@ -25,6 +25,7 @@ from jevt.passes._rewrite import read
 from jevt.passes._rules import Graph
 
 type Range = tuple[int, int, int]  # start, limit and step
+type Cut = tuple[int, int, int]  # axis, start and limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Part:
         further.
       side: the operand of the product whose columns it has a part of.
       operand: this operand's axes.
-      taken: what it has of the factors that it does not have whole.
+      taken: what the product of its own has of the factors that it does not have whole.
+      cut: axis, start and limit of a slice at the end, if that product has more than the part.
     """
 
     chain: tuple[JaxprEqn, ...]
@@ -45,6 +47,7 @@ class Part:
     side: int
     operand: Axes
     taken: Mapping[Factor, Range]
+    cut: Cut | None = None
 
     @property
     def product(self) -> JaxprEqn:
@@ -60,10 +63,24 @@ class Part:
         return math.prod(shape_of(self.product.invars[self.side])[d] for d in self._columns())
 
     def columns(self) -> np.ndarray:
-        """Numbers of the columns that it has."""
-        factors = [f for d in self._columns() for f in self.operand[d]]
+        """Numbers of the columns that its product has."""
+        factors = self._factors()
         numbers = np.arange(self.all_columns).reshape([f.size for f in factors])
         return numbers[tuple(slice(*self._range(f)) for f in factors)].ravel()
+
+    def within(self, start: int, limit: int) -> Part | None:
+        """The same slice, of a product of these columns; None if the chain sees them apart."""
+        first, *others = self._factors()
+        inner = math.prod(f.size for f in others)
+        low, high, step = self._range(first)
+        if self.taken.keys() != {first} or step != 1 or start % inner or limit % inner:
+            return None
+        begin = start // inner
+        axis = next(i for i, axis in enumerate(self.axes[-1]) if first in axis)
+        each = math.prod(f.size for f in self.axes[-1][axis][1:])
+        cut = (axis, (low - begin) * each, (high - begin) * each)
+        taken = {first: (begin, limit // inner, 1)}
+        return dataclasses.replace(self, taken=taken, cut=cut)
 
     def alone(self) -> JaxprEqn:
         """The product of these columns, of variables of its own, to ask what it costs."""
@@ -106,7 +123,7 @@ class Part:
                     for a in eqn.invars
                 ]
                 value = graph.emit(eqn.primitive, *operands, **eqn.params)
-        return value
+        return value if self.cut is None else _cut(value, self.cut, graph)
 
     def _beside(self, atom: Atom, axes: Axes, graph: Graph) -> Atom:
         """The part that meets this one, of another operand of a pointwise equation.
@@ -163,6 +180,10 @@ class Part:
 
     def _like(self, atom: Atom, axes: Axes) -> Var:
         return Var(aval(atom).update(shape=self._shape(axes)))
+
+    def _factors(self) -> list[Factor]:
+        """The factors of the columns."""
+        return [f for d in self._columns() for f in self.operand[d]]
 
     def _columns(self) -> list[int]:
         return _free(self.product, self.side)
@@ -266,3 +287,16 @@ def _spread(axes: Sequence[Axis], shape: Sequence[int]) -> Axes:
     """The axes of an array of this shape that has these of more than one element."""
     rest = iter(axes)
     return tuple(next(rest) if size != 1 else () for size in shape)
+
+
+def _cut(whole: Atom, cut: Cut, graph: Graph) -> Atom:
+    axis, start, limit = cut
+    starts, limits = [0] * len(shape_of(whole)), list(shape_of(whole))
+    starts[axis], limits[axis] = start, limit
+    return graph.emit(
+        p.slice_p,
+        whole,
+        start_indices=tuple(starts),
+        limit_indices=tuple(limits),
+        strides=None,
+    )

@@ -10,10 +10,10 @@ Invariant: the same sums over the same numbers, with the same precision.
 A product is split if all that reads it are slices of columns of one operand, with views and
 what cuBLAS takes along (a bias, a cast) between, no column is in two parts, and the times that the
 cost model predicts are less by the copies of those slices that a call reads. What a kernel reads is
-no reason: it reads a slice in place. Left alone:
+no reason: it reads a slice in place. Neighbours that gain nothing stay one product, so do parts of
+few columns (one key head for many queries), which cuBLAS is slow to multiply. Left alone:
 
 * what somebody reads whole, as the gradient of a weight reads the gradient of q, k and v;
-* parts of few columns, which cuBLAS is slow to multiply;
 * small products, which XLA puts together again.
 
     before  { lambda ; a:bf16[64,512,256] b:bf16[256,768] c:bf16[1,1,768]. let
@@ -32,6 +32,7 @@ no reason: it reads a slice in place. Left alone:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -157,8 +158,8 @@ def _splits(readers: _Readers, device: Device) -> Iterator[list[Part]]:
             continue
         parts = [follow(chain) if chain else None for chain in _chains(eqn, readers)]
         found = [part for part in parts if part is not None and _is_folded(part, readers)]
-        if found and len(found) == len(parts) and _is_worthwhile(found, readers, device):
-            yield found
+        if found and len(found) == len(parts):
+            yield _chosen(found, readers, device)
 
 
 def _may_be_split(product: JaxprEqn) -> bool:
@@ -200,32 +201,86 @@ def _is_folded(part: Part, readers: _Readers) -> bool:
     return all(readers.elements(a) <= columns for a in others)
 
 
-def _is_worthwhile(parts: Sequence[Part], readers: _Readers, device: Device) -> bool:
-    """Whether products of the parts are faster than one and the copies of its slices."""
-    products = _different(parts)
-    if products is None or any(len(columns) < MIN_COLUMNS for columns, _ in products):
-        return False
-    alone = [part.alone() for _, part in products]
-    if len(alone) > 1 and any(Size.of(eqn).moved <= MERGED_BYTES for eqn in alone):
-        return False
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Columns that are multiplied together.
+
+    Attributes:
+      columns: their numbers, in the order of memory.
+      parts: the slices of them, from products of their own.
+      saved: of these, the ones that are copied now, and not if the product is theirs.
+    """
+
+    columns: np.ndarray
+    parts: list[Part]
+    saved: list[Part]
+
+    def slices(self) -> list[Part]:
+        """The slices of these columns, from one product; none if they cannot be."""
+        if len(self.parts[0].columns()) == len(self.columns):
+            return self.parts
+        start, limit = int(self.columns[0]), int(self.columns[-1]) + 1
+        if not np.array_equal(self.columns, np.arange(start, limit)):
+            return []
+        wider = [part.within(start, limit) for part in self.parts]
+        return [part for part in wider if part is not None] if None not in wider else []
+
+    def joined(self, other: _Piece) -> _Piece:
+        """The columns of both; their slices are copied as before."""
+        columns = np.concatenate([self.columns, other.columns])
+        return _Piece(columns, [*self.parts, *other.parts], [])
+
+    @property
+    def product(self) -> JaxprEqn:
+        """The product of these columns, to ask what it costs."""
+        return self.slices()[0].alone()
+
+    @property
+    def is_large(self) -> bool:
+        """Whether cuBLAS is fast, and XLA leaves the product alone."""
+        return len(self.columns) >= MIN_COLUMNS and Size.of(self.product).moved > MERGED_BYTES
+
+
+def _chosen(parts: Sequence[Part], readers: _Readers, device: Device) -> list[Part]:
+    """The slices, with what each is computed from; none if one product for all is the fastest."""
+    pieces = _pieces(parts, readers)
+    products = [piece.product for piece in pieces]
+    if not pieces or (len(pieces) > 1 and not all(piece.is_large for piece in pieces)):
+        return []
 
     def copies(values: Iterable[Atom]) -> float:
         sizes = [nbytes(v.aval) for v in values]
         return sum(2 * size / device.bytes_per_us + device.xla_launch_us for size in sizes)
 
-    slices = [part.slice.outvars[0] for part in parts if _is_saved(part, readers)]
+    slices = [part.slice.outvars[0] for piece in pieces for part in piece.saved]
     before = cublas_us(parts[0].product, device) + copies(slices)
-    weights = [eqn.invars[parts[0].side] for eqn in alone]
-    return sum(cublas_us(eqn, device) for eqn in alone) + copies(weights) < before
+    weights = [eqn.invars[parts[0].side] for eqn in products]
+    after = sum(cublas_us(eqn, device) for eqn in products) + copies(weights)
+    return [part for piece in pieces for part in piece.slices()] if after < before else []
 
 
-def _different(parts: Sequence[Part]) -> list[tuple[np.ndarray, Part]] | None:
-    """One part for each set of columns; None if two sets overlap, or are of two operands."""
-    found = {columns.tobytes(): (columns, part) for part in parts for columns in [part.columns()]}
-    read = np.concatenate([columns for columns, _ in found.values()])
+def _pieces(parts: Sequence[Part], readers: _Readers) -> list[_Piece]:
+    """A piece for each set of columns, and one for neighbours that gain nothing from their own.
+
+    No pieces if two sets overlap, or are of two operands.
+    """
+    found: dict[bytes, _Piece] = {}
+    for part in parts:
+        columns = part.columns()
+        piece = found.setdefault(columns.tobytes(), _Piece(columns, [], []))
+        piece.parts.append(part)
+        if _is_saved(part, readers):
+            piece.saved.append(part)
+    pieces = sorted(found.values(), key=lambda piece: int(piece.columns[0]))
+    read = np.concatenate([piece.columns for piece in pieces])
     if len({part.side for part in parts}) > 1 or len(np.unique(read)) < len(read):
-        return None
-    return list(found.values())
+        return []
+    result = pieces[:1]
+    for piece in pieces[1:]:
+        both = result[-1].joined(piece)
+        apart = any(one.saved and one.is_large for one in (result[-1], piece))
+        result[-1:] = [result[-1], piece] if apart or not both.slices() else [both]
+    return result
 
 
 def _is_saved(part: Part, readers: _Readers) -> bool:

@@ -183,6 +183,40 @@ def test_heads_of_two_kinds(small):
     near(evaluate(after, *args), evaluate(before, *args))
 
 
+@pytest.mark.parametrize("order", ["qkv", "kvq", "kqv"])
+def test_narrow_parts_stay_together(order, small, monkeypatch):
+    widths = {"q": 5 * D, "k": D, "v": D}
+
+    def one_key_head(x, w, b):
+        y = jnp.split(x @ w + b, np.cumsum([widths[name] for name in order])[:-1], -1)
+        parts = dict(zip(order, y, strict=True))
+        return attend(*(heads(parts[name]) for name in "qkv"))
+
+    args = arrays((B, T, 8), (8, 7 * D), (7 * D,))
+    monkeypatch.setattr(split_products, "MIN_COLUMNS", 2 * D)
+    before = canonical(one_key_head, *args)
+    if order == "kqv":  # none of the two has a neighbour
+        assert split_products.run(before, CUDA) is before
+        return
+    after = split(before)
+    found = [e.outvars[0].aval.shape[-1] for e in after.eqns if e.primitive is lax.dot_general_p]
+    assert sorted(found) == [2 * D, 5 * D]
+    near(evaluate(after, *args), evaluate(before, *args))
+
+
+def test_what_kernels_read_stays_together(small):
+    def rotated(x, w):
+        q, k, v = (heads(part) for part in jnp.split(x @ w, 3, -1))
+        return attend(jnp.sin(q), jnp.sin(k), v)
+
+    args = arrays((B, T, 8), (8, 3 * F))
+    before = canonical(rotated, *args)
+    after = split(before)
+    found = [e.outvars[0].aval.shape[-1] for e in after.eqns if e.primitive is lax.dot_general_p]
+    assert sorted(found) == [F, 2 * F]
+    near(evaluate(after, *args), evaluate(before, *args))
+
+
 def test_only_what_is_read_is_computed(small):
     def some(x, w):
         y = x @ w

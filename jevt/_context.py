@@ -27,6 +27,7 @@ class Device:
       kernel_flops_per_us: the same of our matrix products, where their tiles fill the processors.
       exposed_epilogue: the part of an epilogue's time, beyond one plain store, that is not hidden
         behind other tiles' products.
+      memory_bytes: what programs may use of its memory.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Device:
     cublas_flops_per_us: float
     kernel_flops_per_us: float
     exposed_epilogue: float
+    memory_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from jevt.lowering import emit
 from jevt.partition import Plan, fallbacks, partition
 from jevt.passes import (
     canonicalize,
+    chunk_logits,
     convolutions,
     cse,
     dce,
@@ -98,12 +99,12 @@ def graph_passes(
       note: receives what a pass has to say of the program, such as what it nearly recognised.
     """
     if context.platform not in ("cuda", "rocm"):
-        return GRAPH_PASSES + _raising_passes(note)
+        return GRAPH_PASSES + _raising_passes(context, note)
     attention = _attention_passes(context, note) if context.platform == "cuda" else ()
     grouped = context.backend in ("auto", "triton") and not context.partitioned
     products = PRODUCT_PASSES if grouped else ()
     own = _kernel_passes(context, note) if context.own_kernels else ()
-    passes = GRAPH_PASSES + attention + _raising_passes(note) + products + GPU_PASSES + own
+    passes = GRAPH_PASSES + attention + _raising_passes(context, note) + products + GPU_PASSES + own
     return passes + _splitting_passes(context)
 
 
@@ -122,7 +123,7 @@ def _attention_passes(
     )
 
 
-def _raising_passes(note: Callable[[str], None]) -> tuple[tuple[str, Pass], ...]:
+def _raising_passes(context: Context, note: Callable[[str], None]) -> tuple[tuple[str, Pass], ...]:
     """Passes that bring what programs spell in many ways to its one best spelling.
 
     They come after that of attention, whose softmaxes are its own.
@@ -137,6 +138,8 @@ def _raising_passes(note: Callable[[str], None]) -> tuple[tuple[str, Pass], ...]
         ("dce", dce.run),
         # Cross entropies, around the statistics of their softmaxes, are spelled in one way.
         ("raise_cross_entropy", functools.partial(raise_cross_entropy.run, note=note)),
+        # Where logits would fill the memory, loss and gradient go by chunks of tokens.
+        ("chunk_logits", functools.partial(chunk_logits.run, context=context, note=note)),
         # Composites that nothing takes whole become equations again.
         ("expand_composites", expand_composites.run),
         ("cse", cse.run),

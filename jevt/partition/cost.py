@@ -34,6 +34,7 @@ def _gpu(
     teraflops: float,
     l2_mib: int,
     processors: int,
+    memory: int,
     derate: float = 0.88,
     cublas: float = 0.7,
 ) -> Device:
@@ -49,28 +50,29 @@ def _gpu(
         cublas_flops_per_us=teraflops * 1e6 * cublas,
         kernel_flops_per_us=teraflops * 1e6 * cublas * 0.9,
         exposed_epilogue=1.0,
+        memory_bytes=memory * 10**9 * 3 // 4,  # JAX's default
     )
 
 
 #: By the words that a device's own name contains, most specific first.
 DEVICES: dict[str, Device] = {
     # NVIDIA A100 datasheet (80GB SXM): 2,039 GB/s, 312 TFLOPS bfloat16, 40 MB L2.
-    "A100": _gpu("A100", 80, 2039, 312, 40, 108),
+    "A100": _gpu("A100", 80, 2039, 312, 40, 108, 80),
     # NVIDIA H200 datasheet: 4.8 TB/s, 989 TFLOPS dense bfloat16; 50 MB L2 as in GH100.
-    "H200": _gpu("H200", 90, 4800, 989, 50, 132, cublas=0.78),
+    "H200": _gpu("H200", 90, 4800, 989, 50, 132, 141, cublas=0.78),
     # NVIDIA H100 datasheet (SXM): 3.35 TB/s, 989 TFLOPS dense bfloat16, 50 MB L2.
-    "H100": _gpu("H100", 90, 3350, 989, 50, 132, cublas=0.62),
+    "H100": _gpu("H100", 90, 3350, 989, 50, 132, 80, cublas=0.62),
     # NVIDIA DGX B200 datasheet, per GPU: 8 TB/s, 2.25 PFLOPS dense bfloat16; 126 MB L2.
-    "B200": _gpu("B200", 100, 8000, 2250, 126, 148, derate=0.85),
+    "B200": _gpu("B200", 100, 8000, 2250, 126, 148, 180, derate=0.85),
     # NVIDIA Ada whitepaper, RTX 4090: 1,008 GB/s, 165 TFLOPS bfloat16 with float32 sums, 72 MB L2.
-    "RTX 4090": _gpu("RTX 4090", 89, 1008, 165, 72, 128),
+    "RTX 4090": _gpu("RTX 4090", 89, 1008, 165, 72, 128, 24),
     # NVIDIA L4 datasheet: 300 GB/s, 121 TFLOPS dense bfloat16 (242 with sparsity); 48 MB L2.
-    "L4": _gpu("L4", 89, 300, 121, 48, 58),
+    "L4": _gpu("L4", 89, 300, 121, 48, 58, 24),
 }
 
 #: Two channels of DDR5 and a few cores; only its proportions matter, since no kernel of ours runs
 #: there.
-CPU = Device("cpu", 0, 2.0e4, 5.0e5, 1.0, 1.0, 32 << 20, 4, 5.0e5, 5.0e5, 1.0)
+CPU = Device("cpu", 0, 2.0e4, 5.0e5, 1.0, 1.0, 32 << 20, 4, 5.0e5, 5.0e5, 1.0, 64 << 30)
 
 #: Scalar operations that a primitive counts for where it is not 1, from the length of its
 #: expansion.
@@ -127,12 +129,20 @@ def _from_table(present: jax.Device) -> Device:
     capability = _capability(getattr(present, "compute_capability", "9.0"))
     for words, device in DEVICES.items():
         if words in kind.replace("L40", "Ada"):  # an L40 is no L4
-            return dataclasses.replace(device, compute_capability=capability)
+            return _limited(dataclasses.replace(device, compute_capability=capability), present)
     known = sorted(DEVICES.values(), key=lambda d: (d.compute_capability, d.bytes_per_us))
     older = [d for d in known if d.compute_capability <= capability]
     nearest = (older or known)[-1 if older else 0]
     # Its own capability: kernels are compiled for it, and refused where it is too old.
-    return dataclasses.replace(nearest, name=kind, compute_capability=capability)
+    return _limited(
+        dataclasses.replace(nearest, name=kind, compute_capability=capability), present
+    )
+
+
+def _limited(device: Device, present: jax.Device) -> Device:
+    """The device with the memory that JAX's allocator has, where it tells."""
+    stats = getattr(present, "memory_stats", dict)() or {}
+    return dataclasses.replace(device, memory_bytes=stats.get("bytes_limit", device.memory_bytes))
 
 
 def predict_us(jaxpr: Jaxpr, device: Device) -> float:

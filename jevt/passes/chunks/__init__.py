@@ -1,0 +1,7 @@
+"""The parts of :mod:`jevt.passes.chunk_logits`, in processing order.
+
+rows.py: where the rows are in a value, and what an equation is on some of them.
+region.py: the equations around the logits that can run on some rows at a time.
+policy.py: whether they should, and on how many.
+write.py: the loop.
+"""

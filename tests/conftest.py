@@ -23,6 +23,12 @@ GOLDEN = Path(__file__).parent / "golden"
 
 # Several test processes share a GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# XLA compiles thousands of programs that run once: most of the time would be LLVM's. GPUs are asked
+# for speed in some tests, and get what users get.
+if INTERPRETING or not list(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+    )
 # What was measured on this machine decides no test.
 os.environ["JEVT_CACHE_DIR"] = tempfile.mkdtemp(prefix="jevt-tests-")
 atexit.register(shutil.rmtree, os.environ["JEVT_CACHE_DIR"], ignore_errors=True)

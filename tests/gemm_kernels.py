@@ -10,7 +10,6 @@ import numpy as np
 
 from jevt_kernels import interpreter
 from jevt_kernels.by_hand import GemmTree
-from jevt_kernels.reference import reference
 from jevt_kernels.spec import Config, KernelSpec
 
 
@@ -172,7 +171,7 @@ def operands(spec: KernelSpec) -> list[np.ndarray]:
 def check(spec: KernelSpec, config: Config | None, run: Any = interpreter.run) -> None:
     arrays = operands(spec)
     with contract.types_of(*arrays):
-        expected = reference(spec, *arrays)
+        expected = contract.referred(spec, *arrays)
         got = run(spec, *arrays, config=config)
         for mine, theirs in zip(got, expected, strict=True):
             name = np.dtype(theirs.dtype).name

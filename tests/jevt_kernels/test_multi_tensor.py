@@ -20,7 +20,6 @@ from jevt_kernels import aot, codegen, interpreter, launch, multi_tensor
 from jevt_kernels.index_map import IndexMap, Space
 from jevt_kernels.mainloops import MAINLOOPS
 from jevt_kernels.mainloops.multi_tensor import MAX_POINTERS
-from jevt_kernels.reference import reference
 from jevt_kernels.spec import Config, KernelSpec, Member, TensorType, UnsupportedKernel
 from jevt_kernels.visitor import Iota, Load, Reduce, Store
 
@@ -107,7 +106,7 @@ def test_updates(sizes: list[int], dtype: Any) -> None:
     spec = several(sizes, dtype)
     given = arrays(spec)
     want = expected(spec, given)
-    contract.same(reference(spec, *given), want)
+    contract.same(contract.referred(spec, *given), want)
     for config in (None, Config((("i", 128),))):
         contract.same(interpreter.run(spec, *given, config=config), want)
 
@@ -142,7 +141,7 @@ def test_scalars_of_ones_own() -> None:
     own = [given[:3], given[4:7], given[7:]]
     want = [jax.jit(scaled)(*xs, rate) for xs in own]
     contract.same(interpreter.run(spec, *given), want)
-    contract.same(reference(spec, *given), want)
+    contract.same(contract.referred(spec, *given), want)
 
 
 @pytest.mark.interpret

@@ -15,7 +15,6 @@ from jax import lax
 from jevt_kernels import codegen, interpreter
 from jevt_kernels.mainloops import rowwise
 from jevt_kernels.ops import TRITON_TYPES, is_float
-from jevt_kernels.reference import reference
 from jevt_kernels.spec import Config, UnsupportedKernel
 
 pytestmark = pytest.mark.interpret
@@ -298,7 +297,7 @@ def test_reductions(op: str, dtype: np.dtype) -> None:
     expected = getattr(wide, op)(1, **({} if op in ("max", "min") else {"dtype": wide.dtype}))
     with contract.types_of(x), np.errstate(over="ignore"):
         expected = expected.astype(dtype)
-        contract.same(reference(spec, x), [expected])
+        contract.same(contract.referred(spec, x), [expected])
     for config in (None, Config((("row", 2), ("col", 4)))):
         contract.same(interpreter.run(spec, x, config=config), [expected])
 
@@ -308,7 +307,7 @@ def test_boolean_reductions(op: str) -> None:
     x = np.array([[True] * 13, [False] * 13, [True] * 12 + [False], [False] * 12 + [True]])
     spec = contract.reduction(op, np.dtype(bool), 4, 13)
     expected = x.all(1) if op == "and" else x.any(1)
-    contract.same(reference(spec, x), [expected])
+    contract.same(contract.referred(spec, x), [expected])
     for config in (None, Config((("row", 2), ("col", 4)))):
         contract.same(interpreter.run(spec, x, config=config), [expected])
 

@@ -13,7 +13,6 @@ import pytest
 from jevt_kernels import aot, codegen, interpreter, launch
 from jevt_kernels.index_map import IndexMap
 from jevt_kernels.mainloops import MAINLOOPS
-from jevt_kernels.reference import reference
 from jevt_kernels.segment_sum import BLOCK, block_sums, segment_sum
 from jevt_kernels.spec import Config, TensorType, UnsupportedKernel
 from jevt_kernels.visitor import Compute, Load, Reduce, Store
@@ -62,7 +61,7 @@ def test_sums(shape, weight):
     inputs = arrays(*shape, weight=weight)
     spec = spec_of(inputs)
     want = exact(*inputs)
-    np.testing.assert_allclose(reference(spec, *inputs)[0], want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(contract.referred(spec, *inputs)[0], want, rtol=1e-4, atol=1e-5)
     for config in CONFIGS:
         got = interpreter.run(spec, *inputs, config=config)[0]
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -138,7 +137,7 @@ def test_a_weight_for_each_head(heads):
     for config in CONFIGS:
         (got,) = interpreter.run(spec, bounds, columns, table, weights, config=config)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-    (got,) = reference(spec, bounds, columns, table, weights)
+    (got,) = contract.referred(spec, bounds, columns, table, weights)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -151,7 +150,7 @@ def test_columns_that_are_no_row_count_as_zero():
     spec = spec_of((bounds, columns, table, weights), fills=True)
     inside = (columns >= 0) & (columns < 9)
     want = exact(bounds, np.where(inside, columns, 1), table, weights * inside)
-    for run in (interpreter.run, reference):
+    for run in (interpreter.run, contract.referred):
         (got,) = run(spec, bounds, columns, table, weights)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
@@ -193,11 +192,12 @@ def test_long_rows_are_summed_in_blocks(bounds):
     ranges = inside_one_row(bounds, 4000)
     for config in CONFIGS:
         (sums,) = interpreter.run(first, ranges, *rest, config=config)
-        np.testing.assert_allclose(sums, reference(first, ranges, *rest)[0], rtol=1e-3, atol=1e-4)
+        (given,) = contract.referred(first, ranges, *rest)
+        np.testing.assert_allclose(sums, given, rtol=1e-3, atol=1e-4)
         # What lies across two rows is never read.
         sums = np.where((ranges[0] < ranges[1])[:, None], sums, np.nan)
         for run in (lambda *a, c=config: interpreter.run(spec, *a, config=c), None):
-            (got,) = (run or (lambda *a: reference(spec, *a)))(bounds, *rest, sums)
+            (got,) = (run or (lambda *a: contract.referred(spec, *a)))(bounds, *rest, sums)
             np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
 
 

@@ -15,7 +15,6 @@ from jevt import pipeline
 from jevt.lowering import spec as lowering
 from jevt.passes import convolutions
 from jevt_kernels import aot, visitor
-from jevt_kernels.reference import reference
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -87,7 +86,7 @@ def check_group(function, args, dtype):
     assert set(sums) == ({"n"} if args[1].shape[-1] == 1 else {"m"})
     expected = jax.jit(function)(*args)
     tolerance = 1e-5 if dtype == np.float32 else 2e-2
-    contract.same(reference(spec, *args), expected, tolerance)
+    contract.same(contract.referred(spec, *args), expected, tolerance)
     return product, tolerance
 
 

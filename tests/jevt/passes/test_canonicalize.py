@@ -327,7 +327,7 @@ def test_inside_shard_map():
     st.sampled_from([(3, 4), (1, 4), (4, 1), (2, 1, 3), (5,), ()]),
     st.randoms(use_true_random=False),
 )
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=40, deadline=None)
 def test_random_programs(fun, dtype, shape, random):
     flat = EDGES.reshape(-1)
     values = [random.choice(flat) for _ in range(int(np.prod(shape)))]

@@ -229,7 +229,7 @@ def is_product(layouts, params, windows, sizes, out):
 
 def test_random_convolutions():
     found = {True: 0, False: 0}
-    for seed in range(120):
+    for seed in range(60):
         function, shapes, *facts = random_convolution(seed)
         dtype = jnp.float32 if seed % 2 else FLOAT64
         with jax.enable_x64(dtype is FLOAT64):
@@ -243,7 +243,7 @@ def test_random_convolutions():
             if expected:
                 limit = 1e-5 if seed % 2 else 1e-12
                 near(evaluate(after, *args), evaluate(before, *args), limit)
-    assert min(found.values()) > 30
+    assert min(found.values()) > 15
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, FLOAT64])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.extend
 import numpy as np
@@ -16,6 +18,11 @@ from jevt import pipeline
 from jevt._context import Context
 from jevt.partition.cost import DEVICES
 from jevt.passes import expose_random_bits
+
+
+@functools.cache
+def model(name):
+    return MODELS[name]()
 
 
 def bodies(jaxpr):
@@ -53,7 +60,7 @@ def before_and_after(step, args):
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "mixed_precision"])
 def test_values(name):
-    want, got = before_and_after(*MODELS[name]())
+    want, got = before_and_after(*model(name))
     assert relative_norm([got], [want]) < 1e-5
 
 
@@ -66,7 +73,7 @@ def test_workloads(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_that_has_another_name_is_left(name):
-    step, args = MODELS[name]()
+    step, args = model(name)
     result = rewritten(ALGEBRA, expose_random_bits.run(traced(step, *args)))
     for body in bodies(result):
         for gone in ("integer_pow", "add_any", "squeeze"):
@@ -77,20 +84,20 @@ def test_mixed_precision_is_as_precise():
     """bfloat16 is rounded where it was, or less: the distance from float32 does not grow."""
     step, args = small_models.mixed_precision("float32")
     truth = changes(evaluate(traced(step, *args), *jax.tree.leaves(args), compiled=True), args)
-    want, got = before_and_after(*MODELS["mixed_precision"]())
+    want, got = before_and_after(*model("mixed_precision"))
     assert relative_norm([got], [truth]) < 1.1 * relative_norm([want], [truth]) < 0.05
 
 
 @pytest.mark.parametrize("name", ["gpt", "conv_net", "mlp_mixer", "two_towers", "contrastive"])
 def test_losses_are_gathered_no_more(name):
-    step, args = MODELS[name]()
+    step, args = model(name)
     result = rewritten(ALGEBRA, traced(step, *args))
     embeddings = {"gpt": 2}.get(name, 0)
     assert count(result, "gather") == count(result, "scatter-add") == embeddings
 
 
 def test_checkpoint_is_still_recomputed():
-    step, args = MODELS["gpt_checkpointed"]()
+    step, args = model("gpt_checkpointed")
     jaxpr = traced(step, *args)
     result = rewritten(ALGEBRA, jaxpr)
     assert count(result, "optimization_barrier") == count(jaxpr, "optimization_barrier") == 2

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import kernel_contract as contract
 import numpy as np
 import pytest
 import sums_of_segments as sums
@@ -18,7 +19,6 @@ from jevt.primitives.segment_epilogue import with_epilogue
 from jevt.primitives.segments import spec_of
 from jevt_kernels import aot, interpreter
 from jevt_kernels.mainloops import MAINLOOPS
-from jevt_kernels.reference import reference
 
 ARGS = (draw((NODES, FEATURES)), draw(EDGES), ends(), ends(seed=2), draw(FEATURES, seed=4))
 
@@ -164,7 +164,7 @@ def kernel_of(name, dtype=jnp.float32, features=FEATURES, weights=(EDGES,), bloc
 @pytest.mark.parametrize("name", EPILOGUES)
 def test_the_kernel(name):
     spec, operands = kernel_of(name)
-    got, want = interpreter.run(spec, *operands), reference(spec, *operands)
+    got, want = interpreter.run(spec, *operands), contract.referred(spec, *operands)
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(
             np.asarray(g, np.float32), np.asarray(w, np.float32), rtol=1e-2, atol=1e-4
@@ -174,7 +174,7 @@ def test_the_kernel(name):
 @pytest.mark.interpret
 def test_the_kernel_of_several_heads():
     spec, operands = kernel_of("bias", weights=(EDGES, 3))
-    (got,), (want,) = interpreter.run(spec, *operands), reference(spec, *operands)
+    (got,), (want,) = interpreter.run(spec, *operands), contract.referred(spec, *operands)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 

@@ -14,9 +14,10 @@ class Pool:
 
     Args:
       scratch: folder for logs, compilation caches and reference gradients; each worker's caches
-        start empty, so that a cold start is cold.
-      share: whether one worker serves all jobs of a variant. Quick, but memory peaks then mix
-        and one job's death is the next one's; for smoke runs and for the kernel suites.
+        start empty, so that a cold start is cold, unless workers are shared.
+      share: whether one worker serves all jobs of a variant, and all share their caches. Quick,
+        but memory peaks then mix and one job's death is the next one's; for smoke runs and for
+        the kernel suites.
       torch_python: the interpreter of the PyTorch variants; None for this one.
       torch_path: ``PYTHONPATH`` of the PyTorch variants, which pin their own Triton; None for
         this process's.
@@ -69,7 +70,8 @@ class Pool:
     def _start(self, variant: Variant) -> WorkerProcess:
         folder = self.scratch / f"{len(self._all):03d}-{variant.name}"
         folder.mkdir(parents=True)
-        environment = _environment(variant, folder, self._xla_flags)
+        cache = (self.scratch if self.share else folder) / "cache"
+        environment = _environment(variant, cache, self._xla_flags)
         python = None
         if variant.lane == "torch":
             python = self._torch_python
@@ -80,9 +82,8 @@ class Pool:
         return worker
 
 
-def _environment(variant: Variant, folder: Path, xla_flags: str) -> dict[str, str]:
-    """This process's environment, with caches of the worker's own and memory taken as needed."""
-    cache = str(folder / "cache")
+def _environment(variant: Variant, cache: Path, xla_flags: str) -> dict[str, str]:
+    """This process's environment, with caches in a folder of the run and memory taken as needed."""
     own = variant.environment
     flags = (os.environ.get("XLA_FLAGS"), xla_flags, own.get("XLA_FLAGS"))
     return {
@@ -93,7 +94,7 @@ def _environment(variant: Variant, folder: Path, xla_flags: str) -> dict[str, st
         "JAX_COMPILATION_CACHE_DIR": f"{cache}/jax",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XDG_CACHE_HOME": cache,
+        "XDG_CACHE_HOME": str(cache),
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
         "TRITON_CACHE_DIR": f"{cache}/triton",
         **own,

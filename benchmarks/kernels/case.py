@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ def suite_names() -> list[str]:
     return list(_SUITES)
 
 
+@functools.cache
 def cases(name: str, size: Size) -> Sequence[Case]:
     """The cases of a suite.
 

@@ -58,12 +58,12 @@ GRAPH_PASSES: tuple[tuple[str, Pass], ...] = (
     ("dce", dce.run),
     # What is computed twice is computed once.
     ("cse", cse.run),
-    # Parts of an array are slices of it.
-    ("slices", slices.run),
     # What depends on no input becomes a literal.
     ("fold_constants", fold_constants.run),
     # Each thing is said in one way: what autodiff and numerically careful code leave behind goes.
     ("canonicalize", canonicalize.run),
+    # Parts of an array are slices of it, and join by concatenation.
+    ("slices", slices.run),
     # One element a row, by position, becomes arithmetic on the row.
     ("one_hot", one_hot.run),
     # Sums whose value is known, or that a cheaper sum gives, go.

@@ -101,15 +101,19 @@ class _Run:
         # Under automatic partitioning, a weight's parts may lie on other devices than its whole.
         found = () if context.partitioned else _splits(_Readers(jaxpr, outermost), context.device)
         parts = {part.slice.outvars[0]: part for split in found for part in split}
+        if not parts:
+            return rebuild(jaxpr, [self._with_bodies(eqn, context) for eqn in jaxpr.eqns], {})
         graph = Graph(jaxpr, {})
         for eqn in jaxpr.eqns:
             if eqn.outvars and eqn.outvars[0] in parts:
                 graph.env[eqn.outvars[0]] = parts[eqn.outvars[0]].emit(graph)
-                continue
-            inner = body_context(context, eqn.primitive.name, eqn.params)
-            body = functools.partial(self.run, context=inner)
-            graph.add(map_bodies(substitute(graph.env, eqn), body))
+            else:
+                graph.add(self._with_bodies(substitute(graph.env, eqn), context))
         return rebuild(jaxpr, graph.eqns, graph.env)
+
+    def _with_bodies(self, eqn: JaxprEqn, context: Context) -> JaxprEqn:
+        inner = body_context(context, eqn.primitive.name, eqn.params)
+        return map_bodies(eqn, functools.partial(self.run, context=inner))
 
 
 class _Readers:

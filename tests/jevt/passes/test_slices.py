@@ -16,7 +16,10 @@ from jevt.passes import canonicalize, cse, dce, inline, slices
 
 
 def traced(fun, *args):
-    return dce.run(cse.run(inline.run(jax.make_jaxpr(fun)(*args))))
+    jaxpr = jax.make_jaxpr(fun)(*args)
+    for graph_pass in (inline.run, dce.run, cse.run, canonicalize.run, dce.run):
+        jaxpr = graph_pass(jaxpr)
+    return jaxpr
 
 
 def checked(fun, *args):
@@ -70,10 +73,44 @@ def test_a_part_of_a_product_is_read_in_place():
         return jax.nn.silu(a) * b
 
     x, w = array(64, 32), array(32, 256)
-    after = canonicalize.run(checked(gate, x, w))
+    after = checked(gate, x, w)
     gate_alone = [i for i, e in enumerate(after.eqns) if e.primitive is not lax.dot_general_p]
     kernel = spec.build(extract(after, gate_alone), "gate")
     assert kernel.mainloop == "pointwise" and len(kernel.inputs) == 1
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_stack(axis):
+    after = checked(lambda *x: jnp.unstack(jnp.sin(jnp.stack(x, axis))), *[array(3, 4)] * 3)
+    assert count(after, "stack") == 0 and count(after, "concatenate") == 1
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda *x: lax.stack(x, axis=0).transpose(1, 3, 0, 2),
+        lambda *x: jnp.concatenate([y[None] for y in x]).transpose(1, 3, 0, 2),
+        lambda *x: jnp.concatenate([y[:, None] for y in x], 2).transpose(2, 0, 1, 3),
+    ],
+    ids=["stack", "new axis", "old axis"],
+)
+def test_transposition_of_parts(join):
+    after = checked(join, *[array(2, 3, 4, dtype=jnp.bfloat16) + i for i in range(3)])
+    assert count(after, "stack") == 0 and count(after, "concatenate") == 1
+    for eqn in after.eqns:
+        if eqn.primitive is lax.transpose_p:
+            assert eqn.outvars[0].aval.size == 2 * 3 * 4
+
+
+def test_gradient_of_transposed_parts_is_side_by_side():
+    def loss(y, weights):
+        q, k, v = y.reshape(2, 5, 3, 4, 6).transpose(2, 0, 3, 1, 4)
+        return (q * k * v * weights).sum()
+
+    after = checked(jax.grad(loss), array(2, 5, 72), array(2, 4, 5, 6))
+    (joined,) = (e for e in after.eqns if e.primitive is lax.concatenate_p)
+    assert joined.outvars[0].aval.shape == (2, 5, 3, 4, 6)
+    assert count(after, "add_any") + count(after, "pad") == 0
 
 
 def test_gradients_and_loops():
@@ -86,6 +123,11 @@ def test_gradients_and_loops():
 
     after = checked(jax.grad(loss), array(3, 4, 8), array(5, 4))
     assert count(after, "split") == 0 and count(after, "slice") > 0
+
+
+def test_a_stack_that_is_read_twice_is_not_taken_apart():
+    after = checked(lambda x, y: [z := lax.stack([x, y], axis=0), z.T], *[array(3, 4)] * 2)
+    assert count(after, "concatenate") == 1
 
 
 def test_vmapped():
@@ -101,8 +143,9 @@ def test_vmapped():
         lambda x: jnp.unstack(x[0]),
         lambda x: jnp.split(jax.random.split(jax.random.key(0), 4), 2),
         lambda x: jnp.unstack(jnp.tile(x, (slices.MAX_PARTS, 1))),
+        lambda x: [y := jnp.concatenate([x, x + 1]), y.T],
     ],
-    ids=["returned", "read whole", "scalars", "keys", "many"],
+    ids=["returned", "read whole", "scalars", "keys", "many", "returned as well"],
 )
 def test_left_alone(fun):
     before = traced(fun, array(4, 4))

@@ -35,13 +35,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn
 from jax.extend.core import primitives as p
 
 from jevt._context import Context
 from jevt.partition.targets import body_context
 from jevt.passes import canonicalize, cse, dce
+from jevt.passes._remarks import Note, Remarks
 from jevt.passes._rewrite import map_bodies, rebuild, substitute
 from jevt.passes._rules import Graph, Rules, merged
 from jevt.passes.attention import labels, policy, region, roles, scans, scores, small
@@ -59,8 +59,6 @@ from jevt.primitives.cudnn_attention import Case
 _RULES = merged(canonicalize.RULES, {p.reduce_sum_p: (of_view,)})
 
 type Obstacle = Callable[[Case, Context], str]
-type Note = Callable[[str], None]
-type Misses = dict[str, list[str]]  # source lines of softmaxes by the reason for which they stay
 
 
 def on_cudnn(case: Case, context: Context) -> str:
@@ -86,9 +84,7 @@ def run(
     """
     this = _Run(obstacle)
     result = this.run(jaxpr, context)
-    for reason, places in this.misses.items():
-        others = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        note(f"attention at {places[0]}{others}: {reason}")
+    this.misses.tell(note)
     return result
 
 
@@ -96,12 +92,12 @@ class _Run:
     """One run of the pass: whom to ask, the bodies that are done, and what was missed.
 
     Attributes:
-      misses: source lines of the softmaxes by the reason for which they stay.
+      misses: for which softmaxes there is no attention, and why.
     """
 
     def __init__(self, obstacle: Obstacle) -> None:
         self.obstacle = obstacle
-        self.misses: Misses = {}
+        self.misses = Remarks()
         self.done: dict[tuple[Jaxpr, Context], Jaxpr] = {}
 
     def run(self, jaxpr: Jaxpr, context: Context, *, quiet: bool = False) -> Jaxpr:
@@ -111,7 +107,7 @@ class _Run:
         """
         key = jaxpr, context
         if key not in self.done:
-            misses = {} if quiet else self.misses
+            misses = Remarks() if quiet else self.misses
             self.done[key], _ = self._rewritten(Program(jaxpr), context, misses)
         return self.done[key]
 
@@ -119,7 +115,7 @@ class _Run:
         self,
         program: Program,
         context: Context,
-        misses: Misses,
+        misses: Remarks,
         length: int = 0,
         rules: Rules | None = None,
     ) -> tuple[Jaxpr, int]:
@@ -167,7 +163,7 @@ class _Run:
         loops: dict[int, JaxprEqn] = {}
         quiet: set[int] = set()
         for joint in scans.joints(program):
-            misses: Misses = {}
+            misses = Remarks()
             step = Program(joint.jaxpr)
             new, length = self._rewritten(step, context, misses, joint.length, rules={})
             if new is not joint.jaxpr:
@@ -175,11 +171,10 @@ class _Run:
                 loops[joint.first], loops[joint.second] = map(_canonical, (first, second))
             elif misses:
                 quiet |= {joint.first, joint.second}
-            for reason, places in misses.items():
-                self.misses.setdefault(reason, []).extend(places)
+            self.misses.update(misses)
         return loops, quiet
 
-    def _matches(self, program: Program, context: Context, misses: Misses) -> Iterator[Match]:
+    def _matches(self, program: Program, context: Context, misses: Remarks) -> Iterator[Match]:
         taken: set[int] = set()
         for position, eqn in enumerate(program.eqns):
             if eqn.primitive is not p.exp_p or position in taken:
@@ -199,8 +194,7 @@ class _Run:
                 yield match
                 break
             if reason:
-                place = source_info_util.summarize(eqn.source_info) or "a line of no file"
-                misses.setdefault(reason, []).append(place)
+                misses.add(eqn, "attention", f": {reason}")
 
 
 def _canonical(loop: JaxprEqn) -> JaxprEqn:

@@ -24,23 +24,20 @@ How: see ``jevt/passes/raising/``.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator
 
-from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 from jax.extend.core import primitives as p
 
-from jevt.passes import canonicalize
-from jevt.passes._rewrite import map_bodies, once, rebuild, substitute
+from jevt.passes._remarks import Note
 from jevt.passes._rules import Graph
 from jevt.passes.attention.operations import NoMatch
 from jevt.passes.attention.region import Program
 from jevt.passes.raising import logsumexp_gradients, softmax_gradients, softmaxes
 from jevt.passes.raising.logsumexp_gradients import Multiple
-from jevt.passes.raising.report import Note, report
+from jevt.passes.raising.run import Rewrite, Run, Write
 from jevt.passes.raising.softmax_gradients import SoftmaxGradient
 from jevt.passes.raising.softmaxes import Softmax
 from jevt.passes.raising.write_softmax import SoftmaxWriter
@@ -54,10 +51,7 @@ def run(jaxpr: Jaxpr, note: Note = lambda _: None) -> Jaxpr:
       note: receives how many of each were raised, and a line for each reason for which what looks
         like a softmax stays.
     """
-    this = _Run()
-    result = this.run(jaxpr)
-    report("softmax", this.counts, this.misses, note)
-    return result
+    return Run("softmax", _find).raised(jaxpr, note)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,80 +73,47 @@ class _Found:
         return values | ({self.gradient.sum.root} if self.gradient is not None else set())
 
 
-class _Run:
-    """One run of the pass.
-
-    Attributes:
-      counts: statistics and gradients that were raised, by the name.
-      misses: source lines by the reason for which what is there stays.
-    """
-
-    def __init__(self) -> None:
-        self.counts: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-        self.misses: dict[str, list[str]] = {}
-        self.run = once(self._rewritten)
-
-    def _rewritten(self, jaxpr: Jaxpr) -> Jaxpr:
-        program = Program(jaxpr)
-        graph = Graph(jaxpr, canonicalize.RULES)
-        todo: dict[int, list[Callable[[], None]]] = {}
-        replaced: set[int] = set()
-        for found in self._found(program):
-            writer = SoftmaxWriter(found.softmax, found.gradient, graph)
-            writes: dict[Var, Callable[[], None]] = {}
-            writes |= {v: functools.partial(writer.result, v) for v in found.softmax.results}
-            first = min(program.maker[v] for v in (found.softmax.total, *writes))
-            todo.setdefault(first, []).append(writer.statistics)
-            writes |= {m.value: functools.partial(writer.multiple, m) for m in found.multiples}
-            if found.gradient is not None:
-                writes[found.gradient.sum.root] = writer.sum
-            for var, write in writes.items():
-                todo.setdefault(program.maker[var], []).append(write)
-                replaced.add(program.maker[var])
-        if not todo:
-            return rebuild(jaxpr, [map_bodies(eqn, self.run) for eqn in jaxpr.eqns], {})
-        for position, eqn in enumerate(jaxpr.eqns):
-            for write in todo.get(position, ()):
-                write()
-            if position not in replaced:
-                graph.add(map_bodies(substitute(graph.env, eqn), self.run))
-        return rebuild(jaxpr, graph.eqns, graph.env)
-
-    def _found(self, program: Program) -> list[_Found]:
-        result: list[_Found] = []
-        taken: set[object] = set()
-        for position, eqn in enumerate(program.eqns):
-            if eqn.primitive is not p.exp_p:
+def _find(run: Run, program: Program, graph: Graph) -> Iterator[Rewrite]:
+    taken: set[object] = set()
+    for position, eqn in enumerate(program.eqns):
+        if eqn.primitive is not p.exp_p:
+            continue
+        try:
+            softmax = softmaxes.find(program, position)
+            if softmax is None or not taken.isdisjoint((softmax.total, *softmax.results)):
                 continue
-            try:
-                softmax = softmaxes.find(program, position)
-                if softmax is None or not taken.isdisjoint((softmax.total, *softmax.results)):
-                    continue
-                found = self._with_gradients(softmax, eqn, taken)
-                softmaxes.check(softmax, found.inside(), found.replaced())
-            except NoMatch as error:
-                self._miss(str(error), eqn)
-                continue
-            taken.update((softmax.total, *softmax.results))
-            taken.update(found.replaced())
-            counts = self.counts[softmax.name()]
-            counts[0] += 1
-            counts[1] += bool(found.replaced())
-            result.append(found)
-        return result
+            found = _with_gradients(run, softmax, eqn, taken)
+            softmaxes.check(softmax, found.inside(), found.replaced())
+        except NoMatch as error:
+            run.miss(eqn, error)
+            continue
+        taken.update((softmax.total, *softmax.results))
+        taken.update(found.replaced())
+        run.count(softmax.name(), backward=bool(found.replaced()))
+        yield _rewrite(found, graph)
 
-    def _with_gradients(self, softmax: Softmax, eqn: JaxprEqn, taken: set[object]) -> _Found:
-        multiples = tuple(m for m in logsumexp_gradients.find(softmax) if m.value not in taken)
+
+def _with_gradients(run: Run, softmax: Softmax, eqn: JaxprEqn, taken: set[object]) -> _Found:
+    multiples = tuple(m for m in logsumexp_gradients.find(softmax) if m.value not in taken)
+    gradient = None
+    if softmax.name() == "softmax":
+        try:
+            gradient = softmax_gradients.find(softmax)
+        except NoMatch as error:
+            run.miss(eqn, f"the gradient of softmax: {error}")
+    if gradient is not None and gradient.sum.root in taken:
         gradient = None
-        if softmax.name() == "softmax":
-            try:
-                gradient = softmax_gradients.find(softmax)
-            except NoMatch as error:
-                self._miss(f"the gradient of softmax: {error}", eqn)
-        if gradient is not None and gradient.sum.root in taken:
-            gradient = None
-        return _Found(softmax, gradient, multiples)
+    return _Found(softmax, gradient, multiples)
 
-    def _miss(self, reason: str, eqn: JaxprEqn) -> None:
-        place = source_info_util.summarize(eqn.source_info) or "a line of no file"
-        self.misses.setdefault(reason, []).append(place)
+
+def _rewrite(found: _Found, graph: Graph) -> Rewrite:
+    softmax, maker = found.softmax, found.softmax.program.maker
+    writer = SoftmaxWriter(softmax, found.gradient, graph)
+    values: dict[Var, Write] = {}
+    values |= {v: functools.partial(writer.result, v) for v in softmax.results}
+    first = min(maker[v] for v in (softmax.total, *values))
+    values |= {m.value: functools.partial(writer.multiple, m) for m in found.multiples}
+    if found.gradient is not None:
+        values[found.gradient.sum.root] = writer.sum
+    writes = ((maker[var], write) for var, write in values.items())
+    return Rewrite(((first, writer.statistics), *writes), frozenset(maker[v] for v in values))

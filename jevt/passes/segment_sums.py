@@ -30,13 +30,11 @@ that are known to differ from one another, and rows that are many more than the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental.sparse import bcsr_dot_general_p
-from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn, Primitive
 from jax.extend.core import primitives as p
 from jax.lax import GatherDimensionNumbers
@@ -45,6 +43,7 @@ from jax.lax import GatherScatterMode as Mode
 from jevt._jaxpr import Atom
 from jevt.passes import _rows, _terms
 from jevt.passes._facts import shape_of
+from jevt.passes._remarks import Note, Remarks
 from jevt.passes._rows import convert, transposed
 from jevt.passes._rules import Graph, Rule, rewrite
 from jevt.primitives.segments import (
@@ -64,8 +63,6 @@ _MOST_ROWS = 4
 _FLOATS = (jax.numpy.bfloat16, np.float16, np.float32, np.float64)
 _LARGEST = 2**31 - BLOCK
 
-type Note = Callable[[str], None]
-
 
 def run(
     jaxpr: Jaxpr, capability: int, note: Note = lambda _: None, smallest: int = MIN_UPDATES
@@ -84,9 +81,7 @@ def run(
         bcsr_dot_general_p: (this.bcsr_dot_general,),
     }
     result = rewrite(jaxpr, rules)
-    for reason, places in this.notes.items():
-        others = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        note(f"{reason.format(f'at {places[0]}{others}')}")
+    this.remarks.tell(note)
     return result
 
 
@@ -94,17 +89,13 @@ class _Run:
     """One run of the pass.
 
     Attributes:
-      notes: source lines by what is said of them.
+      remarks: what stays, and why.
     """
 
     def __init__(self, capability: int, smallest: int) -> None:
         self.capability = capability
         self.smallest = smallest
-        self.notes: dict[str, list[str]] = {}
-
-    def _say(self, eqn: JaxprEqn, text: str) -> None:
-        place = source_info_util.summarize(eqn.source_info) or "a line of no file"
-        self.notes.setdefault(text, []).append(place)
+        self.remarks = Remarks()
 
     def scatter_add(self, eqn: JaxprEqn, graph: Graph) -> Atom | None:
         into, indices, updates = eqn.invars
@@ -114,7 +105,7 @@ class _Run:
         access = _rows.of_scatter(eqn)
         reason = _obstacle(eqn, access)
         if access is None or reason:
-            self._say(eqn, f"the scatter that adds {{}} stays: {reason}")
+            self.remarks.add(eqn, "the scatter that adds", f" stays: {reason}")
             return None
         rows, mode = access.tables * access.rows, eqn.params["mode"]
         index = access.numbers(indices, mode, graph)
@@ -127,7 +118,8 @@ class _Run:
         else:
             terms = _terms.read(updates, access, out.dtype, graph)
             if terms.reason:
-                self._say(eqn, f"the terms of the sum of segments {{}} are made: {terms.reason}")
+                made = f" are made: {terms.reason}"
+                self.remarks.add(eqn, "the terms of the sum of segments", made)
             total = self._sum(bounds, order, access.count, terms, out.dtype, graph)
         total = access.array(total, graph)
         return total if graph.constant(into) == 0 else graph.emit(p.add_p, into, total)

@@ -43,18 +43,17 @@ from jax.experimental.sparse import (
     bcoo_transpose_p,
     bcsr_dot_general_p,
 )
-from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn, Primitive, Var
 from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom
 from jevt.passes import inline
 from jevt.passes._facts import shape_of
+from jevt.passes._remarks import Note, Remarks
 from jevt.passes._rewrite import map_bodies, once, rebuild, substitute
 from jevt.passes.segment_sums import is_plain_csr
 from jevt_kernels.ops import compute_dtype
 
-type Note = Callable[[str], None]
 type Function = Callable[..., Any]
 type Definitions = dict[Var, JaxprEqn]
 
@@ -66,16 +65,14 @@ def run(jaxpr: Jaxpr, note: Note = lambda _: None) -> Jaxpr:
       jaxpr: the program.
       note: receives a line for each reason for which some stay.
     """
-    stay: dict[str, list[str]] = {}
+    stay = Remarks()
     body = once(lambda inner: _run(inner, stay, body))
     result = _run(jaxpr, stay, body)
-    for reason, places in stay.items():
-        others = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        note(f"{reason.format(f'at {places[0]}{others}')}")
+    stay.tell(note)
     return result
 
 
-def _run(jaxpr: Jaxpr, stay: dict[str, list[str]], body: Callable[[Jaxpr], Jaxpr]) -> Jaxpr:
+def _run(jaxpr: Jaxpr, stay: Remarks, body: Callable[[Jaxpr], Jaxpr]) -> Jaxpr:
     env: dict[Var, Atom] = {}
     eqns: list[JaxprEqn] = []
     definitions: Definitions = {}
@@ -83,8 +80,7 @@ def _run(jaxpr: Jaxpr, stay: dict[str, list[str]], body: Callable[[Jaxpr], Jaxpr
         eqn = map_bodies(substitute(env, original), body)
         found = _spelling(eqn)
         if isinstance(found, str):
-            place = source_info_util.summarize(eqn.source_info) or "a line of no file"
-            stay.setdefault(f"{eqn.primitive.name} {{}} stays: {found}", []).append(place)
+            stay.add(eqn, eqn.primitive.name, f" stays: {found}")
         start = len(eqns)
         if callable(found):
             env.update(zip(original.outvars, _spliced(found, eqn, eqns, definitions), strict=True))

@@ -14,6 +14,7 @@
 ``rows.py``                 where the rows of a composite are, and arithmetic with their numbers
 ``write.py``                the composite equations in the place of what was found
 ``write_softmax.py``        those of a softmax, and what the program computes of its rows
+``run.py``                  the driver of both passes: finds, counts, and replaces
 ==========================  =======================================================================
 
 Everything is found by evaluation: structure only says where to look.

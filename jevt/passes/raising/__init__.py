@@ -7,6 +7,7 @@
 ``norms.py``                the statistics of a norm, found from the root of a variance
 ``softmaxes.py``            those of a softmax, found from the sum of an exponential
 ``terms.py``                where a gradient ends: the sum of its terms among others
+``search.py``               the search for a gradient: sums, and cotangents of their terms
 ``gradients.py``            the gradient that belongs to a norm's statistics
 ``softmax_gradients.py``    that of a softmax
 ``logsumexp_gradients.py``  that of a logsumexp, a softmax times a number a row

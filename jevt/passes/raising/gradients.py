@@ -8,7 +8,7 @@ Evaluation tells whether the terms are the norm's gradient of g times the scales
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,15 +19,11 @@ from jevt.passes._facts import is_float, shape_of
 from jevt.passes.attention.operations import NoMatch
 from jevt.passes.attention.region import Program
 from jevt.passes.attention.small import Named
-from jevt.passes.raising import norms, terms
-from jevt.passes.raising.cones import Cone, Kind, Origins, dominators, size
+from jevt.passes.raising import norms, search
+from jevt.passes.raising.cones import Cone, Kind, Origins, size
 from jevt.passes.raising.norms import Norm
 from jevt.passes.raising.small import Evaluation, dimensions, ratio, same, times
 from jevt.passes.raising.terms import Sum
-
-#: Sums and cotangents that are tried.
-_SUMS = 6
-_TRIES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,40 +58,15 @@ def find(norm: Norm) -> Gradient | None:
     Raises:
       NoMatch: something looks like one and is none, or it would not pay to replace it.
     """
-    program = norm.program
+    return search.first(_candidates(norm), functools.partial(_of_cotangent, norm))
+
+
+def _candidates(norm: Norm) -> Iterator[tuple[Origins, Sum]]:
     statistics = norm.statistics()
-    reason = ""
     for lax in (False, True):
-        origins = Origins(program, norm.origin, statistics, lax=lax)
-        sums = terms.find(program, origins, statistics)
-        for total in itertools.islice(sums, _SUMS):
-            try:
-                return _in_sum(norm, origins, total)
-            except NoMatch as error:
-                reason = reason or str(error)
-    if reason:
-        raise NoMatch(reason)
-    return None
-
-
-def _in_sum(norm: Norm, origins: Origins, total: Sum) -> Gradient:
-    def resolve(var: Var, positions: set[int]) -> bool:
-        if origins.kind(var) is Kind.OTHER:
-            return False
-        origins.expand(var, positions)
-        return True
-
-    program = norm.program
-    reason = "no value through which all of the gradient goes"
-    cones = dominators(program, [var for _, var in total.terms], resolve)
-    for tries, cone in enumerate(c for c in cones if size(c.source) == origins.full):
-        if tries == _TRIES:
-            break
-        try:
-            return _of_cotangent(norm, origins, total, cone)
-        except NoMatch as error:
-            reason = str(error)
-    raise NoMatch(reason)
+        origins = Origins(norm.program, norm.origin, statistics, lax=lax)
+        for total in search.totals(origins, statistics):
+            yield origins, total
 
 
 def _of_cotangent(norm: Norm, origins: Origins, total: Sum, cone: Cone) -> Gradient:
@@ -138,17 +109,19 @@ def _of_cotangent(norm: Norm, origins: Origins, total: Sum, cone: Cone) -> Gradi
             raise NoMatch("a scale whose axes are in another order")
         shape = shape_of(norm.x)
         shapes.append(tuple(n if i in places else 1 for i, n in enumerate(shape)))
-    inside = {i for i in positions if origins.kind(program.eqns[i].outvars[0]) is Kind.OTHER}
-    inside |= total.positions
+    inside = search.inside(origins, total, positions)
     found = Gradient(
         norm,
         total,
         g,
         tuple(zip(scales, shapes, strict=True)),
         _sums(norm, origins, run, inside, _known_sums(run, norm, x, part, known, over)),
-        program.eqns[_last_sum(program, inside)],
+        program.eqns[search.last_sum(program, inside)],
     )
-    _check(norm, found, inside)
+    operands = (norm.x, g, total.root, *scales)
+    if not norms.same_mesh(*operands):
+        raise NoMatch("values that vary over different axes of a mesh, or are sharded")
+    search.check_sums(origins, inside, {total.root, *found.sums}, 1 + norm.centred)
     return found
 
 
@@ -240,20 +213,3 @@ def _sums(
                 found[out] = name, c, with_rstd
                 break
     return found
-
-
-def _last_sum(program: Program, inside: set[int]) -> int:
-    sums = [i for i in inside if program.eqns[i].primitive is p.reduce_sum_p]
-    return max(sums, default=max(inside))
-
-
-def _check(norm: Norm, found: Gradient, inside: set[int]) -> None:
-    """Raises :class:`NoMatch` where it would not pay, or could not be written."""
-    program = norm.program
-    operands = (norm.x, found.g, found.sum.root, *(v for v, _ in found.scales))
-    if not norms.same_mesh(*operands):
-        raise NoMatch("values that vary over different axes of a mesh, or are sharded")
-    before = norms.sums([program.eqns[i] for i in inside], size(norm.x))
-    living = norms.living(program, inside, {found.sum.root, *found.sums})
-    if norms.sums(living, size(norm.x)) + 1 + norm.centred > before:
-        raise NoMatch("sums of the gradient that others read")

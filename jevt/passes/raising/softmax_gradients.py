@@ -8,7 +8,7 @@ and its statistics do not explain may be the cotangent g; evaluation tells wheth
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,11 +17,11 @@ from jax.extend.core import JaxprEqn, Var
 from jevt.lowering.axes import Factor
 from jevt.passes._facts import is_float
 from jevt.passes.attention.operations import NoMatch
-from jevt.passes.attention.region import Program, root
+from jevt.passes.attention.region import root
 from jevt.passes.attention.small import Named
-from jevt.passes.raising import terms
-from jevt.passes.raising.cones import Cone, Kind, Origins, dominators, size
-from jevt.passes.raising.norms import living, same_mesh, sums
+from jevt.passes.raising import search
+from jevt.passes.raising.cones import Cone, Origins
+from jevt.passes.raising.norms import same_mesh
 from jevt.passes.raising.small import Evaluation, same, times
 from jevt.passes.raising.softmaxes import Softmax, forms
 from jevt.passes.raising.terms import Sum
@@ -56,48 +56,26 @@ def find(softmax: Softmax) -> SoftmaxGradient | None:
     Raises:
       NoMatch: something looks like one and is none, or it would not pay to replace it.
     """
-    program = softmax.program
-    origin = root(program, softmax.x)
+    return search.first(_candidates(softmax), functools.partial(_of_cotangent, softmax))
+
+
+def _candidates(softmax: Softmax) -> Iterator[tuple[Origins, Sum]]:
+    origin = root(softmax.program, softmax.x)
     assert isinstance(origin, Var)
     statistics = softmax.statistics()
-    origins = Origins(program, origin, statistics)
-    reason = ""
-    for total in itertools.islice(terms.find(program, origins, statistics), _SUMS):
+    origins = Origins(softmax.program, origin, statistics)
+    for total in search.totals(origins, statistics):
         for part in _parts(total):
-            try:
-                return _in_sum(softmax, origins, part)
-            except NoMatch as error:
-                reason = reason or str(error)
-    if reason:
-        raise NoMatch(reason)
-    return None
+            yield origins, part
 
 
 def _parts(total: Sum) -> Iterator[Sum]:
     """All terms of a sum together, then each by itself: x may have come other ways too."""
     yield total
     if len(total.terms) > 1:
-        for term in total.terms[:_SUMS]:
+        for term in total.terms[: search.MAX_SUMS]:
             rest = tuple(other for other in total.terms if other is not term)
             yield Sum(total.root, (term,), (*rest, *total.others), total.positions)
-
-
-def _in_sum(softmax: Softmax, origins: Origins, total: Sum) -> SoftmaxGradient:
-    def resolve(var: Var, positions: set[int]) -> bool:
-        if origins.kind(var) is Kind.OTHER:
-            return False
-        origins.expand(var, positions)
-        return True
-
-    reason = "no value through which all of the gradient goes"
-    cones = dominators(softmax.program, [var for _, var in total.terms], resolve)
-    full = (cone for cone in cones if size(cone.source) == origins.full)
-    for cone in itertools.islice(full, _TRIES):
-        try:
-            return _of_cotangent(softmax, origins, total, cone)
-        except NoMatch as error:
-            reason = str(error)
-    raise NoMatch(reason)
 
 
 def _of_cotangent(softmax: Softmax, origins: Origins, total: Sum, cone: Cone) -> SoftmaxGradient:
@@ -118,30 +96,15 @@ def _of_cotangent(softmax: Softmax, origins: Origins, total: Sum, cone: Cone) ->
         raise NoMatch("not the gradient of this softmax")
     if any(list(run.names(v)) != list(x.names) for v in (g, total.root) if v in run.labels.axes):
         raise NoMatch("a cotangent whose axes are in another order")
-    inside = {i for i in positions if origins.kind(program.eqns[i].outvars[0]) is Kind.OTHER}
-    inside |= total.positions
-    _check(softmax, g, total, inside)
-    return SoftmaxGradient(
-        softmax, total, g, frozenset(inside), program.eqns[_last_sum(program, inside)]
-    )
+    inside = search.inside(origins, total, positions)
+    if not same_mesh(softmax.x, g, total.root):
+        raise NoMatch("values that vary over different axes of a mesh, or are sharded")
+    search.check_sums(origins, inside, {total.root}, 1)
+    last = program.eqns[search.last_sum(program, inside)]
+    return SoftmaxGradient(softmax, total, g, frozenset(inside), last)
 
 
 def _formula(run: Evaluation, softmax: Softmax, x: Named, g: Named, over: list[Factor]) -> Named:
     p = forms(run, x, over, guarded=softmax.guarded)["softmax"]
     inner = run.sum(times(p, g), over).along(x.names)
     return Named(x.names, p.array * (g.along(x.names) - inner))
-
-
-def _last_sum(program: Program, inside: set[int]) -> int:
-    reductions = [i for i in inside if program.eqns[i].primitive.name == "reduce_sum"]
-    return max(reductions, default=max(inside))
-
-
-def _check(softmax: Softmax, g: Var, total: Sum, inside: set[int]) -> None:
-    """Raises :class:`NoMatch` where it would not pay, or could not be written."""
-    program, full = softmax.program, size(softmax.x)
-    if not same_mesh(softmax.x, g, total.root):
-        raise NoMatch("values that vary over different axes of a mesh, or are sharded")
-    before = sums([program.eqns[i] for i in inside], full)
-    if sums(living(program, inside, {total.root}), full) + 1 > before:
-        raise NoMatch("sums of the gradient that others read")

@@ -43,6 +43,7 @@ from jax.extend.core import primitives as p
 from jevt._context import Context, Device
 from jevt._jaxpr import Atom
 from jevt.lowering.errors import NotFusible
+from jevt.lowering.rules import classify
 from jevt.partition.fusions import relabels
 from jevt.partition.graph import elements, nbytes, uses
 from jevt.partition.products import Size, cublas_us
@@ -169,10 +170,10 @@ def _splits(readers: _Readers, device: Device) -> Iterator[list[Part]]:
 def _may_be_split(product: JaxprEqn) -> bool:
     try:
         check_same_mesh(product.invars)
-        moved = Size.of(product).moved
-    except (Abandon, NotFusible):
+        classify(product)
+    except (Abandon, NotFusible):  # sharded, or of a type whose cost is not known
         return False
-    return moved > MERGED_BYTES and product.params.get("out_sharding") is None
+    return Size.of(product).moved > MERGED_BYTES and product.params.get("out_sharding") is None
 
 
 def _chains(product: JaxprEqn, readers: _Readers) -> Iterator[tuple[JaxprEqn, ...]]:

@@ -356,6 +356,13 @@ def test_small_parts_are_left_alone(name, value, small, monkeypatch):
     assert split_products.run(before, CUDA) is before
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e5m2, jnp.int32, jnp.complex64])
+def test_types_whose_cost_is_not_known_are_left_alone(dtype, small):
+    args = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((B * T, F), (F, 3 * F))]
+    before = canonical(lambda x, w: jnp.split(x @ w, 3, -1), *args)
+    assert split_products.run(before, CUDA) is before
+
+
 def test_few_rows_are_left_alone(small):
     x, w, b = operands()
     before = canonical(by_index, x[:1, :2], w, b)

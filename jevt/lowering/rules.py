@@ -268,11 +268,6 @@ def check_aval(aval: Any) -> None:
         raise NotFusible(f"operand in {memory} memory")
 
 
-def long_rows(size: int, rows: int) -> bool:
-    """Whether rows with so many elements in all would leave most of a GPU idle."""
-    return 0 < rows < 64 and size > 1 << 17
-
-
 def _check_source(eqn: JaxprEqn) -> None:
     if eqn.invars:
         raise NotFusible(f"{eqn.primitive.name} with a dynamic shape")

@@ -9,7 +9,6 @@ from jax.extend.core import Literal
 from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom
-from jevt.lowering.rules import long_rows
 from jevt.passes._facts import shape_of
 from jevt.passes._rules import Graph
 from jevt.passes.raising.write import cast, number
@@ -21,7 +20,12 @@ def on_chip(shape: Sequence[int], axes: tuple[int, ...]) -> bool:
     rank, width = len(shape), math.prod(shape[axis] for axis in axes)
     is_row = axes == tuple(range(rank - len(axes), rank))
     size = math.prod(shape)
-    return is_row and width <= MAX_WHOLE and not long_rows(size, size // max(1, width))
+    return is_row and width <= MAX_WHOLE and not _few_and_long(size, size // max(1, width))
+
+
+def _few_and_long(size: int, rows: int) -> bool:
+    """Whether rows with so many elements in all would leave most of a GPU idle."""
+    return 0 < rows < 64 and size > 1 << 17
 
 
 def along(row: Atom, x: Atom, axes: tuple[int, ...], graph: Graph) -> Atom:

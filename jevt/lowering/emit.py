@@ -31,66 +31,62 @@ kernel_p = Primitive("jevt_kernel")
 kernel_p.multiple_results = True
 
 
+@dataclasses.dataclass(frozen=True)
+class _Parameters:
+    """The parameters of ``jevt_kernel``.
+
+    Attributes:
+      jaxpr: the group's equations.
+      spec: its kernel.
+      config: how it is launched; None for the default.
+      interpret: whether Triton's interpreter runs it where there is no GPU.
+      capability: compute capability of the GPU; 0 for the one that is there.
+      check: the group's name if its results are checked, "" else.
+    """
+
+    jaxpr: Jaxpr
+    spec: KernelSpec
+    config: Config | None
+    interpret: bool
+    capability: int
+    check: str
+
+    def equations(self, *args: Any) -> list[Any]:
+        """The group as XLA runs it."""
+        return jaxpr_as_fun(self.jaxpr)(*args)
+
+    def checked(self, results: Iterable[Any], args: tuple[Any, ...]) -> list[Any]:
+        """The results of the kernel, checked if that is wanted."""
+        found = list(results)
+        if self.check:
+            expected = self.equations(*args)
+            checking.compare(found, expected, args, self.spec, self.config, self.jaxpr, self.check)
+        return found
+
+
 @kernel_p.def_impl
 def _impl(*args: Any, **params: Any) -> Any:
     return jax.jit(lambda *xs: kernel_p.bind(*xs, **params))(*args)
 
 
 @kernel_p.def_abstract_eval
-def _abstract_eval(
-    *avals: Any,
-    jaxpr: Jaxpr,
-    spec: KernelSpec,
-    config: Config | None,
-    interpret: bool,
-    capability: int,
-    check: str,
-) -> list[Any]:
-    return [v.aval for v in jaxpr.outvars]
+def _abstract_eval(*avals: Any, **params: Any) -> list[Any]:
+    return [v.aval for v in _Parameters(**params).jaxpr.outvars]
 
 
-def _equations(
-    *args: Any,
-    jaxpr: Jaxpr,
-    spec: KernelSpec,
-    config: Config | None,
-    interpret: bool,
-    capability: int,
-    check: str,
-) -> list[Any]:
+def _equations(*args: Any, **params: Any) -> list[Any]:
     """The group left to XLA, or run through Triton's interpreter."""
-    del capability
-    if interpret:
-        results = list(interpreter.call(spec, *args, config=config))
-        return _checked(results, args, jaxpr, spec, config, check)
-    return jaxpr_as_fun(jaxpr)(*args)
+    kernel = _Parameters(**params)
+    if kernel.interpret:
+        return kernel.checked(interpreter.call(kernel.spec, *args, config=kernel.config), args)
+    return kernel.equations(*args)
 
 
-def _triton(
-    *args: Any,
-    jaxpr: Jaxpr,
-    spec: KernelSpec,
-    config: Config | None,
-    interpret: bool,
-    capability: int,
-    check: str,
-) -> list[Any]:
-    del interpret
-    results = launch.call(spec, *args, config=config, compute_capability=capability or None)
-    return _checked(list(results), args, jaxpr, spec, config, check)
-
-
-def _checked(
-    results: list[Any],
-    args: tuple[Any, ...],
-    jaxpr: Jaxpr,
-    spec: KernelSpec,
-    config: Config | None,
-    check: str,
-) -> list[Any]:
-    if check:
-        checking.compare(results, jaxpr_as_fun(jaxpr)(*args), args, spec, config, jaxpr, check)
-    return results
+def _triton(*args: Any, **params: Any) -> list[Any]:
+    kernel = _Parameters(**params)
+    capability = kernel.capability or None
+    results = launch.call(kernel.spec, *args, config=kernel.config, compute_capability=capability)
+    return kernel.checked(results, args)
 
 
 mlir.register_lowering(kernel_p, mlir.lower_fun(_equations, multiple_results=True))

@@ -90,9 +90,7 @@ class Part:
         return self.product.replace(invars=operands, outvars=[self._like(out, self.axes[0])])
 
     def is_in_order(self) -> bool:
-        """Whether the slice has its elements in the order in which the product of its columns has
-        them.
-        """
+        """Whether the slice lies in memory as the product of its columns does."""
         first, last = ([f for f in flat(a) if self._count(f) > 1] for a in self._ends())
         return first == last
 

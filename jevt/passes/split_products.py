@@ -9,9 +9,10 @@ Invariant: the same sums over the same numbers, with the same precision.
 
 A product is split if all that reads it are slices of columns of one operand, with views and
 what cuBLAS takes along (a bias, a cast) between, no column is in two parts, and the times that the
-cost model predicts are less by the copies of those slices that a call reads. What a kernel reads is
-no reason: it reads a slice in place. Neighbours that gain nothing stay one product, so do parts of
-few columns (one key head for many queries), which cuBLAS is slow to multiply. Left alone:
+cost model predicts are less by the copies of those slices that a call reads or the program returns.
+What a kernel reads is no reason: it reads a slice in place. Neighbours that gain nothing stay one
+product, so do parts of few columns (one key head for many queries), which cuBLAS is slow to
+multiply. Left alone:
 
 * what somebody reads whole, as the gradient of a weight reads the gradient of q, k and v;
 * small products, which XLA puts together again.

@@ -369,6 +369,58 @@ def test_few_rows_are_left_alone(small):
     assert split_products.run(before, CUDA) is before
 
 
+def random_chain(seed):
+    """A product, random views and small operands, and its parts; and arguments."""
+    rng = np.random.default_rng(seed)
+    batch, rows, columns = (
+        (2,) * rng.integers(2),
+        (5, 7),
+        tuple(rng.permutation([2, 3, 4]).tolist()),
+    )
+    weight_first, steps = bool(rng.integers(2)), rng.integers(0, 5, size=4).tolist()
+    x, w = arrays((*batch, *rows, 3), (*batch, 3, math.prod(columns)))
+
+    def fun(x, w):
+        rng = np.random.default_rng(seed)
+        free = ["ij", "c"][:: -1 if weight_first else 1]
+        b = "b" * len(batch)
+        y = jnp.einsum(f"{b}ijk,{b}kc->{b}{free[0]}{free[1]}", x, w)
+        axes = [*b, *free[0], *free[1]]
+        for step in steps:
+            if step == 0 and "c" in axes:
+                at = axes.index("c")
+                y = y.reshape(*y.shape[:at], *columns, *y.shape[at + 1 :])
+                axes[at : at + 1] = "lmn"
+            elif step == 1:
+                order = rng.permutation(len(axes)).tolist()
+                y, axes = y.transpose(order), [axes[i] for i in order]
+            elif step == 2:
+                small = [n if a in "clmn" else 1 for a, n in zip(axes, y.shape, strict=True)]
+                y = y + rng.standard_normal(small).astype(np.float32)
+            elif step == 3:
+                y = jnp.maximum(y, rng.standard_normal()) * 2
+            else:
+                y, axes = jnp.expand_dims(y, 1), [axes[0], "", *axes[1:]]
+        at = axes.index(rng.choice([a for a in axes if a and a in "clmn"]))
+        return jnp.split(y, [1, y.shape[at] - 1] if y.shape[at] > 2 else 2, at)
+
+    return fun, (x, w)
+
+
+def test_random_chains(small, monkeypatch):
+    monkeypatch.setattr(split_products, "cublas_us", lambda eqn, device: 0.0)
+    monkeypatch.setattr(split_products, "MIN_COLUMNS", 1)
+    count_of_split = 0
+    for seed in range(12):
+        fun, args = random_chain(seed)
+        before = canonical(fun, *args)
+        after = split_products.run(before, CUDA)
+        jax.extend.core.check_jaxpr(after)
+        near(evaluate(dce.run(after), *args, compiled=True), evaluate(before, *args, compiled=True))
+        count_of_split += after is not before
+    assert count_of_split > 4
+
+
 def plan(fun, *args, monkeypatch):
     """The plan of a program as for an H100 with cuDNN."""
     monkeypatch.setattr(internals, "cudnn_version", lambda: 91900)

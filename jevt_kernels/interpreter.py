@@ -317,6 +317,7 @@ def _functions() -> dict[str, Callable[..., np.ndarray]]:
         table[f"__nv_{name}"] = table[f"__nv_{name}f"] = _wide(function)
     for name in _FAST_FUNCTIONS:
         table[f"__nv_fast_{name}f"] = _wide(_FLOAT_FUNCTIONS[name])
+    table["__nv_fast_fdividef"] = _wide(np.divide)
     # The next float depends on the type, so these are not computed in float64.
     table["__nv_nextafter"] = table["__nv_nextafterf"] = np.nextafter
     for suffixes, test in (

@@ -291,8 +291,12 @@ OPS: dict[str, Op] = {
     "lgamma": _row(_float_call("lgamma"), lax.lgamma),
     "log": _row(_call("tl.log"), lax.log),
     "log1p": _row(_float_call("log1p"), lax.log1p),
+    # log(1 + x) of 0 <= x <= 1.
+    "log1p_of_unit": _row(_call("dm.log1p_of_unit"), lax.log1p),
     "log2": _row(_call("tl.log2"), jnp.log2),
-    "logistic": _row(_call("tl.sigmoid"), lax.logistic),
+    "logistic": _row(_call("dm.logistic"), lax.logistic),
+    # The sigmoid of x, and what there is of it already: exp(-|x|).
+    "logistic_of": _row(_call("dm.logistic_of"), lambda x, m: jnp.where(x >= 0, 1, m) / (1 + m)),
     "lt": _row(_infix("<"), lax.lt, literals=True),
     "max": _row(_extremum("maximum"), lax.max),
     "min": _row(_extremum("minimum"), lax.min),
@@ -346,8 +350,8 @@ OPS: dict[str, Op] = {
 _FLOAT_ONLY = frozenset(
     """
     acos acosh asin asinh atan atan2 atanh cbrt ceil cos cosh erf erf_inv erfc exp exp2 expm1
-    floor is_finite lgamma log log1p log2 logistic nextafter pow round_away round_even
-    round_to_bfloat16 rsqrt sin sinh sqrt tan tanh
+    floor is_finite lgamma log log1p log1p_of_unit log2 logistic logistic_of nextafter pow
+    round_away round_even     round_to_bfloat16 rsqrt sin sinh sqrt tan tanh
     """.split()  # noqa: SIM905
 )
 

@@ -21,6 +21,7 @@ node depends on follows from its index map and operands (:func:`dependencies`).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -179,6 +180,21 @@ def operands(node: Node) -> tuple[int, ...]:
             return (node.row,)
         case _:
             return ()
+
+
+def reading(node: Node, renamed: Mapping[int, int]) -> Node:
+    """The node with its operands at their new positions."""
+    match node:
+        case Compute():
+            return dataclasses.replace(node, operands=tuple(renamed[o] for o in node.operands))
+        case Reduce() | Segment() | Store():
+            return dataclasses.replace(node, operand=renamed[node.operand])
+        case Contract():
+            return dataclasses.replace(node, lhs=renamed[node.lhs], rhs=renamed[node.rhs])
+        case Lookup():
+            return dataclasses.replace(node, row=renamed[node.row])
+        case _:
+            return node
 
 
 def ancestors(tree: Tree, position: int) -> tuple[int, ...]:

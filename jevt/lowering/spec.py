@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 
 import numpy as np
 from jax.extend.core import Jaxpr, Literal, Var
@@ -20,6 +19,7 @@ from jevt.lowering import gemm, rules, tiles
 from jevt.lowering.builder import Builder
 from jevt.lowering.errors import NotFusible
 from jevt.lowering.layout import Resolved
+from jevt.lowering.sigmoids import share_exponentials
 from jevt_kernels import codegen, pressure, visitor
 from jevt_kernels.index_map import IndexMap, Space, TileAxis
 from jevt_kernels.spec import KernelSpec, TensorType, UnsupportedKernel
@@ -90,7 +90,7 @@ def _resolve(builder: Builder, name: str) -> KernelSpec:
     nodes: list[visitor.Node] = []
     renamed: dict[int, int] = {}
     for position, original in enumerate(builder.nodes):
-        node = _reading(original, renamed)
+        node = visitor.reading(original, renamed)
         if position in builder.addresses:
             found = group.strides[position]
             index = IndexMap(
@@ -111,7 +111,7 @@ def _resolve(builder: Builder, name: str) -> KernelSpec:
         name=name,
         mainloop=layout.mainloop,
         space=space,
-        tree=_compact(nodes),
+        tree=_compact(share_exponentials(nodes)),
         inputs=tuple(_tensor(var) for var in builder.jaxpr.invars),
         outputs=tuple(_tensor(var) for var in builder.jaxpr.outvars),
     )
@@ -124,19 +124,6 @@ def _at(node: visitor.Node, index: IndexMap) -> visitor.Node:
 
 def _tensor(var: Var | Literal) -> TensorType:
     return TensorType(tuple(aval(var).shape), np.dtype(aval(var).dtype))
-
-
-def _reading(node: visitor.Node, renamed: Mapping[int, int]) -> visitor.Node:
-    """The node with its operands at their new positions."""
-    match node:
-        case visitor.Compute():
-            return dataclasses.replace(node, operands=tuple(renamed[o] for o in node.operands))
-        case visitor.Reduce() | visitor.Store():
-            return dataclasses.replace(node, operand=renamed[node.operand])
-        case visitor.Contract():
-            return dataclasses.replace(node, lhs=renamed[node.lhs], rhs=renamed[node.rhs])
-        case _:
-            return node
 
 
 def _compact(nodes: list[visitor.Node]) -> visitor.Tree:
@@ -154,7 +141,7 @@ def _compact(nodes: list[visitor.Node]) -> visitor.Tree:
     for position, node in enumerate(nodes):
         if position not in needed:
             continue
-        node = _reading(node, renamed)
+        node = visitor.reading(node, renamed)
         # repr tells 0.0 from -0.0 and 1 from True, which compare equal.
         key = (repr(node), node)
         if key not in seen:

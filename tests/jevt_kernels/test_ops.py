@@ -51,6 +51,11 @@ def exact(function: Callable[..., Any], arity: int = 1) -> Case:
     return Case(function, arity, ulps=0, signed_zero=True)
 
 
+def logistic_of(x: jax.Array, m: jax.Array) -> jax.Array:
+    lax.logistic(x)  # no integers
+    return jnp.where(x >= 0, 1, m) / (1 + m)
+
+
 _WITHIN_ONE = (-1.0, -0.99, -0.5, -1e-3, -0.0, 0.0, 1e-3, 0.25, 0.9, 1.0, 1.5, -2.0, np.nan)
 _MODERATE = (-30.0, -8.0, -2.0, -0.7, -1e-3, -0.0, 0.0, 1e-3, 0.3, 1.0, 2.5, 9.0, 50.0, np.nan)
 
@@ -89,8 +94,14 @@ CASES: dict[str, Case] = {
     ),
     "log": Case(lax.log),
     "log1p": Case(lax.log1p),
+    "log1p_of_unit": Case(
+        lax.log1p, domain=(0.0, 1e-30, 1e-7, 0.01, 0.3, 0.7, 1.0, np.nan), ulps=8
+    ),
     "log2": Case(lambda x: jnp.log2(x) if ops.is_float(np.dtype(x.dtype)) else lax.log(x)),
     "logistic": Case(lax.logistic, ulps=128),
+    "logistic_of": Case(
+        logistic_of, 2, domain=(-0.5, -0.0, 0.0, 1e-7, 0.01, 0.3, 1.0, np.nan), ulps=4
+    ),
     "lt": exact(lax.lt, 2),
     "max": Case(lax.max, 2, ulps=0),
     "min": Case(lax.min, 2, ulps=0),

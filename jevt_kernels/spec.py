@@ -48,6 +48,8 @@ class Config:
         a power of two.
       descriptors: of matrix products: whether operands are loaded through tensor descriptors, those
         whose layout allows it.
+      ahead: of matrix products: whether full tiles that the epilogue loads are loaded before the
+        loop, so that their loads overlap with it; they take registers meanwhile.
     """
 
     blocks: tuple[tuple[str, int], ...]
@@ -58,6 +60,7 @@ class Config:
     splits: int = 1
     subtiles: int = 1
     descriptors: bool = False
+    ahead: bool = False
 
     def block(self, name: str) -> int:
         return dict(self.blocks)[name]

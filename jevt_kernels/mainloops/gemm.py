@@ -100,12 +100,41 @@ def _tile(printer: Printer, found: Product, described: dict[str, Described]) -> 
     with printer.viewing(_RESULT):
         printer.tile_index("m", "pid_m * BLOCK_M")
         printer.tile_index("n", "pid_n * BLOCK_N")
+        loaded = _load_ahead(printer, found) if printer.config.ahead else {}
     _accumulate(printer, found, described)
+    with printer.viewing(_RESULT):
+        _use_loaded(printer, loaded)
     if printer.config.splits > 1:
         with printer.viewing(_RESULT):
             _store_parts(printer, found)
     else:
         _epilogue(printer, found)
+
+
+def _load_ahead(printer: Printer, found: Product) -> dict[int, str]:
+    """Prints the epilogue's loads of full tiles; returns the names that hold what memory holds."""
+    if printer.config.subtiles > 1 or printer.config.splits > 1:
+        raise UnsupportedKernel("only an epilogue of whole tiles can be loaded ahead")
+    prologue = product.parts_of(printer.spec.tree, found.position)
+    names: dict[int, str] = {}
+    for position, node in enumerate(printer.spec.tree):
+        varies = printer.dependencies[position]
+        if isinstance(node, visitor.Load) and position not in prologue and {"m", "n"} <= varies:
+            names[position] = f"ahead{position}"
+            printer.line(f"{names[position]} = {printer.load_stored(node, varies)}")
+    if not names:
+        raise UnsupportedKernel("the epilogue loads no full tiles")
+    return names
+
+
+def _use_loaded(printer: Printer, loaded: dict[int, str]) -> None:
+    """Prints the conversions of what was loaded ahead to the types of kernels' arithmetic."""
+    for position, name in loaded.items():
+        stored = printer.node_dtype(position)
+        if (dtype := compute_dtype(stored)) != stored:
+            printer.line(f"v{position} = {name}.to({TRITON_TYPES[dtype]})")
+            name = f"v{position}"
+        printer.set_value(position, name)
 
 
 def _coordinates(printer: Printer, found: Product) -> None:
@@ -219,12 +248,10 @@ def _epilogue(printer: Printer, found: Product) -> None:
     stores = [s for s in printer.stores() if s not in reduced]
     if subtiles == 1:
         with printer.viewing(_RESULT):
-            _finish(printer, stores, reduced)
+            _finish(printer, stores, reduced, 0)
         return
     if subtiles & (subtiles - 1) or printer.config.block("n") // subtiles < 16:
         raise UnsupportedKernel(f"tiles {printer.config.blocks} have no {subtiles} parts along n")
-    if any(isinstance(node, visitor.Reduce) and node.over == "n" for node in tree):
-        raise UnsupportedKernel("a reduction along n needs the whole tile at once")
     with printer.viewing(_RESULT):
         hoist(printer, [o for s in printer.stores() for o in visitor.operands(tree[s])], "n")
     names = _split(printer, "acc", subtiles)
@@ -234,7 +261,7 @@ def _epilogue(printer: Printer, found: Product) -> None:
         with printer.viewing(view), printer.forgetting():
             printer.set_value(found.position, name)
             printer.tile_index("n", f"pid_n * BLOCK_N + {number} * ({size})")
-            _finish(printer, stores, reduced)
+            _finish(printer, stores, reduced, number)
 
 
 def _split(printer: Printer, name: str, parts: int) -> list[str]:
@@ -260,8 +287,11 @@ def _is_reduced(printer: Printer, store: int) -> bool:
     return isinstance(printer.spec.tree[operand], visitor.Reduce)
 
 
-def _finish(printer: Printer, stores: list[int], reduced: list[int]) -> None:
-    """Prints the stores of a tile and the partial results of its reductions."""
+def _finish(printer: Printer, stores: list[int], reduced: list[int], subtile: int) -> None:
+    """Prints the stores of a subtile and the partial results of its reductions.
+
+    Along ``n`` each subtile leaves a partial result of its own.
+    """
     tree, space, config = printer.spec.tree, printer.spec.space, printer.config
     for position in sorted(frozenset().union(*(product.parts_of(tree, s) for s in reduced))):
         if isinstance(tree[position], visitor.Reduce):
@@ -276,9 +306,13 @@ def _finish(printer: Printer, stores: list[int], reduced: list[int]) -> None:
             over.add(node.over)
             position = node.operand
         rows, columns = (blocks_along(space, config, name) for name in ("m", "n"))
+        column = "pid_n"
+        if config.subtiles > 1 and "n" in over:
+            columns *= config.subtiles
+            column = f"(pid_n * {config.subtiles} + {subtile})"
         part, programs = {
             ("m",): ("pid_m", rows),
-            ("n",): ("pid_n", columns),
-            ("m", "n"): (f"(pid_m * {columns} + pid_n)", rows * columns),
+            ("n",): (column, columns),
+            ("m", "n"): (f"(pid_m * {columns} + {column})", rows * columns),
         }[tuple(sorted(over))]
         store_partial(printer, Reduction(printer, root), store, f"v{root}", part, programs)

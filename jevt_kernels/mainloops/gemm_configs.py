@@ -12,6 +12,7 @@ from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer, power_of_two
 from jevt_kernels.mainloops import product, split
 from jevt_kernels.mainloops.descriptors import describe
+from jevt_kernels.mainloops.gemm_preferences import preferred
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.spec import Config, KernelSpec
 
@@ -83,7 +84,6 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
     loaded = all(
         isinstance(spec.tree[operand], visitor.Load) for operand in visitor.operands(found.node)
     )
-    divisible = not any(isinstance(n, visitor.Reduce) and n.over == "n" for n in spec.tree)
     seconds: dict[Config, float] = {}
     largest = _largest_tile(spec, found)
     for config in _tiles(spec, found):
@@ -97,7 +97,7 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
             if (loaded or held < _MANY) and found.k >= splits * _SHORTEST_PART
             if plain or split.divisible(spec, splits)
         ]
-        if not plain and divisible and loaded and config.block("n") >= 128:
+        if not plain and loaded and config.block("n") >= 128:
             candidates.append(dataclasses.replace(config, subtiles=2))
         for candidate in candidates:
             seconds.setdefault(candidate, _seconds(found, candidate, plain))
@@ -109,7 +109,18 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
         for config, cost in sorted(seconds.items(), key=lambda item: item[1])
         if cost <= 2 * best
     ]
-    return tuple(_with_descriptors(spec, found, alive, ordered))
+    measured = None if plain or not loaded else preferred(spec, found, alive)
+    if measured is not None and not _fits(spec, found, measured):
+        measured = None
+    modelled = _with_descriptors(spec, found, alive, ordered)
+    return tuple(dict.fromkeys((*([measured] if measured else []), *modelled)))
+
+
+def _fits(spec: KernelSpec, found: Product, config: Config) -> bool:
+    """Whether a configuration through descriptors can be printed and leaves registers."""
+    area = config.block("m") * config.block("n")
+    described = _has_descriptor(spec, found) and not Printer(spec, config).wide
+    return described and area <= _largest_tile(spec, found)
 
 
 def _with_descriptors(
@@ -122,10 +133,7 @@ def _with_descriptors(
     walk, sums of the result take registers as further values do: so it compiles.
     """
     sums = sum(isinstance(node, visitor.Reduce) for node in spec.tree)
-    described = any(
-        describe(spec, found, root, free) is not None
-        for root, free in ((found.node.lhs, "m"), (found.node.rhs, "n"))
-    )
+    described = _has_descriptor(spec, found)
     for config in ordered:
         variants = [config]
         if described and not Printer(spec, config).wide:
@@ -135,6 +143,11 @@ def _with_descriptors(
             if room and programs < _programs(found, config):
                 variants.append(dataclasses.replace(variants[-1], programs=programs))
         yield from reversed(variants) if _on_tensor_cores(found) else variants
+
+
+def _has_descriptor(spec: KernelSpec, found: Product) -> bool:
+    sides = ((found.node.lhs, "m"), (found.node.rhs, "n"))
+    return any(describe(spec, found, root, free) is not None for root, free in sides)
 
 
 def _on_tensor_cores(found: Product) -> bool:

@@ -126,11 +126,12 @@ def config(data: object) -> Config:
     for name, size in blocks.items():
         if _whole(f"block {name}", size, 1) & (size - 1):
             raise ValueError(f"expected a power of two for block {name}, got {size}")
-    descriptors = fields.pop("descriptors")
-    if not isinstance(descriptors, bool):
-        raise ValueError(f"expected true or false for descriptors, got {descriptors!r}")
+    flags = {name: fields.pop(name) for name in ("ahead", "descriptors")}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"expected true or false for {name}, got {value!r}")
     numbers = {name: _whole(name, value, 0) for name, value in fields.items()}
-    return Config(tuple(blocks.items()), descriptors=descriptors, **numbers)
+    return Config(tuple(blocks.items()), **flags, **numbers)
 
 
 def _fields(data: object, kind: type) -> dict[str, Any]:

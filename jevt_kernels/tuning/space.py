@@ -87,4 +87,4 @@ def describe(config: Config) -> str:
     for name, letter in (("programs", "p"), ("group", "g"), ("splits", "k"), ("subtiles", "e")):
         if getattr(config, name) != getattr(usual, name):
             text += f" {letter}{getattr(config, name)}"
-    return text + " tma" * config.descriptors
+    return text + " ahead" * config.ahead + " tma" * config.descriptors

@@ -173,6 +173,37 @@ def test_epilogue_in_parts() -> None:
     gemm.check(spec, dataclasses.replace(config, subtiles=2))
 
 
+@pytest.mark.interpret
+def test_every_reduction_in_parts() -> None:
+    """Along n, each part of a tile leaves a partial result of its own."""
+    spec = gemm.every_reduction((1, 40, 70, 40))
+    config = Config((("m", 32), ("n", 64), ("k", 32)), subtiles=2)
+    assert {p.programs for p in codegen.generate(spec, config).partials} == {2, 4, 8}
+    gemm.check(spec, config)
+
+
+AHEAD = {
+    "residual": gemm.bias_residual((2, 40, 70, 40)),
+    "gradient of a gelu": gemm.dgrad_gelu((2, 70, 40, 40), BFLOAT16),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", AHEAD)
+@pytest.mark.parametrize("programs", [0, 3])
+def test_epilogue_loaded_ahead(name: str, programs: int) -> None:
+    config = dataclasses.replace(gemm.SMALL, ahead=True, programs=programs)
+    text = codegen.generate(AHEAD[name], config).text
+    assert text.index("ahead") < text.index("tl.dot")
+    gemm.check(AHEAD[name], config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", AHEAD)
+def test_epilogue_loaded_ahead_on_a_gpu(name: str) -> None:
+    gemm.check(AHEAD[name], dataclasses.replace(gemm.SMALL, ahead=True), launch.run)
+
+
 @pytest.mark.gpu
 def test_parts_on_a_gpu() -> None:
     gemm.check(*epilogue_in_parts(), launch.run)
@@ -379,10 +410,11 @@ def test_what_cannot_be_generated(spec: KernelSpec, message: str) -> None:
     [
         (EVERY, dataclasses.replace(gemm.SMALL, splits=2), "cannot be split into 2 parts"),
         (gemm.bias_gelu((1, 64, 64, 99)), dataclasses.replace(gemm.SMALL, splits=2), "cannot be"),
+        (PLAIN, dataclasses.replace(gemm.SMALL, ahead=True), "the epilogue loads no full tiles"),
         (
-            EVERY,
-            Config((("m", 32), ("n", 64), ("k", 32)), subtiles=2),
-            "a reduction along n needs the whole tile",
+            gemm.bias_residual((2, 40, 70, 40)),
+            Config((("m", 32), ("n", 64), ("k", 32)), subtiles=2, ahead=True),
+            "only an epilogue of whole tiles",
         ),
         (PLAIN, dataclasses.replace(gemm.SMALL, subtiles=4), "have no 4 parts along n"),
     ],

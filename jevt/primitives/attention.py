@@ -22,11 +22,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from jevt import _jax_internals as internals
 from jevt.primitives import cudnn_attention
+from jevt.primitives._define import composite
 
 type Layout = Literal["BTNH", "BNTH"]
 
@@ -80,14 +79,6 @@ def _btnh(shape: Any, layout: Layout) -> tuple[int, int, int, int]:
     return (b, x, y, h) if layout == "BTNH" else (b, y, x, h)
 
 
-attention_p = Primitive("attention")
-attention_p.multiple_results = True
-
-attention_backward_p = Primitive("attention_backward")
-attention_backward_p.multiple_results = True
-
-
-@attention_p.def_abstract_eval
 def _attention_type(
     q: Any, k: Any, v: Any, *bias: Any, scale: float, causal: bool, layout: Layout
 ) -> tuple[Any, Any]:
@@ -99,7 +90,6 @@ def _attention_type(
     return out, internals.array_like(q, rows, _wide(q.dtype))
 
 
-@attention_backward_p.def_abstract_eval
 def _attention_backward_type(
     q: Any, k: Any, v: Any, *rest: Any, scale: float, causal: bool, layout: Layout
 ) -> tuple[Any, Any, Any]:
@@ -236,12 +226,13 @@ def _wide(dtype: Any) -> Any:
     return np.dtype(dtype if dtype == np.float64 else np.float32)
 
 
-for _primitive, _equations, _fused in (
-    (attention_p, reference, cudnn_attention.forward),
-    (attention_backward_p, backward_reference, cudnn_attention.backward),
-):
-    _primitive.def_impl(_equations)
-    mlir.register_lowering(_primitive, mlir.lower_fun(_equations, multiple_results=True))
-    mlir.register_lowering(
-        _primitive, mlir.lower_fun(_fused, multiple_results=True), platform="cuda"
-    )
+attention_p = composite(
+    "attention", _attention_type, reference, cudnn_attention.forward, several=True
+)
+attention_backward_p = composite(
+    "attention_backward",
+    _attention_backward_type,
+    backward_reference,
+    cudnn_attention.backward,
+    several=True,
+)

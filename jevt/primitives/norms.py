@@ -30,16 +30,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from jevt import _jax_internals as internals
-
-norm_statistics_p = Primitive("norm_statistics")
-norm_statistics_p.multiple_results = True
-
-norm_gradient_p = Primitive("norm_gradient")
-norm_gradient_p.multiple_results = True
+from jevt.primitives._define import composite
 
 
 def kept(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
@@ -57,7 +50,6 @@ def name_of(shape: Sequence[int], axes: Sequence[int], *, centred: bool) -> str:
     return "batch_norm" if 0 in axes else "group_norm"
 
 
-@norm_statistics_p.def_abstract_eval
 def _statistics_type(
     x: Any, *, axes: tuple[int, ...], epsilon: float, centred: bool, two_pass: bool
 ) -> list[Any]:
@@ -67,7 +59,6 @@ def _statistics_type(
     return [row] * (3 if centred else 2)
 
 
-@norm_gradient_p.def_abstract_eval
 def _gradient_type(
     x: Any, *rest: Any, axes: tuple[int, ...], centred: bool, two_pass: bool
 ) -> list[Any]:
@@ -155,6 +146,5 @@ def varies(shape: Sequence[int], axes: Sequence[int]) -> bool:
     return any(shape[axis] != 1 for axis in axes)
 
 
-for _primitive, _equations in ((norm_statistics_p, statistics), (norm_gradient_p, gradient)):
-    _primitive.def_impl(_equations)
-    mlir.register_lowering(_primitive, mlir.lower_fun(_equations, multiple_results=True))
+norm_statistics_p = composite("norm_statistics", _statistics_type, statistics, several=True)
+norm_gradient_p = composite("norm_gradient", _gradient_type, gradient, several=True)

@@ -12,26 +12,20 @@ and batching, so it has no rules for either.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from jevt import _jax_internals as internals
-from jevt.lowering.errors import JevtWarning
+from jevt.primitives._define import compile_ahead, composite
 from jevt.primitives.segments import type_of
 from jevt_kernels import launch
 from jevt_kernels.ops import compute_dtype
 from jevt_kernels.row_products import row_products as kernel
 
-row_products_p = Primitive("row_products")
 
-
-@row_products_p.def_abstract_eval
 def _type(
     i: Any,
     j: Any,
@@ -97,24 +91,10 @@ def _kernel(
     i, _, a, b = operands
     tables = (type_of(a), type_of(b))
     spec = kernel(i.shape[0], tables, heads=heads, dtype=np.dtype(dtype), fills=fills)
-    try:
-        launch.precompile(spec, capability)
-    except Exception as error:  # noqa: BLE001 - whatever the compiler stack raises, the program must still run
-        first_line = (str(error).splitlines() or [""])[0]
-        warnings.warn(
-            "jevt: products of rows run through XLA: their kernel did not compile:"
-            f" {type(error).__name__}: {first_line}",
-            JevtWarning,
-            stacklevel=2,
-        )
+    if not compile_ahead([spec], capability, "products of rows run through XLA: their kernel"):
         return reference(*operands, heads=heads, dtype=dtype, fills=fills)
     (result,) = launch.call(spec, *operands, compute_capability=capability or None)
     return result
 
 
-_STATIC = ("heads", "dtype", "fills", "capability")
-row_products_p.def_impl(jax.jit(reference, static_argnames=_STATIC))
-mlir.register_lowering(row_products_p, mlir.lower_fun(reference, multiple_results=False))
-mlir.register_lowering(
-    row_products_p, mlir.lower_fun(_kernel, multiple_results=False), platform="cuda"
-)
+row_products_p = composite("row_products", _type, reference, _kernel, several=False)

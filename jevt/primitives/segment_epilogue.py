@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.extend.core import primitives as p
-from jax.interpreters import mlir
 
 from jevt._jaxpr import Atom, aval
 from jevt.lowering import rules
 from jevt.lowering.errors import NotFusible
+from jevt.primitives._define import define
 from jevt.primitives.segments import (
     call,
     fused_segment_sum_p,
@@ -55,7 +55,6 @@ class Epilogue:
         return self.text
 
 
-@fused_segment_sum_p.def_abstract_eval
 def _types(*operands: Any, epilogue: Epilogue, **params: Any) -> list[Any]:
     extras = len(epilogue.jaxpr.invars) - 1
     total = segment_sum_p.abstract_eval(*operands[: len(operands) - extras], **params)[0]
@@ -203,9 +202,4 @@ def _kernel(
     return list(results)
 
 
-_STATIC = ("epilogue", "dtype", "fills", "capability")
-fused_segment_sum_p.def_impl(jax.jit(_reference, static_argnames=_STATIC))
-mlir.register_lowering(fused_segment_sum_p, mlir.lower_fun(_reference, multiple_results=True))
-mlir.register_lowering(
-    fused_segment_sum_p, mlir.lower_fun(_kernel, multiple_results=True), platform="cuda"
-)
+define(fused_segment_sum_p, _types, _reference, _kernel)

@@ -18,7 +18,6 @@ after differentiation and batching, so they have no rules for either.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,10 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from jevt import _jax_internals as internals
-from jevt.lowering.errors import JevtWarning
+from jevt.primitives._define import compile_ahead, composite
 from jevt_kernels import launch
 from jevt_kernels.ops import compute_dtype
 from jevt_kernels.segment_sum import BLOCK, block_sums
@@ -41,34 +39,25 @@ _INT32 = np.dtype("int32")
 #: Fewest positions whose long rows are split: with fewer, no row is long for long.
 SPLIT_FROM = 1 << 14
 
-segment_order_p = Primitive("segment_order")
-segment_bounds_p = Primitive("segment_bounds")
-segment_blocks_p = Primitive("segment_blocks")
-segment_sum_p = Primitive("segment_sum")
-
 # A sum with its epilogue, see ``segment_epilogue.py``.
 fused_segment_sum_p = Primitive("fused_segment_sum")
 fused_segment_sum_p.multiple_results = True
 
 
-@segment_order_p.def_abstract_eval
 def _order_type(indices: Any) -> Any:
     return internals.array_like(indices, indices.shape, _INT32)
 
 
-@segment_bounds_p.def_abstract_eval
 def _bounds_type(indices: Any, *order: Any, rows: int) -> Any:
     del order
     return internals.array_like(indices, (rows + 1,), _INT32)
 
 
-@segment_blocks_p.def_abstract_eval
 def _blocks_type(bounds: Any, *, edges: int) -> Any:
     count = edges // BLOCK if edges >= SPLIT_FROM else 0
     return internals.array_like(bounds, (2, count), _INT32)
 
 
-@segment_sum_p.def_abstract_eval
 def sum_type(
     bounds: Any,
     blocks: Any,
@@ -216,17 +205,8 @@ def call(spec: KernelSpec, operands: Sequence[Any], rest: Sequence[Any], capabil
     """
     bounds, blocks, *others = operands
     split = blocks.shape[1] > 0
-    try:
-        for each in (spec, block_sums(spec)) if split else (spec,):
-            launch.precompile(each, capability)
-    except Exception as error:  # noqa: BLE001 - whatever the compiler stack raises, the program must still run
-        first_line = (str(error).splitlines() or [""])[0]
-        warnings.warn(
-            "jevt: a sum of segments runs through XLA: its kernel did not compile:"
-            f" {type(error).__name__}: {first_line}",
-            JevtWarning,
-            stacklevel=2,
-        )
+    kernels = (spec, block_sums(spec)) if split else (spec,)
+    if not compile_ahead(kernels, capability, "a sum of segments runs through XLA: its kernel"):
         return None
     device = capability or None
     sums = (
@@ -240,15 +220,7 @@ def _kernel(*operands: jax.Array, dtype: Any, fills: bool, capability: int) -> j
     return reference(*operands, dtype=dtype, fills=fills) if results is None else results[0]
 
 
-segment_order_p.def_impl(jax.jit(order))
-segment_bounds_p.def_impl(jax.jit(bounds, static_argnames="rows"))
-segment_blocks_p.def_impl(jax.jit(blocks, static_argnames="edges"))
-segment_sum_p.def_impl(jax.jit(reference, static_argnames=("dtype", "fills", "capability")))
-
-mlir.register_lowering(segment_order_p, mlir.lower_fun(order, multiple_results=False))
-mlir.register_lowering(segment_bounds_p, mlir.lower_fun(bounds, multiple_results=False))
-mlir.register_lowering(segment_blocks_p, mlir.lower_fun(blocks, multiple_results=False))
-mlir.register_lowering(segment_sum_p, mlir.lower_fun(reference, multiple_results=False))
-mlir.register_lowering(
-    segment_sum_p, mlir.lower_fun(_kernel, multiple_results=False), platform="cuda"
-)
+segment_order_p = composite("segment_order", _order_type, order, several=False)
+segment_bounds_p = composite("segment_bounds", _bounds_type, bounds, several=False)
+segment_blocks_p = composite("segment_blocks", _blocks_type, blocks, several=False)
+segment_sum_p = composite("segment_sum", sum_type, reference, _kernel, several=False)

@@ -29,27 +29,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from jevt import _jax_internals as internals
+from jevt.primitives._define import composite
 from jevt.primitives.norms import kept
 
-softmax_statistics_p = Primitive("softmax_statistics")
-softmax_statistics_p.multiple_results = True
 
-softmax_gradient_p = Primitive("softmax_gradient")
-softmax_gradient_p.multiple_results = True
-
-
-@softmax_statistics_p.def_abstract_eval
 def _statistics_type(x: Any, *, axes: tuple[int, ...], guarded: bool) -> list[Any]:
     del guarded
     _check("softmax_statistics", x, axes)
     return [internals.array_like(x, kept(x.shape, axes), x.dtype)] * 2
 
 
-@softmax_gradient_p.def_abstract_eval
 def _gradient_type(x: Any, maximum: Any, total: Any, g: Any, *, axes: tuple[int, ...]) -> list[Any]:
     _check("softmax_gradient", x, axes)
     rows = kept(x.shape, axes)
@@ -99,6 +90,5 @@ def gradient(
     return [probability * (g - jnp.sum(probability * g, axes, keepdims=True))]
 
 
-for _primitive, _equations in ((softmax_statistics_p, statistics), (softmax_gradient_p, gradient)):
-    _primitive.def_impl(_equations)
-    mlir.register_lowering(_primitive, mlir.lower_fun(_equations, multiple_results=True))
+softmax_statistics_p = composite("softmax_statistics", _statistics_type, statistics, several=True)
+softmax_gradient_p = composite("softmax_gradient", _gradient_type, gradient, several=True)

@@ -40,12 +40,13 @@ from collections.abc import Callable
 from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
-from jevt._context import Context
+from jevt._context import Context, Device
+from jevt.passes import cse, dce
 from jevt.passes._rewrite import map_bodies, once, rebuild, substitute
 from jevt.passes._rules import Abandon, Graph, check_same_mesh
 from jevt.passes.attention.region import Program
-from jevt.passes.chunks import policy
-from jevt.passes.chunks.region import Obstacle, Region, find, head_of
+from jevt.passes.chunks import cut, policy
+from jevt.passes.chunks.region import Obstacle, Region, find, heads_of
 from jevt.passes.chunks.write import write
 from jevt.primitives.softmax import softmax_statistics_p
 
@@ -66,54 +67,79 @@ def run(jaxpr: Jaxpr, context: Context, note: Note = lambda _: None) -> Jaxpr:
 
 def _run(jaxpr: Jaxpr, context: Context, note: Note, body: Callable[[Jaxpr], Jaxpr]) -> Jaxpr:
     jaxpr = rebuild(jaxpr, [map_bodies(eqn, body) for eqn in jaxpr.eqns], {})
-    seen: set[Var] = set()
     while True:
-        changed = _first(jaxpr, context, note, seen)
+        changed, notes = _changed(jaxpr, context)
+        if changed is None:
+            # Of products of which some rows are not read, those are left out if that is a way.
+            short = cut.run(jaxpr, lambda atom: policy.may_be_large(atom, context.device))
+            if short is not jaxpr:
+                changed, made = _changed(dce.run(cse.run(short)), context)
+                notes = notes if changed is None else made
+        for line in notes:
+            note(line)
         if changed is None:
             return jaxpr
         jaxpr = changed
 
 
-def _first(jaxpr: Jaxpr, context: Context, note: Note, seen: set[Var]) -> Jaxpr | None:
-    """The jaxpr with the first region rewritten that should be; None if there is none.
+def _changed(jaxpr: Jaxpr, context: Context) -> tuple[Jaxpr | None, list[str]]:
+    """The jaxpr with one region rewritten and how; or None, and why others are not.
 
-    Args:
-      jaxpr: the program.
-      context: as for :func:`run`.
-      note: as for :func:`run`.
-      seen: logits that have been looked at; grows.
+    Of logits that meet, as those of a teacher and a student, the region of one holds the other's.
+    That is the one with more equations that depend on its logits.
     """
     program = Program(jaxpr)
+    regions, obstacles = _regions(program, context.device)
+    for region in sorted(regions, key=lambda r: len(r.copied) - len(r.inside)):
+        choice = policy.choose(region, context.device)
+        if choice is None:
+            continue
+        try:
+            if context.partitioned:
+                raise Obstacle("tokens are partitioned automatically")
+            result = dce.run(_rewritten(region, choice.rows))
+        except Obstacle as obstacle:
+            obstacles[region.head.eqn] = str(obstacle)
+            continue
+        how = (
+            f"{_words(region.head.eqn)}: {choice.chunks} chunks of {choice.rows} tokens,"
+            f" {_gib(choice.whole)} become {_gib(choice.part)} for predicted"
+            f" {choice.microseconds:.0f} µs"
+        )
+        return result, [how]
+    return None, [f"{_words(eqn)} stay whole: {why}" for eqn, why in obstacles.items()]
+
+
+def _regions(program: Program, device: Device) -> tuple[list[Region], dict[JaxprEqn, str]]:
+    """The regions around large logits, and why there is none around a product that gives some."""
+    regions: dict[JaxprEqn, Region] = {}
+    obstacles: dict[JaxprEqn, str] = {}
     for position, eqn in enumerate(program.eqns):
         if eqn.primitive is not softmax_statistics_p:
             continue
-        head = head_of(program, position)
-        if head is None or head.logits in seen or not policy.is_candidate(head, context.device):
-            continue
-        seen.add(head.logits)
-        place = source_info_util.summarize(head.eqn.source_info) or "a line of no file"
-        words = f"logits {head.logits.aval.str_short(short_dtypes=True)} at {place}"
-        try:
-            region = find(head)
-            choice = policy.choose(region, context.device)
-            if choice is None:
-                continue
-            if context.partitioned:
-                raise Obstacle("tokens are partitioned automatically")
-            result = _rewritten(region, choice.rows)
-        except Obstacle as obstacle:
-            note(f"{words} stay whole: {obstacle}")
-            continue
-        note(
-            f"{words}: {choice.chunks} chunks of {choice.rows} tokens, {_gib(choice.whole)} become"
-            f" {_gib(choice.part)} for predicted {choice.microseconds:.0f} µs"
-        )
-        return result
-    return None
+        for product, heads in heads_of(program, position):
+            if not heads and policy.may_be_large(product.outvars[0], device):
+                obstacles.setdefault(product, "what is normalised are not their rows")
+            for head in heads:
+                if product in regions or not policy.is_candidate(head, device):
+                    continue
+                try:
+                    region = find(head)
+                except Obstacle as obstacle:
+                    obstacles.setdefault(product, str(obstacle))
+                else:
+                    regions |= {} if region is None else {product: region}
+    return list(regions.values()), {e: why for e, why in obstacles.items() if e not in regions}
 
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.3g} GiB"
+
+
+def _words(product: JaxprEqn) -> str:
+    place = source_info_util.summarize(product.source_info) or "a line of no file"
+    (logits,) = product.outvars
+    return f"logits {logits.aval.str_short(short_dtypes=True)} at {place}"
 
 
 def _rewritten(region: Region, rows: int) -> Jaxpr:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jax.extend.core import Var
-
 from jevt._context import Device
-from jevt._jaxpr import aval
+from jevt._jaxpr import Atom, aval
 from jevt.passes._facts import shape_of
 from jevt.passes.chunks.region import Head, Region
 from jevt.passes.chunks.rows import accumulator
@@ -25,14 +23,14 @@ SHARE = 1 / 16
 #: … and chunks are as long as lets theirs take this part.
 CHUNK_SHARE = SHARE / 4
 
-#: But no shorter than this.
+#: But no shorter than this, or hardly.
 MIN_ROWS = 4096
 
 #: Chunks that are equally long are worth this many times as many of them.
 _EVEN = 2
 
 #: Chunks, but for the last, have a multiple of this many rows: products are faster so.
-_ALIGNED = 8
+ALIGNED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +54,12 @@ class Choice:
 
 def is_candidate(head: Head, device: Device) -> bool:
     """Whether there are rows for two chunks, and logits that could be too large."""
-    return head.rows >= 2 * MIN_ROWS and 4 * _bytes(head.logits) > SHARE * device.memory_bytes
+    return head.rows >= 2 * MIN_ROWS and may_be_large(head.logits, device)
+
+
+def may_be_large(atom: Atom, device: Device) -> bool:
+    """Whether logits of this size could be too large with what is computed from them."""
+    return 4 * _bytes(atom) > SHARE * device.memory_bytes
 
 
 def choose(region: Region, device: Device) -> Choice | None:
@@ -76,12 +79,13 @@ def choose(region: Region, device: Device) -> Choice | None:
 
 def chunk_rows(rows: int, wanted: int) -> int:
     """The rows of a chunk, of so many rows, for ``wanted`` of them or a few less or more."""
-    fewest = math.ceil(rows / max(MIN_ROWS, wanted))
-    for chunks in range(max(2, fewest), _EVEN * fewest + 1):
-        if rows % chunks == 0 and rows // chunks >= MIN_ROWS and rows // chunks % _ALIGNED == 0:
-            return rows // chunks
-    return math.ceil(rows / max(2, fewest) / _ALIGNED) * _ALIGNED
+    fewest = max(2, rows // max(MIN_ROWS, wanted))
+    for chunks in range(fewest, _EVEN * fewest + 1):
+        chunk, left = divmod(rows, chunks)
+        if not left and chunk % ALIGNED == 0 and 4 * chunk >= 3 * MIN_ROWS:
+            return chunk
+    return math.ceil(rows / fewest / ALIGNED) * ALIGNED
 
 
-def _bytes(var: Var) -> int:
-    return math.prod(shape_of(var)) * aval(var).dtype.itemsize
+def _bytes(atom: Atom) -> int:
+    return math.prod(shape_of(atom)) * aval(atom).dtype.itemsize

@@ -10,9 +10,10 @@ as masks of the target, are made inside again rather than read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from jax.extend import source_info_util
 from jax.extend.core import DropVar, JaxprEqn, Literal, Var
@@ -124,8 +125,11 @@ def is_large(atom: Atom, head: Head) -> bool:
     return 2 * size(atom) >= size(head.logits)
 
 
-def head_of(program: Program, statistics: int) -> Head | None:
-    """The product that gives what a softmax normalises; None if there is none, or a short one.
+def heads_of(program: Program, statistics: int) -> Iterator[tuple[JaxprEqn, list[Head]]]:
+    """The products that give what a softmax normalises, each with its heads, most rows first.
+
+    There are several of one product, with fewer of its axes as rows: under ``vmap``, axes of the
+    batch are not summed over. There is none where the rows of the softmax are not the product's.
 
     Args:
       program: whose equations they are.
@@ -141,37 +145,34 @@ def head_of(program: Program, statistics: int) -> Head | None:
         if maker is None or maker.primitive not in RULES or 2 * size(atom) < size(x):
             continue
         if maker.primitive is p.dot_general_p:
-            head = _head(program, program.maker[maker.outvars[0]], axes, x, path)
-            if head is not None:
-                return head
+            (logits,) = maker.outvars
+            starts = list(_starts(maker))
+            ends = [_followed(program, logits, start, path) for start in starts]
+            heads = [
+                Head(program, program.maker[logits], start)
+                for start, end in zip(starts, ends, strict=True)
+                if end is not None and not set(range(*end)) & set(axes)
+            ]
+            if starts:
+                yield maker, heads
             continue
         for operand in maker.invars:
             if isinstance(operand, Var) and operand not in path:
                 path[operand] = atom
                 stack.append(operand)
-    return None
 
 
-def _head(
-    program: Program, product: int, axes: Sequence[int], x: Atom, path: Mapping[Atom, Atom | None]
-) -> Head | None:
-    """The head whose rows reach the softmax as its rows."""
-    eqn = program.eqns[product]
+def _starts(eqn: JaxprEqn) -> Iterator[Span]:
+    """Where the rows may be in a product: they are those of an operand that is not as large."""
     out = shape_of(eqn.outvars[0])
     contracted, batch = eqn.params["dimension_numbers"]
-    free = [
-        len(shape_of(atom)) - len(contracted[side]) - len(batch[side])
-        for side, atom in enumerate(eqn.invars)
-    ]
-    middle = len(batch[0]) + free[0]
-    for side, axes_of in enumerate(((len(batch[0]), middle), (middle, len(out)))):
-        start = trimmed(out, *axes_of)
-        if start is None or 2 * size(eqn.invars[side]) >= size(eqn.outvars[0]):
-            continue
-        span = _followed(program, eqn.outvars[0], start, path)
-        if span is not None and not set(range(*span)) & set(axes):
-            return Head(program, product, start)
-    return None
+    first = len(batch[0])
+    for side, atom in enumerate(eqn.invars):
+        end = first + len(shape_of(atom)) - len(contracted[side]) - len(batch[side])
+        spans = (trimmed(out, start, end) for start in range(first, end))
+        if 2 * size(atom) < size(eqn.outvars[0]):
+            yield from dict.fromkeys(span for span in spans if span is not None)
+        first = end
 
 
 def _followed(
@@ -184,17 +185,28 @@ def _followed(
         assert eqn is not None
         index = next(i for i, a in enumerate(eqn.invars) if a is atom)
         span = RULES[eqn.primitive].result(eqn, index, span)
+        if span is not None and not is_row_by_row(eqn, span):
+            return None
         atom = reader
     return span
 
 
-def find(head: Head) -> Region:
-    """The region around a head.
+def find(head: Head) -> Region | None:
+    """The region around a head; None if the softmax is an attention's.
+
+    Then what is multiplied with its probabilities leads, through the rest of the network, to their
+    gradient.
 
     Raises:
       Obstacle: the logits have to be there as a whole.
     """
-    return _Search(head).region()
+    region = _Search(head).region()
+    inner = {a for at in region.inside for a in head.program.eqns[at].invars if isinstance(a, Var)}
+    products = (at for at in region.results if at != head.product and at not in region.copied)
+    eqns = (head.program.eqns[at] for at in products)
+    if any(eqn.primitive is p.dot_general_p and eqn.outvars[0] in inner for eqn in eqns):
+        return None
+    return region
 
 
 class _Search:
@@ -277,7 +289,7 @@ class _Search:
         if isinstance(span, str):
             spans = tuple(self._closing(eqn, index) for index in range(len(eqn.invars)))
             if not closes(eqn, spans):
-                raise Obstacle(f"{span} reads them, or values as large, across rows")
+                raise Obstacle(f"{span} reads them, or values as large, and not row by row")
             self.sums.append(position)
             self.spans[position] = spans
             return
@@ -329,8 +341,8 @@ class _Search:
             eqn = self.program.eqns[position]
             if position in self.spans or not self._can_be_copied(eqn):
                 continue
-            span = wanted[eqn.outvars[0]]
-            if not is_row_by_row(eqn, span):
+            span, *others = {wanted[v] for v in eqn.outvars if v in wanted}
+            if others or not is_row_by_row(eqn, span):
                 continue
             try:
                 self.spans[position] = self._operands(eqn, span)
@@ -341,15 +353,32 @@ class _Search:
             want(position)
 
     def _can_be_copied(self, eqn: JaxprEqn) -> bool:
-        if eqn.primitive not in RULES or eqn.effects or len(eqn.outvars) > 1:
+        if eqn.primitive not in RULES or eqn.effects:
             return False
-        (out,) = eqn.outvars
-        if eqn.primitive is p.dot_general_p and (
-            out in self.program.outputs
-            or any(reader not in self.spans for reader in self.program.readers[out])
-        ):
+        if eqn.outvars[0] not in self._follows_large:
             return False
-        return any(is_large(atom, self.head) for atom in (out, *eqn.invars))
+        # What is dear, or small enough to be read, only if it is not made outside any more.
+        is_cheap = eqn.primitive is not p.dot_general_p and is_large(eqn.outvars[0], self.head)
+        return is_cheap or not any(
+            var in self.program.outputs
+            or any(reader not in self.spans for reader in self.program.readers.get(var, ()))
+            for var in eqn.outvars
+        )
+
+    @functools.cached_property
+    def _follows_large(self) -> set[Var]:
+        """Values as large as the logits, and what else is computed of them but products."""
+        found: set[Var] = set()
+        for eqn in self.program.eqns:
+            large = any(is_large(var, self.head) for var in eqn.outvars)
+            follows = any(
+                is_large(atom, self.head) or atom in found
+                for atom in eqn.invars
+                if isinstance(atom, Var)
+            )
+            if large or (follows and eqn.primitive is not p.dot_general_p):
+                found.update(eqn.outvars)
+        return found
 
     def _rowed(self) -> Iterator[Var]:
         for position in sorted(self.results):

@@ -397,14 +397,19 @@ class _Product(Rule):
         return len(shape_of(eqn.invars[index])) - len(contracted[index]) - len(batch[index])
 
 
-_ELEMENTWISE = (
-    *POINTWISE, p.convert_element_type_p, p.integer_pow_p, p.xor_p, p.rem_p, p.clamp_p,
-    p.erf_p, p.erfc_p, p.erf_inv_p, p.floor_p, p.ceil_p, p.round_p, p.sin_p, p.cos_p, p.cbrt_p,
-)  # fmt: skip
+#: Element by element, whatever is broadcast.
+ELEMENTWISE = frozenset(
+    {
+        *POINTWISE,
+        *(p.convert_element_type_p, p.integer_pow_p, p.xor_p, p.rem_p, p.clamp_p),
+        *(p.erf_p, p.erfc_p, p.erf_inv_p, p.floor_p, p.ceil_p, p.round_p),
+        *(p.sin_p, p.cos_p, p.cbrt_p),
+    }
+)
 
 #: By primitive. What is not here has no rows.
 RULES: Mapping[Primitive, Rule] = {
-    **dict.fromkeys(_ELEMENTWISE, Rule()),
+    **dict.fromkeys(ELEMENTWISE, Rule()),
     **dict.fromkeys(
         (
             *(p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.reduce_prod_p),

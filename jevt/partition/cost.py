@@ -140,7 +140,7 @@ def _from_table(present: jax.Device) -> Device:
 
 def _limited(device: Device, present: jax.Device) -> Device:
     """The device with the memory that JAX's allocator has, where it tells."""
-    stats = getattr(present, "memory_stats", dict)() or {}
+    stats: dict[str, int] = getattr(present, "memory_stats", dict)() or {}
     return dataclasses.replace(device, memory_bytes=stats.get("bytes_limit", device.memory_bytes))
 
 

@@ -93,7 +93,7 @@ class _Loop:
         """A value with its rows as the first axis."""
         shape = merged(shape_of(atom), span, self.region.head.rows)
         value = self.graph.reshape(atom, shape)
-        return _transposed(value, (span[0], *_others(len(shape), span[0])), self.graph)
+        return _transposed(value, _to_front(shape, span), self.graph)
 
     def _part(self, atom: Atom, start: int, end: int | None) -> Atom:
         """Some rows of a value that has them in front."""
@@ -164,8 +164,8 @@ class _Loop:
         region = self.region
         graph.place(region.head.eqn)
         values: dict[tuple[Var, Span | None], Atom] = {(v, None): a for v, a in wholes.items()}
-        for (var, span), leaf in zip(self.leaves, leaves, strict=True):
-            values[var, span] = _transposed(leaf, _back(shape_of(leaf), span), graph)
+        for (var, place), leaf in zip(self.leaves, leaves, strict=True):
+            values[var, place] = _transposed(leaf, _back(shape_of(leaf), place), graph)
         totals = dict(zip(region.sums, sums, strict=True))
         for at in region.inside:
             eqn, spans, span = self.eqns[at], region.spans[at], region.results.get(at)
@@ -189,9 +189,9 @@ class _Loop:
         graph.place(region.head.eqn)
         results = [
             _transposed(
-                values[var, span], (span[0], *_others(len(_kept(var, span)), span[0])), graph
+                values[var, place], _to_front(merged(shape_of(var), place, 1), place), graph
             )
-            for var, span in self.results
+            for var, place in self.results
         ]
         return [totals[at] for at in region.sums], results
 
@@ -239,12 +239,9 @@ def _like(atom: Atom, shape: Sequence[int], dtype: Any = None) -> Any:
     return internals.array_like(aval, tuple(shape), aval.dtype if dtype is None else dtype)
 
 
-def _kept(var: Var, span: Span) -> tuple[int, ...]:
-    return merged(shape_of(var), span, 1)
-
-
-def _others(rank: int, axis: int) -> list[int]:
-    return [a for a in range(rank) if a != axis]
+def _to_front(shape: Sequence[int], span: Span) -> tuple[int, ...]:
+    """The permutation that brings rows, one axis, to the front."""
+    return span[0], *(axis for axis in range(len(shape)) if axis != span[0])
 
 
 def _back(shape: Sequence[int], span: Span) -> tuple[int, ...]:

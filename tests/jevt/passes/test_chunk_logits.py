@@ -519,12 +519,12 @@ def test_the_memory_of_the_present_device_counts(monkeypatch):
     class Present:
         device_kind = "NVIDIA H100 80GB HBM3"
         compute_capability = "9.0"
-        stats = {"bytes_limit": 12345}
 
         def memory_stats(self):
-            return self.stats
+            return stats
 
     monkeypatch.setattr(jax, "devices", lambda platform: [Present()])
+    stats = {"bytes_limit": 12345}
     assert cost.device_model("cuda").memory_bytes == 12345
-    Present.stats = None  # a platform that does not tell
+    stats = None  # a platform that does not tell
     assert cost.device_model("cuda").memory_bytes == 60 * 10**9

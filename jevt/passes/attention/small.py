@@ -8,31 +8,23 @@ however it is spelled; where roundings happen is judged elsewhere.
 
 from __future__ import annotations
 
-import dataclasses
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import JaxprEqn, Literal, Var
+from jax.extend.core import JaxprEqn, Var
 from jax.extend.core import primitives as p
 
-from jevt._jaxpr import Atom
 from jevt.lowering.axes import Factor
-from jevt.passes._facts import kind
 from jevt.passes.attention import scores
 from jevt.passes.attention.labels import Labels, Use
-from jevt.passes.attention.operations import (
-    REDUCTIONS,
-    VIEWS,
-    Array,
-    NoMatch,
-    pointwise,
-)
+from jevt.passes.attention.operations import NoMatch
 from jevt.passes.attention.region import Region
 from jevt.passes.attention.roles import Part, Roles
 from jevt.passes.attention.scores import Scores
+from jevt.passes.attention.values import Named, Values, distinct
 
 #: Numbers of the program, such as the scale, may have been rounded to bfloat16 in one place and
 #: their inverses in another.
@@ -43,21 +35,6 @@ TOLERANCE = 4e-3
 # every round; and how far back from a mask to look for that.
 _GENERATORS = ("threefry2x32", "random_bits", "rng_bit_generator")
 _EQUATIONS_OF_A_GENERATOR = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Named:
-    """An array whose axes have names."""
-
-    names: tuple[Factor, ...]
-    array: Array
-
-    def along(self, names: Sequence[Factor]) -> Array:
-        """The array with these axes, of size 1 where it has not the name."""
-        own = [name for name in names if name in self.names]
-        array = self.array.transpose([self.names.index(name) for name in own])
-        sizes = iter(array.shape)
-        return array.reshape([next(sizes) if name in self.names else 1 for name in names])
 
 
 def confirm(region: Region, labels: Labels, roles: Roles, how: Scores) -> None:
@@ -113,31 +90,26 @@ def _is_random(var: Var, region: Region) -> bool:
     return False
 
 
-class _Evaluation:
-    """The values of a region on random numbers."""
+class _Evaluation(Values):
+    """The values of a region."""
 
     def __init__(self, region: Region, labels: Labels, roles: Roles) -> None:
-        self.region = region
-        self.labels = labels
+        super().__init__(region.program, labels)
         self.roles = roles
-        self.values: dict[Var, Named] = {}
-        self.random = np.random.default_rng(0)
-        self.sizes: dict[Factor, int] = {}
         self.used: dict[tuple[Var, tuple[Factor, ...]], Named] = {}
 
-    def size(self, name: Factor) -> int:
+    def new_size(self, name: Factor, known: int) -> int:
         """Two or three, by turns, so that axes that are taken for one another are noticed."""
-        return self.sizes.setdefault(name, 2 + len(self.sizes) % 2)
+        del name
+        return 2 + known % 2
 
-    def draw(self, names: Iterable[Factor]) -> Named:
-        names = tuple(names)
-        if len(set(names)) != len(names):
-            raise NoMatch("a diagonal of an array")
-        return Named(names, self.random.standard_normal([self.size(name) for name in names]))
+    def given(self, var: Var) -> Named:
+        del var
+        raise NoMatch("a value from outside that is no leaf of the region")
 
     def draw_leaf(self, var: Var, seen: bool | None) -> None:
         """Random numbers; for a mask, random bits that let every query see one key at least."""
-        value = self.draw(self.labels.of(var))
+        value = self.draw(self.names(var))
         aval: Any = var.aval
         if aval.dtype == np.dtype(bool):
             keys = [i for i, name in enumerate(value.names) if name in self.roles.axes.keys]
@@ -156,38 +128,17 @@ class _Evaluation:
         return self.used[key]
 
     def evaluate(self, position: int) -> None:
-        eqn = self.region.program.eqns[position]
-        out = eqn.outvars[0]
-        names = tuple(self.labels.of(out))
-        if len(set(names)) != len(names):
-            raise NoMatch("a diagonal of an array")
-        if eqn.primitive is p.dot_general_p:
-            a, b = (self.operand(position, i, eqn) for i in (0, 1))
-            self.values[out] = product(names, a, b)
+        eqn = self.program.eqns[position]
+        if eqn.primitive is not p.dot_general_p:
+            super().evaluate(position)
             return
-        operands = [self.read(atom) for atom in eqn.invars]
-        shape = [self.size(name) for name in names]
-        if eqn.primitive in VIEWS:
-            array = operands[0].along(names)
-        elif eqn.primitive in REDUCTIONS:
-            whole = operands[0]
-            gone = tuple(i for i, name in enumerate(whole.names) if name not in names)
-            rest = tuple(name for name in whole.names if name in names)
-            array = Named(rest, REDUCTIONS[eqn.primitive](whole.array, axis=gone)).along(names)
-        else:
-            array = pointwise(eqn)(*(operand.along(names) for operand in operands))
-        self.values[out] = Named(names, np.broadcast_to(array, shape))
+        (out,) = eqn.outvars
+        a, b = (self.operand(position, i, eqn) for i in (0, 1))
+        self.values[out] = product(distinct(self.names(out)), a, b)
 
     def operand(self, position: int, index: int, eqn: JaxprEqn) -> Named:
         use = self.labels.uses.get((position, index))
-        return self.read(eqn.invars[index]) if use is None else self.use(use)
-
-    def read(self, atom: Atom) -> Named:
-        if isinstance(atom, Literal):
-            if np.ndim(atom.val):
-                raise NoMatch("an array among the numbers of the program")
-            return Named((), np.asarray(atom.val, bool if kind(atom.aval) == "b" else np.float64))
-        return self.values[atom]
+        return self.value(eqn.invars[index]) if use is None else self.use(use)
 
     def attention(self, how: Scores) -> dict[Part, Named]:
         """The formulas of attention on the same random numbers."""

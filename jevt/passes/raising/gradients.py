@@ -18,7 +18,7 @@ from jax.extend.core import primitives as p
 from jevt.passes._facts import is_float, shape_of
 from jevt.passes.attention.operations import NoMatch
 from jevt.passes.attention.region import Program
-from jevt.passes.attention.small import Named
+from jevt.passes.attention.values import Named
 from jevt.passes.raising import norms, search
 from jevt.passes.raising.cones import Cone, Kind, Origins, size
 from jevt.passes.raising.norms import Norm

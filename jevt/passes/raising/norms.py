@@ -22,7 +22,7 @@ from jevt.lowering.axes import Factor
 from jevt.passes._facts import shape_of
 from jevt.passes.attention.operations import VIEWS, NoMatch
 from jevt.passes.attention.region import Program, number, root
-from jevt.passes.attention.small import Named
+from jevt.passes.attention.values import Named
 from jevt.passes.raising.cones import Cone, dominators, size
 from jevt.passes.raising.small import Evaluation, dimensions, ratio, same, times
 

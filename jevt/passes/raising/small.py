@@ -1,10 +1,8 @@
 """The values of equations at small sizes, on named axes.
 
-As in ``jevt/passes/attention/small.py``, axes that run together get one name, after which views say
-nothing, and the equations are evaluated in float64 with a few elements a name. Numbers of
-the program may depend on the true sizes: a mean is a sum times a literal. So a sum counts each of
-the few elements as often as the true axis is longer: what is evaluated is the program at its true
-size on an array that repeats itself, and 1/n means what it meant.
+Numbers of the program may depend on the true sizes: a mean is a sum times a literal. So a sum
+counts each of the few elements of a name as often as the true axis is longer: what is evaluated is
+the program at its true size on an array that repeats itself, and 1/n means what it meant.
 """
 
 from __future__ import annotations
@@ -14,24 +12,23 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from jax.extend.core import Literal, Var
+from jax.extend.core import Primitive, Var
 from jax.extend.core import primitives as p
 
-from jevt._jaxpr import Atom
 from jevt.lowering.axes import Factor, flat, unify
 from jevt.lowering.errors import NotFusible
 from jevt.passes._facts import kind
 from jevt.passes.attention.labels import Labels, atoms, name_result
-from jevt.passes.attention.operations import REDUCTIONS, VIEWS, Array, NoMatch, pointwise
+from jevt.passes.attention.operations import Array, NoMatch
 from jevt.passes.attention.region import Program
-from jevt.passes.attention.small import Named
+from jevt.passes.attention.values import Named, Values
 
 #: Literals are rounded to float32.
 TOLERANCE = 2e-6
 
 
-class Evaluation:
-    """The values of equations on random numbers.
+class Evaluation(Values):
+    """The values of equations on random numbers; what is read and not made gets some, too.
 
     Args:
       program: whose equations.
@@ -45,12 +42,8 @@ class Evaluation:
     def __init__(
         self, program: Program, positions: Iterable[int], alike: Sequence[Var] = ()
     ) -> None:
-        self.program = program
+        super().__init__(program, Labels({}, {}))
         self.positions = tuple(positions)
-        self.labels = Labels({}, {})
-        self.values: dict[Var, Named] = {}
-        self._random = np.random.default_rng(0)
-        self._sizes: dict[Factor, int] = {}
         try:
             for position in self.positions:
                 name_result(program.eqns[position], self.labels)
@@ -62,20 +55,14 @@ class Evaluation:
             raise NoMatch(str(error)) from None
 
     def run(self) -> None:
-        """Computes every value; what is read and not made gets random numbers."""
+        """Computes every value."""
         with np.errstate(all="ignore"):
             for position in self.positions:
-                self._evaluate(position)
+                self.evaluate(position)
 
     def made(self) -> set[Var]:
         """The values that the equations make; the others are given."""
         return {v for i in self.positions for v in self.program.eqns[i].outvars}
-
-    def names(self, atom: Atom) -> tuple[Factor, ...]:
-        """The axes of a value in row-major order."""
-        if isinstance(atom, Var) and atom not in self.labels.axes:
-            raise NoMatch("a value that nothing relates to the others")
-        return tuple(self.labels.of(atom))
 
     def axes(self, var: Var) -> list[list[Factor]]:
         """The names of each dimension of a value."""
@@ -90,56 +77,28 @@ class Evaluation:
         """The sum that the program at its true size has."""
         gone = [name for name in value.names if name in set(over)]
         places = tuple(value.names.index(name) for name in gone)
-        weight = self.count(gone) / float(np.prod([self._size(name) for name in gone]))
+        weight = self.count(gone) / float(np.prod([self.size(name) for name in gone]))
         rest = tuple(name for name in value.names if name not in gone)
         return Named(rest, weight * value.array.sum(places))
 
-    def value(self, atom: Atom) -> Named:
-        """A value of the program; random numbers for one that it does not make."""
-        if isinstance(atom, Literal):
-            if np.ndim(atom.val):
-                raise NoMatch("an array among the numbers of the program")
-            return Named((), np.asarray(atom.val, bool if kind(atom.aval) == "b" else np.float64))
-        if atom not in self.values:
-            self.values[atom] = self._draw(atom)
-        return self.values[atom]
+    def new_size(self, name: Factor, known: int) -> int:
+        """Four and five by turns, so that axes that are taken for one another are noticed.
 
-    def _size(self, name: Factor) -> int:
-        # Four and five by turns, so that axes that are taken for one another are noticed; two
-        # elements would not do: normalised, they are always -1 and 1.
-        least = 4 if len(self._sizes) < 4 else 2
-        return self._sizes.setdefault(name, min(name.size, least + len(self._sizes) % 2))
+        Two elements would not do: normalised, they are always -1 and 1.
+        """
+        return min(name.size, (4 if known < 4 else 2) + known % 2)
 
-    def _draw(self, var: Var) -> Named:
+    def given(self, var: Var) -> Named:
         names = self.names(var)
-        if len(set(names)) != len(names):
-            raise NoMatch("a diagonal of an array")
         if kind(var.aval) not in ("f", "b"):
             raise NoMatch(f"{var.aval.str_short()} among the values")
-        array = self._random.standard_normal([self._size(name) for name in names]) + 0.25
+        array = self.draw(names).array + 0.25
         return Named(names, array < 0.5 if kind(var.aval) == "b" else array)
 
-    def _evaluate(self, position: int) -> None:
-        eqn = self.program.eqns[position]
-        (out,) = eqn.outvars
-        names = self.names(out)
-        if len(set(names)) != len(names):
-            raise NoMatch("a diagonal of an array")
-        operands = [self.value(atom) for atom in eqn.invars]
-        shape = [self._size(name) for name in names]
-        if eqn.primitive in VIEWS:
-            array = operands[0].along(names)
-        elif eqn.primitive is p.reduce_sum_p:
-            gone = [name for name in operands[0].names if name not in names]
-            array = self.sum(operands[0], gone).along(names)
-        elif eqn.primitive in REDUCTIONS:
-            whole = operands[0]
-            places = tuple(i for i, name in enumerate(whole.names) if name not in names)
-            rest = tuple(name for name in whole.names if name in names)
-            array = Named(rest, REDUCTIONS[eqn.primitive](whole.array, axis=places)).along(names)
-        else:
-            array = pointwise(eqn)(*(operand.along(names) for operand in operands))
-        self.values[out] = Named(names, np.broadcast_to(array, shape))
+    def reduced(self, primitive: Primitive, value: Named, names: Sequence[Factor]) -> Named:
+        if primitive is p.reduce_sum_p:
+            return self.sum(value, [name for name in value.names if name not in names])
+        return super().reduced(primitive, value, names)
 
 
 def times(*factors: Named) -> Named:

@@ -18,7 +18,7 @@ from jevt.lowering.axes import Factor
 from jevt.passes._facts import is_float
 from jevt.passes.attention.operations import NoMatch
 from jevt.passes.attention.region import root
-from jevt.passes.attention.small import Named
+from jevt.passes.attention.values import Named
 from jevt.passes.raising import search
 from jevt.passes.raising.cones import Cone, Origins
 from jevt.passes.raising.norms import same_mesh

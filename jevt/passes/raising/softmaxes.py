@@ -23,7 +23,7 @@ from jevt.lowering.axes import Factor
 from jevt.passes._facts import is_float, shape_of
 from jevt.passes.attention.operations import VIEWS, NoMatch, is_known
 from jevt.passes.attention.region import Program, is_renaming, number
-from jevt.passes.attention.small import Named
+from jevt.passes.attention.values import Named
 from jevt.passes.raising.cones import Cone, dominators, size
 from jevt.passes.raising.norms import in_order, living, same_mesh, sums
 from jevt.passes.raising.rows import on_chip

@@ -17,9 +17,10 @@ gradients) are added up in float32 over the chunks (float64 for float64) and rou
 
 Where: the logits and the gradient that products read take more than 1/16 of the device's memory
 (``chunks/policy.py``), at the price of reading and writing the sums in float32 once a chunk. What
-was chosen is noted, and if logits of that size have to stay, the reason: they are a result; their
-gradient waits for a sum over all tokens; something reads them across tokens. Under automatic
-partitioning they stay, since tokens are then on several devices.
+was chosen is noted, and if logits of that size have to stay, the reason: they are a result, or
+something reads them across tokens. Where their gradient waits for a sum over many tokens, as that
+of a preference between two texts, they are computed twice if they take more than a quarter of the
+memory, and stay if less. Under automatic partitioning they stay: tokens are on several devices.
 
     before  { lambda ; h:f32[16384,64] w:f32[64,32000] y:i32[16384]. let
                 z = dot_general h w; m s = softmax_statistics z; …
@@ -35,7 +36,7 @@ partitioning they stay, since tokens are then on several devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn, Var
@@ -46,11 +47,25 @@ from jevt.passes._rewrite import map_bodies, once, rebuild, substitute
 from jevt.passes._rules import Abandon, Graph, check_same_mesh
 from jevt.passes.attention.region import Program
 from jevt.passes.chunks import cut, policy
-from jevt.passes.chunks.region import Obstacle, Region, find, heads_of
+from jevt.passes.chunks.fork import fork
+from jevt.passes.chunks.region import (
+    Head,
+    Obstacle,
+    Region,
+    Repeating,
+    Waiting,
+    can_repeat,
+    find,
+    heads_of,
+)
+from jevt.passes.chunks.repeat import repeat
 from jevt.passes.chunks.write import write
 from jevt.primitives.softmax import softmax_statistics_p
 
 type Note = Callable[[str], None]
+
+#: Obstacles that are removed from a program at most.
+_MOST_OBSTACLES = 32
 
 
 def run(jaxpr: Jaxpr, context: Context, note: Note = lambda _: None) -> Jaxpr:
@@ -68,18 +83,66 @@ def run(jaxpr: Jaxpr, context: Context, note: Note = lambda _: None) -> Jaxpr:
 def _run(jaxpr: Jaxpr, context: Context, note: Note, body: Callable[[Jaxpr], Jaxpr]) -> Jaxpr:
     jaxpr = rebuild(jaxpr, [map_bodies(eqn, body) for eqn in jaxpr.eqns], {})
     while True:
-        changed, notes = _changed(jaxpr, context)
-        if changed is None:
-            # Of products of which some rows are not read, those are left out if that is a way.
-            short = cut.run(jaxpr, lambda atom: policy.may_be_large(atom, context.device))
-            if short is not jaxpr:
-                changed, made = _changed(dce.run(cse.run(short)), context)
-                notes = notes if changed is None else made
-        for line in notes:
+        changed, why = None, list[str]()
+        for variant, remark in _variants(jaxpr, context.device):
+            changed, notes = _changed(variant, context)
+            if changed is not None:
+                why = [line + remark for line in notes]
+                break
+            why = why or notes
+        for line in why:
             note(line)
         if changed is None:
             return jaxpr
         jaxpr = changed
+
+
+def _variants(jaxpr: Jaxpr, device: Device) -> Iterator[tuple[Jaxpr, str]]:
+    """The program, and what else computes the same, but in more equations; with a remark."""
+    if not any(eqn.primitive is softmax_statistics_p for eqn in jaxpr.eqns):
+        return
+    yield _eased(jaxpr, device, twice=False), ""
+    # Of products of which some rows are not read, those are left out.
+    short = cut.run(jaxpr, lambda atom: policy.may_be_large(atom, device))
+    if short is not jaxpr:
+        short = dce.run(cse.run(short))
+        yield _eased(short, device, twice=False), ""
+    for variant in dict.fromkeys((jaxpr, short)):
+        eased = _eased(variant, device, twice=True)
+        if eased is not variant:
+            yield dce.run(eased), "; computed twice, as the gradient waits for all tokens"
+
+
+def _eased(jaxpr: Jaxpr, device: Device, *, twice: bool) -> Jaxpr:
+    """The program without obstacles for which there is a way.
+
+    Args:
+      jaxpr: the program.
+      device: with how much memory.
+      twice: whether what a gradient waits for may get logits of its own.
+    """
+    for _ in range(_MOST_OBSTACLES):
+        program = Program(jaxpr)
+        eased = (
+            _ease(program, head, why, device, twice=twice)
+            for head, why in _regions(program, device)[1].values()
+        )
+        found = next((e for e in eased if e is not None), None)
+        if found is None:
+            break
+        jaxpr = found
+    return jaxpr
+
+
+def _ease(
+    program: Program, head: Head, why: Obstacle, device: Device, *, twice: bool
+) -> Jaxpr | None:
+    """The program without an obstacle, None if it stays."""
+    if isinstance(why, Repeating) and can_repeat(head, why):
+        return repeat(program, why)
+    if twice and isinstance(why, Waiting) and policy.is_worth_twice(head, device):
+        return fork(head, why.value)
+    return None
 
 
 def _changed(jaxpr: Jaxpr, context: Context) -> tuple[Jaxpr | None, list[str]]:
@@ -97,49 +160,48 @@ def _changed(jaxpr: Jaxpr, context: Context) -> tuple[Jaxpr | None, list[str]]:
         try:
             if context.partitioned:
                 raise Obstacle("tokens are partitioned automatically")
-            result = dce.run(_rewritten(region, choice.rows))
+            result = dce.run(cse.run(_rewritten(region, choice.rows)))
         except Obstacle as obstacle:
-            obstacles[region.head.eqn] = str(obstacle)
+            obstacles[region.head.eqn] = region.head, obstacle
             continue
         how = (
-            f"{_words(region.head.eqn)}: {choice.chunks} chunks of {choice.rows} tokens,"
+            f"{_words(region.head)}: {choice.chunks} chunks of {choice.rows} tokens,"
             f" {_gib(choice.whole)} become {_gib(choice.part)} for predicted"
             f" {choice.microseconds:.0f} µs"
         )
         return result, [how]
-    return None, [f"{_words(eqn)} stay whole: {why}" for eqn, why in obstacles.items()]
+    return None, [f"{_words(head)} stay whole: {why}" for head, why in obstacles.values()]
 
 
-def _regions(program: Program, device: Device) -> tuple[list[Region], dict[JaxprEqn, str]]:
+type _Obstacles = dict[JaxprEqn, tuple[Head, Obstacle]]
+
+
+def _regions(program: Program, device: Device) -> tuple[list[Region], _Obstacles]:
     """The regions around large logits, and why there is none around a product that gives some."""
     regions: dict[JaxprEqn, Region] = {}
-    obstacles: dict[JaxprEqn, str] = {}
+    obstacles: _Obstacles = {}
     for position, eqn in enumerate(program.eqns):
         if eqn.primitive is not softmax_statistics_p:
             continue
-        for product, heads in heads_of(program, position):
-            if not heads and policy.may_be_large(product.outvars[0], device):
-                obstacles.setdefault(product, "what is normalised are not their rows")
-            for head in heads:
-                if product in regions or not policy.is_candidate(head, device):
-                    continue
-                try:
-                    region = find(head)
-                except Obstacle as obstacle:
-                    obstacles.setdefault(product, str(obstacle))
-                else:
-                    regions |= {} if region is None else {product: region}
-    return list(regions.values()), {e: why for e, why in obstacles.items() if e not in regions}
+        for head in heads_of(program, position):
+            if head.eqn in regions or not policy.is_candidate(head, device):
+                continue
+            try:
+                region = find(head)
+            except Obstacle as obstacle:
+                obstacles.setdefault(head.eqn, (head, obstacle))
+            else:
+                regions |= {} if region is None else {head.eqn: region}
+    return list(regions.values()), {e: o for e, o in obstacles.items() if e not in regions}
 
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.3g} GiB"
 
 
-def _words(product: JaxprEqn) -> str:
-    place = source_info_util.summarize(product.source_info) or "a line of no file"
-    (logits,) = product.outvars
-    return f"logits {logits.aval.str_short(short_dtypes=True)} at {place}"
+def _words(head: Head) -> str:
+    place = source_info_util.summarize(head.eqn.source_info) or "a line of no file"
+    return f"logits {head.logits.aval.str_short(short_dtypes=True)} at {place}"
 
 
 def _rewritten(region: Region, rows: int) -> Jaxpr:

@@ -53,6 +53,8 @@ def run(jaxpr: Jaxpr, is_large: Callable[[Atom], bool]) -> Jaxpr:
         p.dot_general_p: only(_product),
         p.reduce_sum_p: only(_sum),
     }
+    if not any(e.primitive in (p.slice_p, p.pad_p) and is_large(e.invars[0]) for e in jaxpr.eqns):
+        return jaxpr
     graph = Graph(jaxpr, rules)
     for eqn in jaxpr.eqns:
         graph.add(substitute(graph.env, eqn))

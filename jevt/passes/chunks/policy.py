@@ -20,7 +20,10 @@ from jevt.passes.chunks.rows import accumulator
 #: Logits and their gradient are left whole where they take less than this part of the memory.
 SHARE = 1 / 16
 
-#: … and chunks are as long as lets theirs take this part.
+#: They are computed twice, where that is a way, if they take more than this part.
+TWICE_SHARE = 4 * SHARE
+
+#: Chunks are as long as lets theirs take this part.
 CHUNK_SHARE = SHARE / 4
 
 #: But no shorter than this, or hardly.
@@ -60,6 +63,11 @@ def is_candidate(head: Head, device: Device) -> bool:
 def may_be_large(atom: Atom, device: Device) -> bool:
     """Whether logits of this size could be too large with what is computed from them."""
     return 4 * _bytes(atom) > SHARE * device.memory_bytes
+
+
+def is_worth_twice(head: Head, device: Device) -> bool:
+    """Whether logits are so large that they may be computed a second time."""
+    return 2 * _bytes(head.logits) > TWICE_SHARE * device.memory_bytes
 
 
 def choose(region: Region, device: Device) -> Choice | None:

@@ -23,6 +23,7 @@ from jevt._jaxpr import Atom
 from jevt.passes._facts import shape_of
 from jevt.passes.attention.region import Program
 from jevt.passes.chunks.rows import (
+    ELEMENTWISE,
     RULES,
     Span,
     Unfit,
@@ -36,6 +37,34 @@ from jevt.passes.chunks.rows import (
 
 class Obstacle(Exception):
     """Why the logits have to be there as a whole."""
+
+
+class Waiting(Obstacle):
+    """The gradient needs a value that depends on the logits of other rows.
+
+    Attributes:
+      value: it.
+    """
+
+    def __init__(self, value: Var, why: str) -> None:
+        super().__init__(f"what they are computed into waits for {why}")
+        self.value = value
+
+
+class Repeating(Obstacle):
+    """A value repeats within the rows, as one number a sequence does for its tokens.
+
+    Attributes:
+      position: of the equation that reads it.
+      index: which of the operands it is.
+      span: where the rows are in the results.
+    """
+
+    def __init__(self, eqn: JaxprEqn, position: int, index: int, span: Span) -> None:
+        super().__init__(f"{eqn.primitive.name} repeats values within the rows")
+        self.position = position
+        self.index = index
+        self.span = span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +144,16 @@ class Region:
         return list(dict.fromkeys(large))
 
 
+def can_repeat(head: Head, obstacle: Repeating) -> bool:
+    """Whether a value may be repeated for each row of its own: it is not as large as the logits."""
+    eqn = head.program.eqns[obstacle.position]
+    if eqn.primitive is not p.broadcast_in_dim_p and eqn.primitive not in ELEMENTWISE:
+        return False
+    shape = shape_of(eqn.outvars[0])
+    rows, atom = extent(shape, obstacle.span), eqn.invars[obstacle.index]
+    return 2 * rows * size(atom) < size(head.logits)
+
+
 def size(atom: Atom) -> int:
     """The number of elements."""
     return math.prod(shape_of(atom))
@@ -125,11 +164,11 @@ def is_large(atom: Atom, head: Head) -> bool:
     return 2 * size(atom) >= size(head.logits)
 
 
-def heads_of(program: Program, statistics: int) -> Iterator[tuple[JaxprEqn, list[Head]]]:
-    """The products that give what a softmax normalises, each with its heads, most rows first.
+def heads_of(program: Program, statistics: int) -> Iterator[Head]:
+    """The products that give what a softmax normalises, of each those with most rows first.
 
     There are several of one product, with fewer of its axes as rows: under ``vmap``, axes of the
-    batch are not summed over. There is none where the rows of the softmax are not the product's.
+    batch are not summed over.
 
     Args:
       program: whose equations they are.
@@ -148,13 +187,10 @@ def heads_of(program: Program, statistics: int) -> Iterator[tuple[JaxprEqn, list
             (logits,) = maker.outvars
             starts = list(_starts(maker))
             ends = [_followed(program, logits, start, path) for start in starts]
-            heads = [
-                Head(program, program.maker[logits], start)
-                for start, end in zip(starts, ends, strict=True)
-                if end is not None and not set(range(*end)) & set(axes)
-            ]
-            if starts:
-                yield maker, heads
+            for start, end in zip(starts, ends, strict=True):
+                # Where they get lost on the way, the search finds out why.
+                if end is None or not set(range(*end)) & set(axes):
+                    yield Head(program, program.maker[logits], start)
             continue
         for operand in maker.invars:
             if isinstance(operand, Var) and operand not in path:
@@ -283,8 +319,8 @@ class _Search:
         eqn = self.program.eqns[position]
         for atom in eqn.invars:
             state = self.derived.get(atom) if isinstance(atom, Var) else None
-            if isinstance(state, str):
-                raise Obstacle(f"what they are computed into waits for {state}")
+            if isinstance(state, str) and isinstance(atom, Var):
+                raise Waiting(atom, state)
         span = self.derived[eqn.outvars[0]]
         if isinstance(span, str):
             spans = tuple(self._closing(eqn, index) for index in range(len(eqn.invars)))
@@ -293,22 +329,23 @@ class _Search:
             self.sums.append(position)
             self.spans[position] = spans
             return
-        spans = self._operands(eqn, span)
+        spans = self._operands(position, span)
         for atom, wanted in zip(eqn.invars, spans, strict=True):
             if isinstance(atom, Var) and self.derived.get(atom, wanted) != wanted:
                 raise Obstacle(f"{eqn.primitive.name} combines different rows of them")
         self.spans[position] = spans
         self.results[position] = span
 
-    def _operands(self, eqn: JaxprEqn, span: Span) -> tuple[Span | None, ...]:
-        rule = RULES[eqn.primitive]
-        try:
-            return tuple(
-                None if isinstance(atom, Literal) else rule.operand(eqn, index, span)
-                for index, atom in enumerate(eqn.invars)
-            )
-        except Unfit:
-            raise Obstacle(f"{eqn.primitive.name} repeats values within the rows") from None
+    def _operands(self, position: int, span: Span) -> tuple[Span | None, ...]:
+        eqn = self.program.eqns[position]
+        rule, found = RULES[eqn.primitive], []
+        for index, atom in enumerate(eqn.invars):
+            try:
+                is_number = isinstance(atom, Literal)
+                found.append(None if is_number else rule.operand(eqn, index, span))
+            except Unfit:
+                raise Repeating(eqn, position, index, span) from None
+        return tuple(found)
 
     def _closing(self, eqn: JaxprEqn, index: int) -> Span | None:
         """Where the rows are in an operand of an equation that may sum over all of them."""
@@ -345,8 +382,10 @@ class _Search:
             if others or not is_row_by_row(eqn, span):
                 continue
             try:
-                self.spans[position] = self._operands(eqn, span)
-            except Obstacle:
+                self.spans[position] = self._operands(position, span)
+            except Repeating as obstacle:
+                if is_large(eqn.outvars[0], self.head) and can_repeat(self.head, obstacle):
+                    raise
                 continue
             self.results[position] = span
             self.copied.add(position)

@@ -152,6 +152,12 @@ LOSSES = {
     "z-loss": z_loss,
     "ignored labels": ignored,
     "weights": weighted,
+    "weights of sequences": lambda z, n: (
+        cross_entropy(z, n) * jnp.arange(1.0, 1 + BATCH)[:, None]
+    ).mean(),
+    "temperatures of sequences": lambda z, n: cross_entropy(
+        z * jnp.arange(1.0, 1 + BATCH)[:, None, None], n
+    ),
     "focal": focal,
     "entropy": with_entropy,
     "soft cap": lambda z, n: cross_entropy(5 * jnp.tanh(z / 5), n),
@@ -240,13 +246,23 @@ def test_what_leaves_the_loop(small):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,)])
-def test_some_gradients(wanted, small):
+def test_one_gradient(wanted, small):
     fun = jax.grad(lambda h, w, b, labels: cross_entropy(h @ w + b, labels).mean(), wanted)
     in_chunks(fun, *operands())
 
 
 def test_no_gradient(small):
     in_chunks(lambda h, w, b, labels: cross_entropy(h @ w + b, labels).mean(), *operands())
+
+
+def test_recomputed_logits(small):
+    """Under ``jax.checkpoint`` there are two products, and each has its loop."""
+    loss = jax.checkpoint(lambda h, w, b, labels: (cross_entropy(h @ w + b, labels).mean(), ()))
+    args = operands()
+    original, result, notes = run(step_of(loss), *args)
+    assert len(loops(result)) == len(notes) == 2
+    assert count(result, "optimization_barrier") == 1
+    near(values(result, *args), values(original, *args))
 
 
 def test_soft_labels(small):
@@ -388,10 +404,6 @@ def sorted_logits(h, w, b, labels):
     return cross_entropy(z, labels).mean(), jnp.sort(z)[..., 0]
 
 
-def perplexity(h, w, b, labels):
-    return jnp.exp(cross_entropy(h @ w + b, labels).mean()), ()
-
-
 def half_shifted(h, w, b, labels):
     z = h @ w + b
     return cross_entropy(z[:, :-1], labels[:, 1:]).mean(), (z.argmax(-1) == labels).mean()
@@ -403,8 +415,7 @@ def half_shifted(h, w, b, labels):
         (returned, "are a result"),
         (along_tokens, "cumsum at .* reads them"),
         (sorted_logits, "sort at .* reads them"),
-        (perplexity, "waits for reduce_sum at "),
-        (half_shifted, "not their rows"),
+        (half_shifted, "slice at .* reads them"),
     ],
 )
 def test_what_stays_is_noted(loss, reason, small):
@@ -415,6 +426,39 @@ def test_what_stays_is_noted(loss, reason, small):
     assert note.startswith("logits f32[4,6,40] at ")
     assert re.search(f"stay whole: .*{reason}", note), note
     near(values(result, *args), values(original, *args))
+
+
+def perplexity(h, w, b, labels):
+    return jnp.exp(cross_entropy(h @ w + b, labels).mean()), ()
+
+
+def preference(h, w, b, labels):
+    log_p = -cross_entropy(h @ w + b, labels).sum(-1)
+    return -jax.nn.log_sigmoid(log_p[:2] - log_p[2:]).mean(), ()
+
+
+def advantage(h, w, b, labels):
+    losses = cross_entropy(h @ w + b, labels)
+    return (losses * jax.lax.stop_gradient(losses - losses.mean())).mean(), ()
+
+
+@pytest.mark.parametrize("loss", [perplexity, preference, advantage])
+def test_a_gradient_that_waits_for_all_tokens_has_logits_of_its_own(loss, small):
+    """A loop makes the loss, and another one the gradient."""
+    args = operands()
+    original, result, notes = run(step_of(loss), *args)
+    assert sum("computed twice" in note for note in notes) == 1
+    bodies = [loop.params["jaxpr"] for loop in loops(result)]
+    assert sorted(count(body, "dot_general") for body in bodies) == [1, 3]
+    assert largest(result) < BATCH * TOKENS * VOCABULARY / 2
+    near(values(result, *args), values(original, *args))
+
+
+def test_they_are_not_computed_twice_for_little_memory(small):
+    memory = 8 * 2 * BATCH * TOKENS * VOCABULARY * 4
+    _, result, (note,) = run(step_of(preference), *operands(), memory=memory)
+    assert not loops(result)
+    assert re.search("stay whole: what they are computed into waits for reduce_sum at ", note)
 
 
 def test_automatic_partitioning(small):

@@ -22,6 +22,7 @@ from jevt_kernels.mainloops.descriptors import Described, describe
 from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.mainloops.reduction import Reduction, hoist, store_partial
+from jevt_kernels.mainloops.schedule import schedule
 from jevt_kernels.ops import TRITON_TYPES, compute_dtype, triton_type
 from jevt_kernels.spec import Config, KernelSpec, Partial, Stages, UnsupportedKernel
 from jevt_kernels.view import View, dimension
@@ -245,10 +246,9 @@ def _store_parts(printer: Printer, found: Product) -> None:
 def _epilogue(printer: Printer, found: Product) -> None:
     tree, subtiles = printer.spec.tree, printer.config.subtiles
     reduced = [s for s in printer.stores() if _is_reduced(printer, s)]
-    stores = [s for s in printer.stores() if s not in reduced]
     if subtiles == 1:
         with printer.viewing(_RESULT):
-            _finish(printer, stores, reduced, 0)
+            _finish(printer, found, reduced, 0)
         return
     if subtiles & (subtiles - 1) or printer.config.block("n") // subtiles < 16:
         raise UnsupportedKernel(f"tiles {printer.config.blocks} have no {subtiles} parts along n")
@@ -261,7 +261,7 @@ def _epilogue(printer: Printer, found: Product) -> None:
         with printer.viewing(view), printer.forgetting():
             printer.set_value(found.position, name)
             printer.tile_index("n", f"pid_n * BLOCK_N + {number} * ({size})")
-            _finish(printer, stores, reduced, number)
+            _finish(printer, found, reduced, number)
 
 
 def _split(printer: Printer, name: str, parts: int) -> list[str]:
@@ -287,32 +287,44 @@ def _is_reduced(printer: Printer, store: int) -> bool:
     return isinstance(printer.spec.tree[operand], visitor.Reduce)
 
 
-def _finish(printer: Printer, stores: list[int], reduced: list[int], subtile: int) -> None:
-    """Prints the stores of a subtile and the partial results of its reductions.
-
-    Along ``n`` each subtile leaves a partial result of its own.
-    """
-    tree, space, config = printer.spec.tree, printer.spec.space, printer.config
-    for position in sorted(frozenset().union(*(product.parts_of(tree, s) for s in reduced))):
-        if isinstance(tree[position], visitor.Reduce):
+def _finish(printer: Printer, found: Product, reduced: list[int], subtile: int) -> None:
+    """Prints the values and stores of a subtile, and the partial results of its reductions."""
+    tree = printer.spec.tree
+    known = product.parts_of(tree, found.position)
+    tiles = [p for p, varies in enumerate(printer.dependencies) if {"m", "n"} <= varies]
+    order = schedule(tree, printer.stores(), known, dict.fromkeys(tiles, 1))
+    stores = [p for p in order if isinstance(tree[p], visitor.Store) and p not in reduced]
+    # A store in place follows the loads of what it replaces.
+    last = stores if printer.spec.aliases else []
+    for position in [*(p for p in order if p not in last), *last]:
+        if position in reduced:
+            _store_reduced(printer, position, subtile)
+        elif position in stores:
+            printer.store(position)
+        elif isinstance(tree[position], visitor.Reduce):
             reduction = Reduction(printer, position)
             reduction.finish(reduction.masked())
-    printer.store_all(stores)
-    for store in reduced:
-        (root,) = visitor.operands(tree[store])
-        over = set()
-        position = root
-        while isinstance(node := tree[position], visitor.Reduce):
-            over.add(node.over)
-            position = node.operand
-        rows, columns = (blocks_along(space, config, name) for name in ("m", "n"))
-        column = "pid_n"
-        if config.subtiles > 1 and "n" in over:
-            columns *= config.subtiles
-            column = f"(pid_n * {config.subtiles} + {subtile})"
-        part, programs = {
-            ("m",): ("pid_m", rows),
-            ("n",): (column, columns),
-            ("m", "n"): (f"(pid_m * {columns} + {column})", rows * columns),
-        }[tuple(sorted(over))]
-        store_partial(printer, Reduction(printer, root), store, f"v{root}", part, programs)
+        elif not printer.is_constant(position):
+            printer.value(position)
+
+
+def _store_reduced(printer: Printer, store: int, subtile: int) -> None:
+    """Prints the store of a subtile's part of a reduction; along ``n`` each subtile leaves one."""
+    tree, space, config = printer.spec.tree, printer.spec.space, printer.config
+    (root,) = visitor.operands(tree[store])
+    over = set()
+    position = root
+    while isinstance(node := tree[position], visitor.Reduce):
+        over.add(node.over)
+        position = node.operand
+    rows, columns = (blocks_along(space, config, name) for name in ("m", "n"))
+    column = "pid_n"
+    if config.subtiles > 1 and "n" in over:
+        columns *= config.subtiles
+        column = f"(pid_n * {config.subtiles} + {subtile})"
+    part, programs = {
+        ("m",): ("pid_m", rows),
+        ("n",): (column, columns),
+        ("m", "n"): (f"(pid_m * {columns} + {column})", rows * columns),
+    }[tuple(sorted(over))]
+    store_partial(printer, Reduction(printer, root), store, f"v{root}", part, programs)

@@ -126,12 +126,15 @@ def config(data: object) -> Config:
     for name, size in blocks.items():
         if _whole(f"block {name}", size, 1) & (size - 1):
             raise ValueError(f"expected a power of two for block {name}, got {size}")
-    flags = {name: fields.pop(name) for name in ("ahead", "descriptors")}
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"expected true or false for {name}, got {value!r}")
+    ahead, descriptors = (_flag(name, fields.pop(name)) for name in ("ahead", "descriptors"))
     numbers = {name: _whole(name, value, 0) for name, value in fields.items()}
-    return Config(tuple(blocks.items()), **flags, **numbers)
+    return Config(tuple(blocks.items()), ahead=ahead, descriptors=descriptors, **numbers)
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false for {name}, got {value!r}")
+    return value
 
 
 def _fields(data: object, kind: type) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def test_inside_scan():
     st.sampled_from([_optax, _taken, _clipped]),
     st.integers(0, 2**31),
 )
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=8, deadline=None)
 def test_any_shape(rows, classes, dtype, loss, seed):
     rng = np.random.default_rng(seed)
     with jax.enable_x64(True):

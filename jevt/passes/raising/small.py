@@ -120,7 +120,11 @@ def same(got: Named, want: Named, tolerance: float = TOLERANCE) -> bool:
 
 
 def ratio(got: Named, of: Named) -> float | None:
-    """The number c of ``got = c·of``, None if there is none."""
+    """The number c of ``got = c·of``, None if there is none.
+
+    Any two numbers have one. So of a single row it has to be a count of elements, or 1 by one, as
+    between a sum and its mean.
+    """
     if set(got.names) != set(of.names) or got.array.dtype == bool:
         return None
     base: Array = of.along(got.names)
@@ -129,7 +133,13 @@ def ratio(got: Named, of: Named) -> float | None:
         return None
     c = float((got.array * base).sum()) / norm
     close = np.abs(got.array - c * base).max(initial=0.0) <= TOLERANCE * np.abs(c * base).max()
-    return c if c and close else None
+    if not c or not close or (base.size == 1 and not (_is_whole(c) or _is_whole(1 / c))):
+        return None
+    return c
+
+
+def _is_whole(value: float) -> bool:
+    return value >= 0.5 and abs(value - round(value)) <= 1e-9 * value
 
 
 def dimensions(names: Sequence[Factor], axes: Sequence[Sequence[Factor]]) -> list[int] | None:

@@ -318,3 +318,29 @@ def test_golden(golden):
         stages = {"canonical": jaxpr, "raised": result, "expanded": expanded(result)}
         sections += [f"{name}, {stage}\n{text(program)}\n" for stage, program in stages.items()]
     golden("passes/raise_norms.txt", "\n".join(sections))
+
+
+ONE_ROW = {
+    "std": lambda x: x.std(),
+    "sum and std": lambda x: (0.01 * x.sum(), x.std()),
+    "root of the mean square": lambda x: jnp.sqrt(jnp.square(x).mean()),
+    "variance, one less": lambda x: x.var(ddof=1),
+    "standardised": lambda x: (x - x.mean()) / (x.std() + 1e-5),
+    "layer norm": lambda x: (x - x.mean()) * jax.lax.rsqrt(x.var() + 1e-6),
+    "rms norm": lambda x: x * jax.lax.rsqrt(jnp.square(x).mean() + 1e-6),
+    "layer norm of one token": lambda x: nn.LayerNorm(use_scale=False, use_bias=False).apply(
+        {}, x[:1, :1]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_ROW)
+def test_one_row(name):
+    """Between two numbers there is always a factor: that of a sample says nothing."""
+    fun = ONE_ROW[name]
+    (x,) = arrays(ROWS)
+    jaxpr = canonical(lambda x: jax.vjp(fun, x + 0.3)[0], x)
+    assert relative_norm(evaluate(raised(jaxpr)[0], x), evaluate(jaxpr, x)) < 1e-6
+    step = jax.grad(lambda x: sum(jnp.sin(y).sum() for y in jax.tree.leaves(fun(x + 0.3))))
+    jaxpr = canonical(step, x)
+    assert relative_norm(evaluate(raised(jaxpr)[0], x), evaluate(jaxpr, x)) < 1e-5

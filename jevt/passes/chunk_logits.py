@@ -45,27 +45,13 @@ from jevt._context import Context, Device
 from jevt.passes import cse, dce
 from jevt.passes._rewrite import map_bodies, once, rebuild, substitute
 from jevt.passes._rules import Abandon, Graph, check_same_mesh
-from jevt.passes.attention.region import Program
 from jevt.passes.chunks import cut, policy
-from jevt.passes.chunks.fork import fork
-from jevt.passes.chunks.region import (
-    Head,
-    Obstacle,
-    Region,
-    Repeating,
-    Waiting,
-    can_repeat,
-    find,
-    heads_of,
-)
-from jevt.passes.chunks.repeat import repeat
+from jevt.passes.chunks.region import Head, Obstacle, Region
+from jevt.passes.chunks.search import Found, eased, look
 from jevt.passes.chunks.write import write
 from jevt.primitives.softmax import softmax_statistics_p
 
 type Note = Callable[[str], None]
-
-#: Obstacles that are removed from a program at most.
-_MOST_OBSTACLES = 32
 
 
 def run(jaxpr: Jaxpr, context: Context, note: Note = lambda _: None) -> Jaxpr:
@@ -97,63 +83,32 @@ def _run(jaxpr: Jaxpr, context: Context, note: Note, body: Callable[[Jaxpr], Jax
         jaxpr = changed
 
 
-def _variants(jaxpr: Jaxpr, device: Device) -> Iterator[tuple[Jaxpr, str]]:
+def _variants(jaxpr: Jaxpr, device: Device) -> Iterator[tuple[Found, str]]:
     """The program, and what else computes the same, but in more equations; with a remark."""
     if not any(eqn.primitive is softmax_statistics_p for eqn in jaxpr.eqns):
         return
-    yield _eased(jaxpr, device, twice=False), ""
+    whole = eased(look(jaxpr, device), device)
+    yield whole, ""
     # Of products of which some rows are not read, those are left out.
     short = cut.run(jaxpr, lambda atom: policy.may_be_large(atom, device))
+    variants = [whole]
     if short is not jaxpr:
-        short = dce.run(cse.run(short))
-        yield _eased(short, device, twice=False), ""
-    for variant in dict.fromkeys((jaxpr, short)):
-        eased = _eased(variant, device, twice=True)
-        if eased is not variant:
-            yield dce.run(eased), "; computed twice, as the gradient waits for all tokens"
+        variants.append(eased(look(dce.run(cse.run(short)), device), device))
+        yield variants[-1], ""
+    for variant in variants:
+        twice = eased(variant, device, twice=True)
+        if twice is not variant:
+            yield twice, "; computed twice, as the gradient waits for all tokens"
 
 
-def _eased(jaxpr: Jaxpr, device: Device, *, twice: bool) -> Jaxpr:
-    """The program without obstacles for which there is a way.
-
-    Args:
-      jaxpr: the program.
-      device: with how much memory.
-      twice: whether what a gradient waits for may get logits of its own.
-    """
-    for _ in range(_MOST_OBSTACLES):
-        program = Program(jaxpr)
-        eased = (
-            _ease(program, head, why, device, twice=twice)
-            for head, why in _regions(program, device)[1].values()
-        )
-        found = next((e for e in eased if e is not None), None)
-        if found is None:
-            break
-        jaxpr = found
-    return jaxpr
-
-
-def _ease(
-    program: Program, head: Head, why: Obstacle, device: Device, *, twice: bool
-) -> Jaxpr | None:
-    """The program without an obstacle, None if it stays."""
-    if isinstance(why, Repeating) and can_repeat(head, why):
-        return repeat(program, why)
-    if twice and isinstance(why, Waiting) and policy.is_worth_twice(head, device):
-        return fork(head, why.value)
-    return None
-
-
-def _changed(jaxpr: Jaxpr, context: Context) -> tuple[Jaxpr | None, list[str]]:
-    """The jaxpr with one region rewritten and how; or None, and why others are not.
+def _changed(found: Found, context: Context) -> tuple[Jaxpr | None, list[str]]:
+    """The program with one region rewritten and how; or None, and why others are not.
 
     Of logits that meet, as those of a teacher and a student, the region of one holds the other's.
     That is the one with more equations that depend on its logits.
     """
-    program = Program(jaxpr)
-    regions, obstacles = _regions(program, context.device)
-    for region in sorted(regions, key=lambda r: len(r.copied) - len(r.inside)):
+    obstacles = dict(found.obstacles)
+    for region in sorted(found.regions, key=lambda r: len(r.copied) - len(r.inside)):
         choice = policy.choose(region, context.device)
         if choice is None:
             continue
@@ -171,28 +126,6 @@ def _changed(jaxpr: Jaxpr, context: Context) -> tuple[Jaxpr | None, list[str]]:
         )
         return result, [how]
     return None, [f"{_words(head)} stay whole: {why}" for head, why in obstacles.values()]
-
-
-type _Obstacles = dict[JaxprEqn, tuple[Head, Obstacle]]
-
-
-def _regions(program: Program, device: Device) -> tuple[list[Region], _Obstacles]:
-    """The regions around large logits, and why there is none around a product that gives some."""
-    regions: dict[JaxprEqn, Region] = {}
-    obstacles: _Obstacles = {}
-    for position, eqn in enumerate(program.eqns):
-        if eqn.primitive is not softmax_statistics_p:
-            continue
-        for head in heads_of(program, position):
-            if head.eqn in regions or not policy.is_candidate(head, device):
-                continue
-            try:
-                region = find(head)
-            except Obstacle as obstacle:
-                obstacles.setdefault(head.eqn, (head, obstacle))
-            else:
-                regions |= {} if region is None else {head.eqn: region}
-    return list(regions.values()), {e: o for e, o in obstacles.items() if e not in regions}
 
 
 def _gib(size: int) -> str:

@@ -572,3 +572,14 @@ def test_the_memory_of_the_present_device_counts(monkeypatch):
     assert cost.device_model("cuda").memory_bytes == 12345
     stats = None  # a platform that does not tell
     assert cost.device_model("cuda").memory_bytes == 60 * 10**9
+
+
+@pytest.mark.interpret
+def test_kernels_in_the_loop(monkeypatch, small):
+    monkeypatch.setattr(cost, "CPU", dataclasses.replace(cost.CPU, memory_bytes=1000))
+    args = operands((20,))
+    step = of_logits(z_loss)
+    ours = jevt.jit(step, backend="interpret")
+    near(jax.tree.leaves(ours(*args)), jax.tree.leaves(jax.jit(step)(*args)), 1e-5)
+    ((_, body),) = jevt.last_trace(ours).plan.nested
+    assert any(group.target == "triton" and group.kind == "rowwise" for group in body.groups)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from jax.extend.core import Jaxpr
 
+from jevt import _jaxpr
 from jevt._context import Context, Device
 from jevt.lowering.errors import NotFusible
 from jevt.partition import cost, fusions, names, products
@@ -14,6 +16,7 @@ from jevt.partition.build import Builder
 from jevt.partition.duplicate import merge_copies
 from jevt.partition.graph import Graph, Node, Reading, unexpected
 from jevt.partition.plan import Group, Plan
+from jevt.passes import cse
 from jevt.tuning import known
 from jevt_kernels import limits, tuning
 from jevt_kernels.spec import Config, KernelSpec
@@ -90,8 +93,8 @@ def worthwhile(
 ) -> bool:
     """Whether a matrix product is predicted to be faster with the others of its group than apart.
 
-    Apart, cuBLAS runs it and one kernel, of ours or XLA's, all the others. Measured times of the
-    group replace what is predicted of it.
+    Apart, cuBLAS runs it, with or without what its epilogue takes, and one kernel, of ours or
+    XLA's, all the others. Measured times of the group replace what is predicted of it.
     """
     if not chooses(context):
         return True
@@ -103,11 +106,35 @@ def worthwhile(
 
     together, xla = times(nodes)
     apart = times([product])[1] + min(times([n for n in nodes if n != product]))
+    apart = min(apart, _with_epilogue_us(graph, single, nodes, device))
     positions = sorted(p for n in nodes for p in graph.nodes[n].eqns)
     measured = known.best_us(merge_copies(graph.extract(positions)), builder, context)
     if measured is not None:
         return measured <= apart
     return together <= min(xla, apart) * _unsure(context)
+
+
+def _with_epilogue_us(graph: Graph, single: Reading, nodes: Sequence[int], device: Device) -> float:
+    """A product and what cuBLAS's epilogue takes along, and one kernel for the rest of a group.
+
+    Infinite if the epilogue takes nothing. Copies of an equation are one here: the call stores what
+    they make.
+    """
+    positions = sorted(p for n in nodes for p in graph.nodes[n].eqns)
+    role = {graph.jaxpr.eqns[p].outvars[0]: single.nodes[p] for p in positions}
+    jaxpr = cse.run(graph.extract(positions))
+    at = products.position(jaxpr)
+    assert at is not None
+    taken = sorted(products.folded(jaxpr, at))
+    if len(taken) == 1:
+        return math.inf
+
+    def times(chosen: Sequence[int]) -> tuple[float, float]:
+        parts = [role[jaxpr.eqns[p].outvars[0]] for p in chosen]
+        return _times(_jaxpr.extract(jaxpr, chosen), parts, device)
+
+    rest = [p for p in range(len(jaxpr.eqns)) if p not in taken]
+    return times(taken)[1] + (min(times(rest)) if rest else 0.0)
 
 
 def company(graph: Graph, context: Context) -> dict[int, int]:

@@ -57,7 +57,7 @@ def preferred(spec: KernelSpec, found: Product, alive: int) -> Config | None:
             config = _config(128, 128, 4, 3, programs=_WALKING)
     elif _has_long_operation(spec, found):
         if alive > 4:
-            config = _config(128, 64, 4, 3, subtiles=2)
+            config = _config(64, 128, 8, 3, subtiles=2)
         else:
             config = _config(128, 128, 8, 3, subtiles=2, programs=_WALKING)
     elif alive > 2:

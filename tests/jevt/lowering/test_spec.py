@@ -16,7 +16,6 @@ from jax import lax
 from jax.extend.core import primitives
 
 from jevt._jax_internals import iota_2x32_shape_p
-from jevt.lowering import spec as lowering
 from jevt.lowering.errors import NotFusible
 from jevt_kernels import interpreter
 from jevt_kernels.spec import Config, KernelSpec

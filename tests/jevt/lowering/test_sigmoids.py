@@ -28,7 +28,10 @@ PROGRAMS = {
     "binary cross entropy": (bce, 3),
     "softplus": (lambda x, y: softplus(x) * y, 1),
     "both sigmoids": (lambda x, y: (jax.nn.sigmoid(x), jax.nn.sigmoid(-x) * y), 2),
-    "of a negative": (lambda x, y: (jnp.log1p(jnp.exp(-jnp.abs(-x))), jax.nn.sigmoid(--x) * y), 2),
+    "of a negative": (
+        lambda x, y: (jnp.log1p(jnp.exp(-jnp.abs(-x))), jax.nn.sigmoid(-(-x)) * y),
+        2,
+    ),
 }
 
 

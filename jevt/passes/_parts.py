@@ -14,8 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jax import lax
-from jax.extend.core import JaxprEqn, Var, new_jaxpr_eqn
+from jax.extend.core import JaxprEqn, Var
 from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom, aval
@@ -41,7 +40,6 @@ class Part:
       operand: this operand's axes.
       taken: what the product of its own has of the factors that it does not have whole.
       cut: axis, start and limit of a slice at the end, if that product has more than the part.
-      piece: number of that product; parts of one piece share it.
     """
 
     chain: tuple[JaxprEqn, ...]
@@ -50,7 +48,6 @@ class Part:
     operand: Axes
     taken: Mapping[Factor, Range]
     cut: Cut | None = None
-    piece: int = 0
 
     @property
     def product(self) -> JaxprEqn:
@@ -103,20 +100,11 @@ class Part:
         outermost = len(self.taken) == 1 and first[0] in self.taken
         return first == last and outermost and self._range(first[0])[2] == 1
 
-    def emit(self, graph: Graph, behind: dict[tuple[JaxprEqn, int], Atom]) -> Atom:
-        """What stands for the slice: the chain from a product of its own.
-
-        Args:
-          graph: being written.
-          behind: by product and piece, the operand that pieces share, behind a barrier of each.
-        """
+    def emit(self, graph: Graph) -> Atom:
+        """What stands for the slice: the chain from a product of its own."""
         graph.place(self.product)
         operands = [read(graph.env, atom) for atom in self.product.invars]
         operands[self.side] = self._part_of(operands[self.side], self.operand, graph)
-        piece = self.product, self.piece
-        if piece not in behind:
-            behind[piece] = _behind_barrier(operands[1 - self.side], graph)
-        operands[1 - self.side] = behind[piece]
         value = graph.emit(p.dot_general_p, *operands, **self.product.params)
         for (before, eqn), axes in zip(
             itertools.pairwise(self.chain[:-1]), self.axes[1:], strict=True
@@ -297,22 +285,6 @@ def _spread(axes: Sequence[Axis], shape: Sequence[int]) -> Axes:
     """The axes of an array of this shape that has these of more than one element."""
     rest = iter(axes)
     return tuple(next(rest) if size != 1 else () for size in shape)
-
-
-def _behind_barrier(atom: Atom, graph: Graph) -> Atom:
-    """The same array, but for XLA another one in each piece.
-
-    It makes one product of two that share an operand, slices the result, and then adds no bias in
-    cuBLAS's call.
-    """
-    out = Var(aval(atom))
-    source = graph.source
-    graph.add(
-        new_jaxpr_eqn(
-            [atom], [out], lax.optimization_barrier_p, {}, set(), source.source_info, source.ctx
-        )
-    )
-    return read(graph.env, out)
 
 
 def _cut(whole: Atom, cut: Cut, graph: Graph) -> Atom:

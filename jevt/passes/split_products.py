@@ -15,9 +15,7 @@ product, so do parts of few columns (one key head for many queries), which cuBLA
 multiply. Left alone:
 
 * what somebody reads whole, as the gradient of a weight reads the gradient of q, k and v;
-* small products.
-
-XLA makes one product again of several that share an operand, so each has it behind a barrier.
+* small products, which XLA puts together again.
 
     before  { lambda ; a:bf16[64,512,256] b:bf16[256,768] c:bf16[1,1,768]. let
                 d:bf16[64,512,768] = dot_general[(([2], [0]), ([], []))] a b
@@ -27,8 +25,7 @@ XLA makes one product again of several that share an operand, so each has it beh
                 … = attention (reshape g) … in (…) }
     after   { lambda ; a:bf16[64,512,256] b:bf16[256,768] c:bf16[1,1,768]. let
                 d:bf16[256,256] = slice[start_indices=(0, 0) limit_indices=(256, 256)] b
-                h:bf16[64,512,256] = optimization_barrier a
-                e:bf16[64,512,256] = dot_general[(([2], [0]), ([], []))] h d
+                e:bf16[64,512,256] = dot_general[(([2], [0]), ([], []))] a d
                 f:bf16[1,1,256] = slice[limit_indices=(1, 1, 256)] c
                 g:bf16[64,512,1,4,64] = reshape (add e f)
                 … = attention (reshape g) … in (…) }
@@ -41,7 +38,6 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 from jax.extend.core import primitives as p
 
@@ -64,8 +60,10 @@ from jevt.primitives.segments import fused_segment_sum_p, segment_sum_p
 #: Fewest columns of a part.
 MIN_COLUMNS = 256
 
-#: Least bytes that a product reads and writes; of less, slices are not worth products of their own.
-LEAST_BYTES = 32 << 20
+#: XLA makes one product of two that share an operand, if one of them reads and writes less
+#: (``xla_gpu_dot_merger_threshold_mb``); of three such parts of a ViT's layer it joins two again, with
+#: barriers between them too, and takes as long for them as for the slices of one product.
+MERGED_BYTES = 32 << 20
 
 #: What XLA hands to cuBLAS with a product, if the other operand is small.
 _FOLDED = frozenset({p.add_p, p.add_jaxvals_p, p.mul_p, p.max_p, p.convert_element_type_p})
@@ -109,10 +107,9 @@ class _Run:
         if not parts:
             return rebuild(jaxpr, [self._with_bodies(eqn, context) for eqn in jaxpr.eqns], {})
         graph = Graph(jaxpr, {})
-        behind: dict[tuple[JaxprEqn, int], Atom] = {}
         for eqn in jaxpr.eqns:
             if eqn.outvars and eqn.outvars[0] in parts:
-                graph.env[eqn.outvars[0]] = parts[eqn.outvars[0]].emit(graph, behind)
+                graph.env[eqn.outvars[0]] = parts[eqn.outvars[0]].emit(graph)
             else:
                 graph.add(self._with_bodies(substitute(graph.env, eqn), context))
         return rebuild(jaxpr, graph.eqns, graph.env)
@@ -144,11 +141,6 @@ class _Readers:
     def is_output(self, var: Var) -> bool:
         return None in self._positions.get(var, ())
 
-    def is_part(self, product: JaxprEqn) -> bool:
-        """Whether a product is one that was split off: one of its operands is behind a barrier."""
-        makers = (self._makers.get(a) for a in product.invars if isinstance(a, Var))
-        return any(m is not None and m.primitive is lax.optimization_barrier_p for m in makers)
-
     def elements(self, atom: Atom) -> int:
         """The number of elements that an array has in memory, where it may be a broadcast."""
         maker = self._makers.get(atom) if isinstance(atom, Var) else None
@@ -171,8 +163,6 @@ def _splits(readers: _Readers, device: Device) -> Iterator[list[Part]]:
     for eqn in readers.eqns:
         if eqn.primitive is not p.dot_general_p or not _may_be_split(eqn):
             continue
-        if readers.is_part(eqn):
-            continue
         parts = [follow(chain) if chain else None for chain in _chains(eqn, readers)]
         found = [part for part in parts if part is not None and _is_folded(part, readers)]
         if found and len(found) == len(parts):
@@ -185,7 +175,7 @@ def _may_be_split(product: JaxprEqn) -> bool:
         classify(product)
     except (Abandon, NotFusible):  # sharded, or of a type whose cost is not known
         return False
-    return Size.of(product).moved > LEAST_BYTES and product.params.get("out_sharding") is None
+    return Size.of(product).moved > MERGED_BYTES and product.params.get("out_sharding") is None
 
 
 def _chains(product: JaxprEqn, readers: _Readers) -> Iterator[tuple[JaxprEqn, ...]]:
@@ -255,7 +245,7 @@ class _Piece:
     @property
     def is_large(self) -> bool:
         """Whether cuBLAS is fast, and XLA leaves the product alone."""
-        return len(self.columns) >= MIN_COLUMNS and Size.of(self.product).moved > LEAST_BYTES
+        return len(self.columns) >= MIN_COLUMNS and Size.of(self.product).moved > MERGED_BYTES
 
 
 def _chosen(parts: Sequence[Part], readers: _Readers, device: Device) -> list[Part]:
@@ -273,13 +263,7 @@ def _chosen(parts: Sequence[Part], readers: _Readers, device: Device) -> list[Pa
     before = cublas_us(parts[0].product, device) + copies(slices)
     weights = [eqn.invars[parts[0].side] for eqn in products]
     after = sum(cublas_us(eqn, device) for eqn in products) + copies(weights)
-    if after >= before:
-        return []
-    return [
-        dataclasses.replace(part, piece=number)
-        for number, piece in enumerate(pieces)
-        for part in piece.slices()
-    ]
+    return [part for piece in pieces for part in piece.slices()] if after < before else []
 
 
 def _pieces(parts: Sequence[Part], readers: _Readers) -> list[_Piece]:

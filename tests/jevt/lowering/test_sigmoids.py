@@ -29,7 +29,7 @@ PROGRAMS = {
     "softplus": (lambda x, y: softplus(x) * y, 1),
     "both sigmoids": (lambda x, y: (jax.nn.sigmoid(x), jax.nn.sigmoid(-x) * y), 2),
     "of a negative": (
-        lambda x, y: (jnp.log1p(jnp.exp(-jnp.abs(-x))), jax.nn.sigmoid(-(-x)) * y),
+        lambda x, y: (jnp.log1p(jnp.exp(-jnp.abs(-x))), jax.nn.sigmoid(jnp.negative(-x)) * y),
         2,
     ),
 }

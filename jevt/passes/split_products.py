@@ -61,8 +61,8 @@ from jevt.primitives.segments import fused_segment_sum_p, segment_sum_p
 MIN_COLUMNS = 256
 
 #: XLA makes one product of two that share an operand, if one of them reads and writes less
-#: (``xla_gpu_dot_merger_threshold_mb``). Of three large parts of a ViT's layer it was seen to join two
-#: on an H100, with barriers between them too; that was as fast as slices of one product.
+#: (``xla_gpu_dot_merger_threshold_mb``). Of three large parts of a ViT's layer it was seen to join
+#: two on an H100, with barriers between them too; that was as fast as slices of one product.
 MERGED_BYTES = 32 << 20
 
 #: What XLA hands to cuBLAS with a product, if the other operand is small.

@@ -194,7 +194,8 @@ def _times(jaxpr: Jaxpr, parts: Sequence[Node], device: Device) -> tuple[float, 
         sums = [jaxpr.eqns[i] for i in sorted(reductions)]
         return products.kernel_us(jaxpr, device) + products.second_stage_us(sums, device), xla
     ends = [jaxpr.eqns[i] for i, part in enumerate(parts) if part.ends]
-    return cost.predict_us(jaxpr, device) + cost.second_stage_us(ends, device), xla
+    ours = cost.predict_us(jaxpr, device) * cost.narrow_columns(ends)
+    return ours + cost.second_stage_us(ends, device), xla
 
 
 def _trivial(parts: Sequence[Node], context: Context) -> str:

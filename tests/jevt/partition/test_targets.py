@@ -39,3 +39,13 @@ def test_a_kernel_runs_as_its_gpu_allows(device, described):
 
 def test_where_there_is_no_gpu_nothing_is_chosen():
     assert product_group("H100", platform="cpu").config is None
+
+
+@pytest.mark.parametrize(("columns", "target"), [(3, "xla"), (64, "triton")])
+def test_sums_of_few_columns_are_left_to_xla(columns, target):
+    def sums(x):
+        return jnp.sum(x * x, 0), jnp.sum(x, 0)
+
+    x = jax.ShapeDtypeStruct((1 << 20, columns), jnp.bfloat16)
+    (group,) = partition(trace(sums, x)[0], context("auto")).groups
+    assert (group.kind, group.target) == ("columnwise", target)

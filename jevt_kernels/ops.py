@@ -351,7 +351,7 @@ _FLOAT_ONLY = frozenset(
     """
     acos acosh asin asinh atan atan2 atanh cbrt ceil cos cosh erf erf_inv erfc exp exp2 expm1
     floor is_finite lgamma log log1p log1p_of_unit log2 logistic logistic_of nextafter pow
-    round_away round_even     round_to_bfloat16 rsqrt sin sinh sqrt tan tanh
+    round_away round_even round_to_bfloat16 rsqrt sin sinh sqrt tan tanh
     """.split()  # noqa: SIM905
 )
 

@@ -116,15 +116,14 @@ def _load_ahead(printer: Printer, found: Product) -> dict[int, str]:
     """Prints the epilogue's loads of full tiles; returns the names that hold what memory holds."""
     if printer.config.subtiles > 1 or printer.config.splits > 1:
         raise UnsupportedKernel("only an epilogue of whole tiles can be loaded ahead")
-    prologue = product.parts_of(printer.spec.tree, found.position)
-    names: dict[int, str] = {}
-    for position, node in enumerate(printer.spec.tree):
-        varies = printer.dependencies[position]
-        if isinstance(node, visitor.Load) and position not in prologue and {"m", "n"} <= varies:
-            names[position] = f"ahead{position}"
-            printer.line(f"{names[position]} = {printer.load_stored(node, varies)}")
-    if not names:
+    tiles = product.epilogue_tiles(printer.spec, found)
+    if not tiles:
         raise UnsupportedKernel("the epilogue loads no full tiles")
+    names = {position: f"ahead{position}" for position in tiles}
+    for position, name in names.items():
+        node = printer.spec.tree[position]
+        assert isinstance(node, visitor.Load)
+        printer.line(f"{name} = {printer.load_stored(node, printer.dependencies[position])}")
     return names
 
 
@@ -291,8 +290,8 @@ def _finish(printer: Printer, found: Product, reduced: list[int], subtile: int) 
     """Prints the values and stores of a subtile, and the partial results of its reductions."""
     tree = printer.spec.tree
     known = product.parts_of(tree, found.position)
-    tiles = [p for p, varies in enumerate(printer.dependencies) if {"m", "n"} <= varies]
-    order = schedule(tree, printer.stores(), known, dict.fromkeys(tiles, 1))
+    tiles = {p for p, varies in enumerate(printer.dependencies) if {"m", "n"} <= varies}
+    order = schedule(tree, printer.stores(), known, tiles)
     stores = [p for p in order if isinstance(tree[p], visitor.Store) and p not in reduced]
     # A store in place follows the loads of what it replaces.
     last = stores if printer.spec.aliases else []

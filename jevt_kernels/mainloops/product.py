@@ -70,14 +70,19 @@ def find(spec: KernelSpec) -> Product:
 
 def parts_of(tree: visitor.Tree, root: int) -> frozenset[int]:
     """Positions of the nodes that a node is made of, itself included."""
-    found: set[int] = set()
-    stack = [root]
-    while stack:
-        position = stack.pop()
-        if position not in found:
-            found.add(position)
-            stack.extend(visitor.operands(tree[position]))
-    return frozenset(found)
+    return frozenset(visitor.ancestors(tree, root))
+
+
+def epilogue_tiles(spec: KernelSpec, product: Product) -> list[int]:
+    """Positions of the loads of tiles as large as the result's that follow the product."""
+    prologue = parts_of(spec.tree, product.position)
+    dependencies = visitor.dependencies(spec.tree, spec.space)
+    return [
+        position
+        for position, node in enumerate(spec.tree)
+        if isinstance(node, visitor.Load) and position not in prologue
+        if {"m", "n"} <= dependencies[position]
+    ]
 
 
 def is_plain(spec: KernelSpec, product: Product) -> bool:

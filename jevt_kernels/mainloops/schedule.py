@@ -7,7 +7,7 @@ ends more values than it makes, if there is one: list scheduling, as compilers d
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from jevt_kernels import visitor
 
@@ -19,20 +19,20 @@ def schedule(
     tree: visitor.Tree,
     roots: Collection[int],
     known: Collection[int],
-    weights: Mapping[int, int],
+    tiles: Collection[int],
 ) -> list[int]:
     """The nodes that roots need, each after its operands.
 
     Args:
       tree: the kernel's.
       roots: stores.
-      known: nodes that are computed already.
-      weights: of nodes: how much room their values take while they are alive; others take none.
+      known: nodes that are computed already, with all that they are made of.
+      tiles: nodes whose values take room while they are alive.
 
     Returns:
       Positions, the roots among them, without those that are known.
     """
-    needed = _needed(tree, roots, known)
+    needed = {p for root in roots for p in visitor.ancestors(tree, root)}.difference(known)
     sources = {p: frozenset(_source(tree, o) for o in visitor.operands(tree[p])) for p in needed}
     readers: dict[int, set[int]] = {}
     for position, read in sources.items():
@@ -44,8 +44,8 @@ def schedule(
 
     def growth(position: int) -> int:
         """How much more is alive afterwards."""
-        made = weights.get(position, 0) if _source(tree, position) == position else 0
-        ended = sum(weights.get(s, 0) for s in sources[position] if readers[s] == {position})
+        made = position in tiles and _source(tree, position) == position
+        ended = sum(s in tiles and readers[s] == {position} for s in sources[position])
         return made - ended
 
     while waiting:
@@ -57,17 +57,6 @@ def schedule(
         for source in sources[position]:
             readers[source].discard(position)
     return order
-
-
-def _needed(tree: visitor.Tree, roots: Collection[int], known: Collection[int]) -> set[int]:
-    needed: set[int] = set()
-    stack = list(roots)
-    while stack:
-        position = stack.pop()
-        if position not in needed and position not in known:
-            needed.add(position)
-            stack.extend(visitor.operands(tree[position]))
-    return needed
 
 
 def _source(tree: visitor.Tree, position: int) -> int:

@@ -7,14 +7,13 @@ them up, in order, and computes the epilogue, element by element.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 from jevt_kernels import visitor
 from jevt_kernels.index_map import IndexMap, Space, TileAxis, row_major
 from jevt_kernels.mainloops import product
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.spec import KernelSpec, Stages, Step, TensorType, UnsupportedKernel
-from jevt_kernels.visitor import Compute, Contract, Iota, Load, Lookup, Node, Reduce, Store
+from jevt_kernels.visitor import Compute, Iota, Load, Lookup, Node, Reduce, Store
 
 
 def divisible(spec: KernelSpec, splits: int) -> bool:
@@ -89,7 +88,7 @@ def _first(
             index = IndexMap((*strides, strides[axis] * length), node.index.offset)
             node = dataclasses.replace(node, index=index)
         numbers[position] = len(nodes)
-        nodes.append(_renumbered(node, numbers))
+        nodes.append(visitor.reading(node, numbers))
     index = IndexMap(_steps(sizes, (part, *layout)))
     nodes.append(Store(0, numbers[found.position], index))
     shape = tuple(sizes[a] for a in (part, *layout))
@@ -123,7 +122,7 @@ def _second(
     numbers = {found.position: len(nodes) - 1}
     for position in sorted(_above(spec, found)):
         numbers[position] = len(nodes)
-        nodes.append(_renumbered(spec.tree[position], numbers))
+        nodes.append(visitor.reading(spec.tree[position], numbers))
     inputs, tree = _needed(nodes)
     second = KernelSpec(
         name=f"{spec.name}_epilogue",
@@ -151,21 +150,6 @@ def _above(spec: KernelSpec, found: Product) -> frozenset[int]:
             result.add(position)
             stack.extend(visitor.operands(spec.tree[position]))
     return frozenset(result)
-
-
-def _renumbered(node: Node, numbers: Mapping[int, int]) -> Node:
-    """The node with its operands at other positions."""
-    match node:
-        case Compute():
-            return dataclasses.replace(node, operands=tuple(numbers[o] for o in node.operands))
-        case Contract():
-            return dataclasses.replace(node, lhs=numbers[node.lhs], rhs=numbers[node.rhs])
-        case Lookup():
-            return dataclasses.replace(node, row=numbers[node.row])
-        case Store():
-            return dataclasses.replace(node, operand=numbers[node.operand])
-        case _:
-            return node
 
 
 def _needed(nodes: list[Node]) -> tuple[tuple[int, ...], visitor.Tree]:

@@ -101,8 +101,7 @@ class DepthRow:
 
 def traced(workload: Workload, device: Device, limit: float = LIMIT) -> tuple[Jaxpr, Context]:
     """The training step after the passes, constants as inputs; ``limit`` is the time limit."""
-    state, batch = (jax.eval_shape(lambda make=m: make(0)) for m in (workload.init, workload.batch))
-    jaxpr = jax.make_jaxpr(workload.step)(state, batch)
+    jaxpr = jax.make_jaxpr(workload.step)(*workload.shapes())
     context = Context("cuda", "auto", False, (False,) * len(jaxpr.invars), device)
     for _, graph_pass in pipeline.graph_passes(context):
         jaxpr = graph_pass(jaxpr)

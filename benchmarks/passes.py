@@ -102,10 +102,8 @@ def run(arguments: Sequence[str]) -> int:
     parts = [_INTRODUCTION]
     for name in names:
         workload = registry.make(name, Options(size=args.size))
-        state, batch = (
-            jax.eval_shape(lambda make=m: make(0)) for m in (workload.init, workload.batch)
-        )
-        parts.append(table(name, list(measure(jax.make_jaxpr(workload.step)(state, batch)))))
+        jaxpr = jax.make_jaxpr(workload.step)(*workload.shapes())
+        parts.append(table(name, list(measure(jaxpr))))
         print(parts[-1])
     args.output.write_text("".join(parts))
     return 0

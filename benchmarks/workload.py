@@ -70,11 +70,13 @@ class Workload:
                 gradient = (_on_host(old[i]) - gradient) / np.float32(PROBE_LEARNING_RATE)
             yield jax.tree_util.keystr(path), gradient
 
+    def shapes(self) -> tuple[Tree, Tree]:
+        """A state and a batch as shapes and dtypes; nothing is made."""
+        return jax.eval_shape(lambda: self.init(0)), jax.eval_shape(lambda: self.batch(0))
+
     def work(self) -> Work:
         """FLOPs and bytes of one step, counted from its jaxpr without running anything."""
-        state = jax.eval_shape(lambda: self.init(0))
-        batch = jax.eval_shape(lambda: self.batch(0))
-        return count_work(self.step, state, batch, on_chip=self.on_chip)
+        return count_work(self.step, *self.shapes(), on_chip=self.on_chip)
 
 
 LossFn = Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]]

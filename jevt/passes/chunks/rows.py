@@ -68,6 +68,14 @@ def _consecutive(axes: Sequence[int]) -> Span | None:
     return (first, end) if list(axes) == list(range(first, end)) else None
 
 
+def _together(axes: Sequence[int]) -> Span:
+    """The span of axes; raises Unfit if they do not follow one another."""
+    span = _consecutive(axes)
+    if span is None:
+        raise Unfit
+    return span
+
+
 class Rule:
     """What a primitive does with rows; this one: element by element."""
 
@@ -206,10 +214,7 @@ class _Transposition(Rule):
 
     @override
     def operand(self, eqn: JaxprEqn, index: int, span: Span) -> Span | None:
-        have = _consecutive(list(eqn.params["permutation"][slice(*span)]))
-        if have is None:
-            raise Unfit
-        return have
+        return _together(eqn.params["permutation"][slice(*span)])
 
     @override
     def call(
@@ -231,11 +236,7 @@ class _Reduction(Rule):
 
     @override
     def operand(self, eqn: JaxprEqn, index: int, span: Span) -> Span | None:
-        kept = self._kept(eqn)[slice(*span)]
-        have = _consecutive(kept)
-        if have is None:
-            raise Unfit
-        return have
+        return _together(self._kept(eqn)[slice(*span)])
 
     @override
     def call(
@@ -372,11 +373,9 @@ class _Product(Rule):
         taken = {*contracted[index], *batch[index]}
         rank = len(shape_of(eqn.invars[index]))
         free = [axis for axis in range(rank) if axis not in taken]
-        axes = [free[axis - first] for axis in range(*span) if axis in own]
-        have = _consecutive(axes)
-        if have is None or not all(inside):
+        if not all(inside):
             raise Unfit
-        return have
+        return _together([free[axis - first] for axis in range(*span)])
 
     @override
     def placed(self, eqn: JaxprEqn, index: int, span: Span) -> tuple[int, ...]:

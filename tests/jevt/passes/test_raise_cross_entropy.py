@@ -168,8 +168,7 @@ WORKLOADS = {"bert": 1, "vit": 1, "vit-nnx": 1, "resnet": 0, "gcn": 0, "gcn-bcoo
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_workloads(name):
     workload = registry.make(name, Options(size="smoke"))
-    state, batch = (jax.eval_shape(lambda m=m: m(0)) for m in (workload.init, workload.batch))
-    jaxpr = canonical(workload.step, state, batch)
+    jaxpr = canonical(workload.step, *workload.shapes())
     result, notes = raised(jaxpr)
     softmaxes = ["softmax: 1 forward, 1 backward"] * WORKLOADS[name]
     assert notes == ["logsumexp: 1 forward, 1 backward", *softmaxes]

@@ -289,8 +289,7 @@ WORKLOADS = {
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_workloads(name):
     workload = registry.make(name, Options(size="smoke"))
-    state, batch = (jax.eval_shape(lambda m=m: m(0)) for m in (workload.init, workload.batch))
-    jaxpr = canonical(workload.step, state, batch)
+    jaxpr = canonical(workload.step, *workload.shapes())
     result, notes = raised(jaxpr)
     assert notes == [WORKLOADS[name]]
     plain = expanded(result)

@@ -62,6 +62,13 @@ def without_maximum(x):
     return jnp.exp(x) / jnp.exp(x).sum(-1, keepdims=True)
 
 
+def masked_by_hand(x):
+    mask = jnp.arange(x.shape[-1]) % 3 > 0
+    top = stop_gradient(jnp.where(mask, x, -jnp.inf).max(-1, keepdims=True))
+    e = jnp.where(mask, jnp.exp(x - top), 0)
+    return e / e.sum(-1, keepdims=True)
+
+
 def flattened(x):
     y = jax.nn.softmax(x.reshape(-1, x.shape[-1]))
     return y.reshape(x.shape)
@@ -80,6 +87,10 @@ SOFTMAX: dict[str, Callable] = {
     "temperature": lambda x: jax.nn.softmax(x / 0.7),
     "masked": lambda x: jax.nn.softmax(x + jnp.where(jnp.arange(x.shape[-1]) < 6, 0, -1e9)),
     "masked by select": lambda x: jax.nn.softmax(jnp.where(x > -0.5, x, -jnp.inf)),
+    "where": lambda x: jax.nn.softmax(x, where=x > -0.5),
+    "where, of columns": lambda x: jax.nn.softmax(x, 1, where=jnp.arange(5)[:, None] != 2),
+    "where, of rows": lambda x: jax.nn.softmax(x, where=jnp.arange(5)[:, None] != 2),
+    "where, by hand": masked_by_hand,
     "residual": lambda x: jax.nn.softmax(x) + jnp.sin(x),
     "reshaped": flattened,
 }
@@ -89,6 +100,8 @@ LOGSUMEXP: dict[str, Callable] = {
     "jax.nn, keepdims": lambda x: jax.nn.logsumexp(x, 1, keepdims=True),
     "log_softmax": jax.nn.log_softmax,
     "log_softmax, axis 0": lambda x: jax.nn.log_softmax(x, 0),
+    "jax.nn, where": lambda x: jax.nn.logsumexp(x, -1, where=x > -0.5),
+    "log_softmax, where": lambda x: jnp.where(x > 0, jax.nn.log_softmax(x, where=x > 0), 0),
     "by hand, no maximum": lambda x: jnp.log(jnp.exp(x).sum(-1)),
     "by hand": lambda x: jnp.log(exponential(x).sum(-1)) + stop_gradient(x.max(-1)),
 }

@@ -6,6 +6,7 @@
 ``small.py``                the values of equations at small sizes, on named axes
 ``norms.py``                the statistics of a norm, found from the root of a variance
 ``softmaxes.py``            those of a softmax, found from the sum of an exponential
+``masks.py``                the masks of a softmax's exponentials
 ``terms.py``                where a gradient ends: the sum of its terms among others
 ``search.py``               the search for a gradient: sums, and cotangents of their terms
 ``gradients.py``            the gradient that belongs to a norm's statistics

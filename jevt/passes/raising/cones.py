@@ -11,9 +11,9 @@ import dataclasses
 import enum
 import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
-from jax.extend.core import Literal, Var
+from jax.extend.core import JaxprEqn, Literal, Var
 from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom
@@ -64,17 +64,33 @@ class Origins:
       statistics: values of the cone that are smaller than the source.
       lax: whether small results of products and the like, made later than the source, are free: a
         scale that depends on the data. Else they may be gradients.
+      masks: booleans that are taken as they are, whatever they depend on.
+      forward: if given, the only values of the full size that are computed from the source alone,
+        but for views of them: what else is may be a cotangent.
     """
 
     def __init__(
-        self, program: Program, source: Var, statistics: Sequence[Var], *, lax: bool = False
+        self,
+        program: Program,
+        source: Var,
+        statistics: Sequence[Var],
+        *,
+        lax: bool = False,
+        masks: Collection[Var] = (),
+        forward: Collection[Var] | None = None,
     ) -> None:
         self.lax = lax
         self.program = program
         self.source = source
+        self.masks = masks
         self.full = size(source)
         self.first = program.maker.get(source, -1)
-        self._known = {source: Kind.DATA, **dict.fromkeys(statistics, Kind.STATISTIC)}
+        self._forward = forward
+        self._known = {
+            source: Kind.DATA,
+            **dict.fromkeys(statistics, Kind.STATISTIC),
+            **dict.fromkeys(masks, Kind.FREE),
+        }
 
     def kind(self, atom: Atom, depth: int = _DEPTH) -> Kind:
         if isinstance(atom, Literal):
@@ -92,6 +108,8 @@ class Origins:
             result = max(kinds, key=lambda kind: kind.value, default=Kind.FREE)
             if result is Kind.FREE and size(atom) >= self.full and not eqn.invars:
                 result = Kind.OTHER
+            if result is not Kind.FREE and self._is_foreign(atom, eqn):
+                result = Kind.OTHER
         self._known[atom] = result
         return result
 
@@ -100,7 +118,7 @@ class Origins:
         stack = [atom]
         while stack:
             var = stack.pop()
-            if not isinstance(var, Var) or var is self.source:
+            if not isinstance(var, Var) or var is self.source or var in self.masks:
                 continue
             kind = self.kind(var)
             eqn = self.program.definition(var)
@@ -113,6 +131,12 @@ class Origins:
             if position not in positions:
                 positions.add(position)
                 stack.extend(eqn.invars)
+
+    def _is_foreign(self, var: Var, eqn: JaxprEqn) -> bool:
+        """Whether only some values are known, and this is another one."""
+        if self._forward is None or size(var) < self.full or var in self._forward:
+            return False
+        return eqn.primitive not in VIEWS and not is_upcast(eqn)
 
     def _is_seen_through(self, var: Var) -> bool:
         """Whether a free value is a number, or a view of another one."""

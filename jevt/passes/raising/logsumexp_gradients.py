@@ -71,6 +71,8 @@ def _numerator(softmax: Softmax, made: set[Var], row: Atom, inside: set[int]) ->
         atom = stack.pop()
         if not isinstance(atom, Var) or program.maker.get(atom) in softmax.cone.positions:
             continue
+        if atom in softmax.masks:
+            continue
         eqn = program.definition(atom)
         if eqn is None or not is_known(eqn) or len(inside) == _MANY:
             return None
@@ -87,6 +89,7 @@ def _numerator(softmax: Softmax, made: set[Var], row: Atom, inside: set[int]) ->
 def _is_multiple(softmax: Softmax, positions: set[int], value: Var, k: Atom) -> bool:
     try:
         run = Evaluation(softmax.program, sorted(positions))
+        softmax.draw_masks(run)
         run.run()
         if run.names(value) != run.names(softmax.x) or not same_mesh(value, softmax.x, k):
             return False

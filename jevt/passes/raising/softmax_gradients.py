@@ -26,10 +26,6 @@ from jevt.passes.raising.small import Evaluation, same, times
 from jevt.passes.raising.softmaxes import Softmax, forms
 from jevt.passes.raising.terms import Sum
 
-#: Sums and cotangents that are tried.
-_SUMS = 6
-_TRIES = 4
-
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxGradient:
@@ -60,13 +56,15 @@ def find(softmax: Softmax) -> SoftmaxGradient | None:
 
 
 def _candidates(softmax: Softmax) -> Iterator[tuple[Origins, Sum]]:
-    origin = root(softmax.program, softmax.x)
+    origin = root(softmax.program, softmax.cone.source)
     assert isinstance(origin, Var)
-    statistics = softmax.statistics()
-    origins = Origins(softmax.program, origin, statistics)
-    for total in search.totals(origins, statistics):
-        for part in _parts(total):
-            yield origins, part
+    statistics, masks = softmax.statistics(), softmax.masks
+    # A cotangent that is computed from x alone is not seen as one until only the forward pass is.
+    for forward in (None, softmax.forward()):
+        origins = Origins(softmax.program, origin, statistics, masks=masks, forward=forward)
+        for total in search.totals(origins, statistics):
+            for part in _parts(total):
+                yield origins, part
 
 
 def _parts(total: Sum) -> Iterator[Sum]:
@@ -85,6 +83,7 @@ def _of_cotangent(softmax: Softmax, origins: Origins, total: Sum, cone: Cone) ->
     positions = set(cone.positions)
     origins.expand(softmax.x, positions)
     run = Evaluation(program, sorted(positions), alike=[var for _, var in total.terms])
+    softmax.draw_masks(run)
     run.run()
     x = run.value(softmax.x)
     axes = run.axes(softmax.x)

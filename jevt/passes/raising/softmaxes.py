@@ -6,6 +6,10 @@ From the sum back, each value through which all of the way goes may be the x of 
 softmax's total; the nearest is taken. Then everything that is computed from x and the total alone
 is compared with what a softmax has to give. Both are done by evaluation, on random numbers and on
 rows with infinities, by which guards differ.
+
+Where the exponentials are masked (``where=``), x is what the maximum is taken of: -inf where the
+mask drops an element. The program's total is 0 where it drops a whole row, and the composite's NaN,
+as is the softmax of such a row in both; so nobody else may read that total.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from jevt.passes._facts import is_float, shape_of
 from jevt.passes.attention.operations import VIEWS, NoMatch, is_known
 from jevt.passes.attention.region import Program, is_renaming, number
 from jevt.passes.attention.values import Named
+from jevt.passes.raising import masks as masks_of
 from jevt.passes.raising.cones import Cone, dominators, size
 from jevt.passes.raising.norms import in_order, living, same_mesh, sums
 from jevt.passes.raising.rows import on_chip
@@ -32,6 +37,9 @@ from jevt.passes.raising.small import Evaluation, dimensions
 #: Dominators that are tried, and values that are compared with what a softmax has to give.
 _TRIES = 6
 _MANY = 60
+
+#: What says nothing of how a softmax is guarded.
+_ROWS = frozenset({"maximum"})
 
 #: Literals are rounded to float32.
 _TOLERANCE = 2e-6
@@ -43,25 +51,34 @@ class Softmax:
 
     Attributes:
       program: whose.
-      cone: x, and the equations from it to the total.
+      cone: x, or what it is a masked version of, and the equations from there to the total.
+      x: of which it is the softmax.
       total: the sum of exponentials, as the program has it.
       axes: of x, over which it runs.
       guarded: whether 0 is subtracted where the maximum is not finite.
       after: the equations that compute something from x and the total alone, ascending.
       results: values of the program that x and the statistics give, by what they are.
+      masks: of exponentials, each with the value of it for which an element counts.
     """
 
     program: Program
     cone: Cone
+    x: Var
     total: Var
     axes: tuple[int, ...]
     guarded: bool
     after: tuple[int, ...]
     results: dict[Var, str]
+    masks: dict[Var, bool]
 
-    @property
-    def x(self) -> Var:
-        return self.cone.source
+    def forward(self) -> set[Var]:
+        """The values of x's size on the way to the total, and those that a softmax gives."""
+        values = {v for i in self.cone.positions for v in self.program.eqns[i].outvars}
+        return values | {v for v in self.results if size(v) == size(self.x)}
+
+    def draw_masks(self, run: Evaluation) -> None:
+        """Gives the masks random values that keep something of every row."""
+        masks_of.draw(run, self.masks)
 
     def statistics(self) -> list[Var]:
         """Values that are smaller than x, and computed from it alone."""
@@ -79,18 +96,17 @@ def find(program: Program, exponential: int) -> Softmax | None:
     Raises:
       NoMatch: it looks like one and is none.
     """
-    total = _total(program, exponential)
+    total, masks = _total(program, exponential)
     if total is None:
-        if _is_masked(program, exponential):
-            raise NoMatch("the exponential is masked (where=), not what it is taken of")
         return None
 
     def resolve(var: Var, positions: set[int]) -> bool:
         chain = number(program, var) is not None
         positions.update(_constant(program, var) if chain else ())
-        return chain
+        return chain or var in masks
 
     unshifted: Cone | None = None
+    alike = False
     for tries, cone in enumerate(dominators(program, [total], resolve)):
         if tries == _TRIES:
             break
@@ -100,12 +116,19 @@ def find(program: Program, exponential: int) -> Softmax | None:
             if cone.source is program.eqns[exponential].invars[0]:
                 unshifted = cone
             continue
-        softmax = _confirm(program, cone, total)
+        softmax = _confirm(program, cone, total, masks)
         if softmax is not None:
             return softmax
+        alike = alike or bool(masks and masks_of.operand(program, cone, masks))
+    if masks and alike:
+        raise NoMatch("a row that is masked as a whole has another value than its softmax")
+    if masks:
+        if _is_shifted(program, program.eqns[exponential].invars[0]):
+            raise NoMatch("the exponential is masked, but not what the maximum is taken of")
+        return None
     if unshifted is None or _is_shifted(program, unshifted.source):
         raise NoMatch("a sum of exponentials, but not of differences from the maximum")
-    softmax = _confirm(program, unshifted, total)
+    softmax = _confirm(program, unshifted, total, masks)
     if softmax is None:
         raise NoMatch("a sum of exponentials, but not that of a softmax")
     if not on_chip(shape_of(softmax.x), softmax.axes):
@@ -113,28 +136,29 @@ def find(program: Program, exponential: int) -> Softmax | None:
     return softmax
 
 
-def _total(program: Program, exponential: int) -> Var | None:
-    """The sum of an exponential over some axes, cast or seen differently before it."""
-    stack = [program.eqns[exponential].outvars[0]]
+def _total(program: Program, exponential: int) -> tuple[Var | None, dict[Var, bool]]:
+    """The sum of an exponential over some axes, cast or seen differently before it.
+
+    One of all elements rather than of a mask's; with the mask, and its value where they count.
+    """
+    masked: tuple[Var | None, dict[Var, bool]] = None, {}
+    stack: list[tuple[Var, dict[Var, bool]]] = [(program.eqns[exponential].outvars[0], {})]
     while stack:
-        for position in program.readers.get(stack.pop(), ()):
+        var, masks = stack.pop()
+        for position in program.readers.get(var, ()):
             eqn = program.eqns[position]
+            (out, *_) = eqn.outvars
             if eqn.primitive is p.reduce_sum_p:
-                return eqn.outvars[0]
-            if eqn.primitive is p.convert_element_type_p or is_renaming(eqn):
-                stack.append(eqn.outvars[0])
-    return None
-
-
-def _is_masked(program: Program, exponential: int) -> bool:
-    """Whether a sum takes some of a softmax's exponentials, by a mask."""
-    eqn = program.eqns[exponential]
-    if not _is_shifted(program, eqn.invars[0]):
-        return False
-    readers = (program.eqns[i] for i in program.readers.get(eqn.outvars[0], ()))
-    masked = (r.outvars[0] for r in readers if r.primitive is p.select_n_p)
-    last = (program.eqns[i] for v in masked for i in program.readers.get(v, ()))
-    return any(eqn.primitive is p.reduce_sum_p for eqn in last)
+                if not masks:
+                    return out, {}
+                masked = out, masks
+            elif eqn.primitive is p.convert_element_type_p or is_renaming(eqn):
+                stack.append((out, masks))
+            elif eqn.primitive is p.select_n_p and not masks:
+                stack.extend(
+                    (out, {mask: keeps}) for mask, keeps in masks_of.choices(program, eqn, 0.0)
+                )
+    return masked
 
 
 def _has_maximum(program: Program, cone: Cone) -> bool:
@@ -156,31 +180,37 @@ def _is_shifted(program: Program, x: Atom) -> bool:
     return False
 
 
-def _confirm(program: Program, cone: Cone, total: Var) -> Softmax | None:
+def _confirm(program: Program, cone: Cone, total: Var, masks: dict[Var, bool]) -> Softmax | None:
     """The softmax of a cone; None if the total is another one."""
+    x = masks_of.operand(program, cone, masks) if masks else cone.source
+    if x is None or size(x) != size(cone.source):
+        return None
     after = tuple(_after(program, cone, total))
     try:
-        runs = tuple(_runs(program, cone, after))
+        runs = tuple(_runs(program, cone, after, masks))
     except NoMatch:
         return None
     run = runs[0]
-    over = {r: [n for n in r.names(cone.source) if n not in r.names(total)] for r in runs}
+    over = {r: [n for n in r.names(x) if n not in r.names(total)] for r in runs}
     shifts = _has_maximum(program, cone)
     # What is not shifted is shifted by 0, as a guarded one is where the maximum is not finite.
     for guarded in (False, True) if shifts else (True,):
-        known = [forms(r, r.value(cone.source), over[r], guarded=guarded) for r in runs]
-        results = _results(program, cone, after, runs, known)
+        known = [forms(r, r.value(x), over[r], guarded=guarded) for r in runs]
+        results = _results(program, (*cone.positions, *after), x, runs, known)
         if results.get(total) == "total":
             break
+        # The total of a row that is masked as a whole may be 0, where the composite's is NaN.
+        if masks and agree(run.value(total), known[0]["total"]) and {*results.values()} - _ROWS:
+            break
     else:
-        if shifts or not all(_is_unshifted(r, cone.source, total, over[r]) for r in runs):
+        if shifts or not all(_is_unshifted(r, x, total, over[r]) for r in runs):
             return None
-    axes = run.axes(cone.source)
-    rest = dimensions([name for name in run.names(cone.source) if name not in over[run]], axes)
+    axes = run.axes(x)
+    rest = dimensions([name for name in run.names(x) if name not in over[run]], axes)
     if rest is None:
         return None
     over_axes = tuple(i for i, axis in enumerate(axes) if axis and i not in rest)
-    return Softmax(program, cone, total, over_axes, guarded, after, results)
+    return Softmax(program, cone, x, total, over_axes, guarded, after, results, masks)
 
 
 def _after(program: Program, cone: Cone, total: Var) -> Iterator[int]:
@@ -223,15 +253,23 @@ def _constant(program: Program, atom: Atom) -> Iterator[int]:
         (atom,) = program.eqns[program.maker[atom]].invars
 
 
-def _runs(program: Program, cone: Cone, after: tuple[int, ...]) -> Iterator[Evaluation]:
-    """The values on random numbers, and where a row has infinities."""
+def _runs(
+    program: Program, cone: Cone, after: tuple[int, ...], masks: Mapping[Var, bool]
+) -> Iterator[Evaluation]:
+    """The values on random numbers, and where a row has infinities, or is masked as a whole."""
     for special in (None, -np.inf, np.inf):
         run = Evaluation(program, sorted({*cone.positions, *after}))
+        masks_of.draw(run, masks)
         x = run.value(cone.source)
         if special is not None:
             array = np.array(x.array)
             array[... if special < 0 else (0,) * array.ndim] = special
             run.values[cone.source] = Named(x.names, array)
+        run.run()
+        yield run
+    if masks:
+        run = Evaluation(program, sorted({*cone.positions, *after}))
+        masks_of.drop(run, masks)
         run.run()
         yield run
 
@@ -260,21 +298,21 @@ def forms(run: Evaluation, x: Named, over: list[Factor], *, guarded: bool) -> Ma
 
 def _results(
     program: Program,
-    cone: Cone,
-    after: tuple[int, ...],
+    positions: tuple[int, ...],
+    x: Var,
     runs: Sequence[Evaluation],
     known: Sequence[Mapping[str, Named]],
 ) -> dict[Var, str]:
     """The values that are what a softmax gives, with axes in the order of x."""
     results: dict[Var, str] = {}
-    for position in sorted({*cone.positions, *after}):
+    for position in sorted(set(positions)):
         (out,) = program.eqns[position].outvars
         if not is_float(out.aval):
             continue
         for name in known[0]:
             pairs = [(r.value(out), k[name]) for r, k in zip(runs, known, strict=True)]
             if all(agree(got, want) for got, want in pairs):
-                if in_order(runs[0].names(out), runs[0].names(cone.source)):
+                if in_order(runs[0].names(out), runs[0].names(x)):
                     results[out] = name
                 break
     return results

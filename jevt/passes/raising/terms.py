@@ -18,7 +18,7 @@ from jax.extend.core import primitives as p
 from jevt._jaxpr import Atom
 from jevt.passes._facts import is_float
 from jevt.passes.attention.operations import VIEWS, is_known
-from jevt.passes.attention.region import Program
+from jevt.passes.attention.region import Program, number
 from jevt.passes.raising.cones import Kind, Origins, size
 
 _ADDITIONS = frozenset({p.add_p, p.add_jaxvals_p, p.sub_p})
@@ -137,7 +137,7 @@ def _climb(program: Program, origins: Origins, start: Var) -> list[Var]:
         if len(readers) != 1:
             break
         eqn = program.eqns[readers[0]]
-        if not _is_linear(eqn, origins, var) or size(eqn.outvars[0]) != size(var):
+        if not _is_linear(program, eqn, origins, var) or size(eqn.outvars[0]) != size(var):
             break
         (var,) = eqn.outvars
         chain.append(var)
@@ -148,11 +148,13 @@ def _climb(program: Program, origins: Origins, start: Var) -> list[Var]:
     return chain[:end]
 
 
-def _is_linear(eqn: JaxprEqn, origins: Origins, var: Var) -> bool:
+def _is_linear(program: Program, eqn: JaxprEqn, origins: Origins, var: Var) -> bool:
     if not is_known(eqn) or not is_float(eqn.outvars[0].aval):
         return False
     if eqn.primitive in _ADDITIONS or eqn.primitive in _PASSING:
         return True
+    if eqn.primitive is p.select_n_p and eqn.invars[0] in origins.masks:
+        return all(a is var or number(program, a) == 0.0 for a in eqn.invars[1:])
     if eqn.primitive not in _SCALINGS:
         return False
     others = [a for a in eqn.invars if a is not var]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.lax import stop_gradient
 from norms import arrays, canonical, expanded
 from rewriting import count, evaluate, relative_norm, text
 from softmaxes import (
@@ -93,6 +94,64 @@ def test_infinities_give_what_they_gave(fun):
     assert len(notes) == 1
     for got in (evaluate(result, x), evaluate(expanded(result), x)):
         np.testing.assert_array_equal(got[0], evaluate(jaxpr, x)[0])
+
+
+@pytest.mark.parametrize("fun", [jax.nn.softmax, jax.nn.log_softmax, LOGSUMEXP["jax.nn"]])
+def test_rows_that_a_mask_drops(fun):
+    """Forward and backward they give what they gave: 0, -inf or NaN, by how they are spelled."""
+    x, g = arrays((6, 8), (6, 8))
+    x = x.at[2].set(-jnp.inf).at[3, 1].set(jnp.inf).at[4, 1].set(jnp.nan)
+    mask = jnp.asarray(np.arange(8) % 3 > 0) & (jnp.arange(6) != 1)[:, None]
+    masked = lambda x: jax.nn.logsumexp(x, -1, where=mask)  # noqa: E731
+    if fun in (jax.nn.softmax, jax.nn.log_softmax):
+        masked = functools.partial(fun, where=mask)
+    else:
+        g = g[:, 0]
+    jaxpr = canonical(training(masked), x, g)
+    result, notes = raised(jaxpr)
+    assert len(notes) == 1 and notes[0].endswith("1 forward, 1 backward")
+    want = evaluate(jaxpr, x, g)
+    for got in (evaluate(result, x, g), evaluate(expanded(result), x, g)):
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+OF_ITSELF = {
+    "entropy": lambda p, log_p: -p * log_p,
+    "entropy, the logarithm of p": lambda p, log_p: -p * jnp.log(p),
+    "square": lambda p, log_p: p**2,
+    "Tsallis": lambda p, log_p: p * (1 - p**0.5),
+    "entropy, weighted": lambda p, log_p: jnp.arange(8) * p * log_p,
+}
+
+
+@pytest.mark.parametrize("name", OF_ITSELF)
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_a_cotangent_computed_from_x_alone(name, axis):
+    def loss(x):
+        p, log_p = jax.nn.softmax(x, axis), jax.nn.log_softmax(x, axis)
+        return OF_ITSELF[name](p, log_p).sum()
+
+    (x,) = arrays(SHAPE)
+    jaxpr = canonical(jax.value_and_grad(loss), x)
+    result, notes = raised(jaxpr)
+    assert notes == ["softmax: 1 forward, 1 backward"]
+    assert count(result, "softmax_gradient") == 1
+    plain = expanded(result)
+    assert reductions(plain) <= reductions(jaxpr)
+    want = evaluate(jaxpr, x)
+    assert relative_norm(evaluate(result, x), want) < 1e-6
+    assert relative_norm(evaluate(plain, x), want) < 1e-6
+
+
+def test_a_cotangent_that_the_softmax_is_squared_with():
+    """Half of a gradient looks like one: the whole is what counts."""
+    (x,) = arrays(SHAPE)
+    step = jax.grad(lambda x: (jax.nn.softmax(x**2) ** 2 * jnp.sin(x)).sum())
+    jaxpr = canonical(step, x)
+    result, notes = raised(jaxpr)
+    assert notes == ["softmax: 1 forward, 1 backward"]
+    assert relative_norm(evaluate(expanded(result), x), evaluate(jaxpr, x)) < 1e-6
 
 
 def test_without_maximum():
@@ -222,6 +281,19 @@ def one_more_than_the_maximum(x):
     return e / e.sum(-1, keepdims=True)
 
 
+def only_exponentials_masked(x):
+    e = jnp.where(x > 0, jnp.exp(x - x.max(-1, keepdims=True)), 0)
+    return e / e.sum(-1, keepdims=True)
+
+
+def total_of_masked_rows(x):
+    """0 rather than NaN in a row that is masked as a whole."""
+    top = stop_gradient(jnp.where(x > 0, x, -jnp.inf).max(-1, keepdims=True))
+    e = jnp.where(x > 0, jnp.exp(x - top), 0)
+    total = e.sum(-1, keepdims=True)
+    return e / jnp.where(total == 0, 1, total)
+
+
 @pytest.mark.parametrize("fun", [other_minimum, of_a_subset, not_normalised])
 def test_look_alikes(fun):
     args = operands(fun)
@@ -281,7 +353,8 @@ def test_numbers_of_columns_are_not_those_of_rows():
 @pytest.mark.parametrize(
     ("fun", "reason"),
     [
-        (lambda x: jax.nn.softmax(x, where=x > 0), "is masked (where=)"),
+        (only_exponentials_masked, "is masked, but not what the maximum is taken of"),
+        (total_of_masked_rows, "masked as a whole has another value"),
         (one_more_than_the_maximum, "not of differences from the maximum"),
     ],
 )

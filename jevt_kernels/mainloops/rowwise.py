@@ -3,7 +3,8 @@
 Three forms. *Whole*: a program instance holds whole rows on chip, so each element is read and
 written once. *Looped*, for rows that do not fit: one loop over the row for each pass
 (``mainloops.passes``: a reduction that needs an earlier reduction's result comes one pass later,
-but for a softmax's sum) and one for the stores; pointwise work is repeated rather than stored.
+but for a softmax's sum) and one for the stores, unless these do not need what the last pass makes:
+then it stores as well. Pointwise work is repeated rather than stored.
 *Split*, for rows that are few and long: several kernels (``mainloops.long_rows``).
 """
 
@@ -202,25 +203,35 @@ def _emit_looped(printer: Printer) -> None:
     columns = printer.spec.space.extent(printer.spec.space.tile_axis("col"))
     reductions(printer, "col")  # raises for what none knows
     plan = passes(printer.spec)
+    stores = printer.stores()
+    narrow = [s for s in stores if not _store_follows_columns(printer, s)]
+    wide = [s for s in stores if s not in narrow]
+    last = len(plan.of) - 1
+    if any(plan.known[o] > last for o in _stored(printer, wide)):
+        last = len(plan.of)
     for number in range(len(plan.of)):
         sweep = Sweep(printer, plan, number)
         sweep.start()
+        if number == last:
+            hoist(printer, _stored(printer, wide), "col")
         printer.open_loop("start", "0", columns, "BLOCK_COL")
         printer.tile_index("col", "start")
         sweep.accumulate()
+        if number == last:
+            printer.store_all(wide)
         printer.close()
         sweep.finish()
-    stores = printer.stores()
-    operands = [o for position in stores for o in visitor.operands(printer.spec.tree[position])]
-    hoist(printer, operands, "col")
-    narrow = [s for s in stores if not _store_follows_columns(printer, s)]
+    hoist(printer, _stored(printer, narrow if last < len(plan.of) else stores), "col")
     printer.store_all(narrow)
-    wide = [s for s in stores if s not in narrow]
-    if wide:
+    if wide and last == len(plan.of):
         printer.open_loop("start", "0", columns, "BLOCK_COL")
         printer.tile_index("col", "start")
         printer.store_all(wide)
         printer.close()
+
+
+def _stored(printer: Printer, stores: list[int]) -> list[int]:
+    return [o for position in stores for o in visitor.operands(printer.spec.tree[position])]
 
 
 def _store_follows_columns(printer: Printer, position: int) -> bool:

@@ -67,6 +67,13 @@ def of_itself(value: Any, x: Any) -> Any:
     return value.sum(1)[:, None] + value * x
 
 
+def soft_cross_entropy(logits: Any, labels: Any) -> Any:
+    """A sum a row of labels that are a distribution, and the gradient of all of them."""
+    log_softmax = jax.nn.log_softmax(logits)
+    k = labels.sum(-1, keepdims=True)
+    return (labels * log_softmax).sum(-1), jnp.exp(log_softmax) * k - labels
+
+
 def same_along_rows(x: Any, b: Any) -> Any:
     return of_itself(jnp.broadcast_to(b * b, x.shape), x)
 
@@ -86,6 +93,7 @@ ROWS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "RMS norm": (rms_norm, (X, SCALE)),
     "RMS norm, gradient": (gradient(rms_norm), (X, SCALE, X[::-1].copy())),
     "cross entropy": (cross_entropy, (X, (X.max(-1, keepdims=True) == X).astype(np.float32))),
+    "cross entropy of soft labels": (soft_cross_entropy, (X, np.square(X[::-1]))),
     "statistics": (lambda x: (x.sum(1), x.max(1), x.min(1), jnp.square(x).sum(1)), (X,)),
     "row and full outputs": (lambda x: (x - x.mean(1, keepdims=True), x.mean(1)), (X,)),
     "same along rows": (same_along_rows, (X, SCALE)),
@@ -172,6 +180,25 @@ def test_long_rows(columns: int, dtype: Any) -> None:
     with np.errstate(over="ignore"):  # the squares are too many for a float16
         sums = [exact.sum(1).astype(dtype), np.square(exact).sum(1).astype(dtype)]
     contract.same(interpreter.run(total, x), sums, tolerance=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("function", "loops"),
+    [
+        (soft_cross_entropy, 2),  # the loss is summed up where the gradient is stored
+        (lambda x, y: (x - (x * y).max(1, keepdims=True), y.sum(1)), 2),  # waits for a maximum
+        (lambda x, y: (x * y, y.sum(1)), 1),
+        (lambda x, y: (x * y).sum(1), 1),
+    ],
+)
+def test_the_last_pass_stores_what_does_not_wait_for_it(
+    function: Callable[..., Any], loops: int
+) -> None:
+    x, y = contract.random((3, 40)), contract.random((3, 40), seed=1)
+    config = Config((("row", 1), ("col", 16)))
+    source = codegen.generate(contract.build(function, x, y), config).text
+    assert source.count("for start in range") == loops
+    contract.check(function, x, y, configs=(config,))
 
 
 def test_softmax_in_a_loop_or_in_parts() -> None:

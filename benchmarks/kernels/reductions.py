@@ -1,14 +1,13 @@
 """Everything in a training step that memory bounds: norms, softmax, losses, sums, the optimizer.
 
 The bytes of a case are its arguments and its results, each once: what one pass moves. A softmax of
-few long rows reads them twice, and says so by a fraction of two thirds at the speed of memory.
+few long rows reads them twice, and says so by a fraction of two thirds at the speed of memory; so
+does whatever waits for the norm of a tensor.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +15,17 @@ import optax
 
 from benchmarks.kernels import columnwise
 from benchmarks.kernels.case import Case, suite
+from benchmarks.kernels.operands import FLOAT, HALF, case, factors, integers, normal
+from benchmarks.kernels.optimizers import optimizers
 from benchmarks.kernels.rowwise import layer_norm, softmax
-from benchmarks.models import bert
-from benchmarks.options import Options, Size
+from benchmarks.kernels.vocabulary import vocabulary
+from benchmarks.options import Size
 from benchmarks.workload import Tree
 
-type Draw = Callable[[jax.Array], jax.Array]
 type Shapes = Sequence[tuple[int, ...]]
 
-HALF, FLOAT = jnp.dtype("bfloat16"), jnp.dtype("float32")
-
 #: Beyond the L2 cache of any present GPU, but for the smoke test.
-_TOKENS: dict[Size, Shapes] = {"full": ((16384, 1024), (32768, 768)), "smoke": ((32, 64),)}
+_TOKENS: dict[Size, Shapes] = {"full": ((16384, 1024),), "smoke": ((32, 64),)}
 _SCORES: dict[Size, Shapes] = {
     "full": ((131072, 512), (16384, 4096), (4096, 30528), (1024, 131072)),
     "smoke": ((32, 64),),
@@ -103,16 +101,6 @@ def norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.square(x.astype(FLOAT)).sum())
 
 
-#: Moments are float32, whatever the parameters are.
-ADAMW = optax.adamw(1e-3, mu_dtype=FLOAT)
-
-
-def adamw(params: Tree, grads: Tree, state: Tree) -> Tree:
-    """An update of all parameters."""
-    updates, state = ADAMW.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-
 #: The functions of other suites.
 _TRIED = (
     layer_norm,
@@ -126,14 +114,15 @@ _TRIED = (
 
 @suite("reductions")
 def reductions(size: Size) -> Sequence[Case]:
-    """Norms, softmax, cross entropy, sums along rows and columns, AdamW."""
+    """Norms, softmax, cross entropy, sums along rows and columns, optimizers."""
     made = [
         *_norms(size),
         *_softmaxes(size),
         *_losses(size),
         *_columns(size),
         *_long_rows(size),
-        _adamw(size),
+        *vocabulary(size),
+        *optimizers(size),
     ]
     # On a CPU the other suites have tried what they share with this one.
     return made if size == "full" else [c for c in made if c.fun not in _TRIED]
@@ -142,7 +131,7 @@ def reductions(size: Size) -> Sequence[Case]:
 def _norms(size: Size) -> list[Case]:
     made = []
     for shape in _TOKENS[size]:
-        full, vector = normal(shape), _scale(shape[-1])
+        full, vector = normal(shape), factors(shape[-1])
         made += [
             case("layernorm", layer_norm, shape, full, vector, vector),
             case(
@@ -176,7 +165,7 @@ def _losses(size: Size) -> list[Case]:
     made = []
     for shape in _LOGITS[size]:
         logits = normal(shape)
-        labels, some = _integers(shape, 0), _integers(shape, -shape[-1] // 4)
+        labels, some = integers(shape), integers(shape, -shape[-1] // 4)
 
         def soft(key: jax.Array, shape: tuple[int, ...] = shape) -> jax.Array:
             return jax.nn.softmax(jax.random.normal(key, shape), axis=-1).astype(HALF)
@@ -198,7 +187,7 @@ def _columns(size: Size) -> list[Case]:
         for shape in _LINEAR[size]
     ]
     for shape in _IMAGES[size]:
-        full, vector = normal(shape), _scale(shape[-1])
+        full, vector = normal(shape), factors(shape[-1])
         operands = (full, vector, vector, full)
         made.append(case("batch-statistics", columnwise.batch_statistics, shape, full))
         made.append(case("batchnorm-sums", columnwise.batch_norm_sums, shape, *operands))
@@ -216,51 +205,3 @@ def _long_rows(size: Size) -> list[Case]:
             ("norm", norm),
         )
     ]
-
-
-def _adamw(size: Size) -> Case:
-    workload = bert.make(Options(size=size))
-    params = jax.tree.leaves(jax.eval_shape(lambda: workload.init(0))["params"])
-
-    def args(seed: int) -> tuple[Tree, ...]:
-        keys = jax.random.split(jax.random.PRNGKey(seed), 2 * len(params))
-        drawn = [
-            0.02 * jax.random.normal(key, x.shape, x.dtype)
-            for key, x in zip(keys, params * 2, strict=True)
-        ]
-        weights, grads = drawn[: len(params)], drawn[len(params) :]
-        return weights, grads, ADAMW.init([w.astype(FLOAT) for w in weights])
-
-    return Case(f"adamw-bert-{len(params)}", adamw, args, bytes=_moved(adamw, args), batches=1)
-
-
-def normal(shape: tuple[int, ...]) -> Draw:
-    """Normal numbers in bfloat16."""
-    return lambda key: jax.random.normal(key, shape, HALF)
-
-
-def _scale(columns: int) -> Draw:
-    return lambda key: 1 + 0.1 * jax.random.normal(key, (columns,))
-
-
-def _integers(shape: tuple[int, ...], low: int) -> Draw:
-    return lambda key: jax.random.randint(key, shape[:1], low, shape[1])
-
-
-def case(family: str, function: Callable[..., Tree], shape: tuple[int, ...], *draws: Draw) -> Case:
-    """A case in bfloat16 whose arguments are drawn from keys of their own."""
-
-    def args(seed: int) -> tuple[Any, ...]:
-        keys = jax.random.split(jax.random.PRNGKey(seed), len(draws))
-        return tuple(draw(key) for draw, key in zip(draws, keys, strict=True))
-
-    large = math.prod(shape) >= 1 << 27
-    name = f"{family}-{'x'.join(map(str, shape))}-bfloat16"
-    return Case(name, function, args, bytes=_moved(function, args), batches=2 if large else 4)
-
-
-def _moved(function: Callable[..., Tree], args: Callable[[int], tuple[Any, ...]]) -> int:
-    """Bytes of the arguments and of the results."""
-    operands = jax.eval_shape(lambda: args(0))
-    everything = jax.tree.leaves((operands, jax.eval_shape(function, *operands)))
-    return sum(x.size * x.dtype.itemsize for x in everything)

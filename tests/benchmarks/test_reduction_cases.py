@@ -1,10 +1,12 @@
 """The cases of the suite ``reductions`` at full size: planned, not run."""
 
+import math
+
 import jax
 import pytest
 from partitions import context
 
-from benchmarks.kernels import reductions
+from benchmarks.kernels import optimizers, vocabulary
 from benchmarks.kernels.case import cases
 from jevt import pipeline
 from jevt.partition import partition
@@ -20,18 +22,25 @@ KERNELS = {
     "cross-entropy-in-full-value-and-grad": 3,
 }
 
+#: Cases whose time is not in tensors that are moved once.
+OTHERS = ("adamw", "lamb", "clip", "linear", "embedding")
 
-def kernels(case):
+
+def after_passes(case, planned_for):
     arguments = jax.eval_shape(lambda: case.args(0))
     jaxpr = jax.make_jaxpr(case.fun)(*arguments)
-    planned_for = context("triton")
     for _, run in pipeline.graph_passes(planned_for):
         jaxpr = run(jaxpr)
-    plan = partition(jaxpr.with_consts(()), planned_for)
+    return jaxpr.with_consts(())
+
+
+def kernels(case):
+    planned_for = context("triton")
+    plan = partition(after_passes(case, planned_for), planned_for)
     return [group for group in plan.groups if group.kind != "opaque"]
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "adamw" not in name])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(OTHERS)])
 def test_full_tensors_are_moved_once(name):
     case = CASES[name]
     groups = kernels(case)
@@ -50,8 +59,36 @@ def test_optimizer_of_all_tensors():
     assert case.bytes == pytest.approx(22 * sum(w.size for w in weights), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "loops"),
+    [
+        ("linear-cross-entropy-16384x1024x30528-bfloat16", 0),
+        ("linear-cross-entropy-16384x2048x128256-bfloat16", 1),
+        ("linear-cross-entropy-in-chunks-16384x1024x30528-bfloat16", 1),
+    ],
+)
+def test_logits_by_chunks(name, loops):
+    case = CASES[name]
+    jaxpr = after_passes(case, context("triton"))
+    assert [eqn.primitive.name for eqn in jaxpr.eqns].count("scan") == loops
+    tokens, features, words = map(int, name.split("-")[-2].split("x"))
+    assert case.flops == 6 * tokens * features * words
+    largest = max(
+        math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars if v.aval.shape
+    )
+    assert (largest == tokens * words) == (not loops)
+
+
+def test_gradient_of_an_embedding_is_a_sum_of_segments():
+    case = CASES["embedding-gradient-16384x30528x1024-bfloat16"]
+    names = {eqn.primitive.name for eqn in after_passes(case, context("triton")).eqns}
+    assert "segment_sum" in names
+    assert not names & {"scatter-add", "scatter_add"}
+
+
 def test_smoke_has_what_no_other_suite_has():
     names = {case.name for case in cases("reductions", "smoke")}
     assert len(names) >= 10
     functions = {case.fun for case in cases("reductions", "smoke")}
-    assert reductions.adamw in functions
+    assert {optimizers.adamw, optimizers.lamb, optimizers.clip} <= functions
+    assert vocabulary.linear_cross_entropy in functions

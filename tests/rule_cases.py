@@ -259,6 +259,13 @@ ROUNDED: dict[str, dict[str, Case]] = {
         "": lambda x, a: jax.grad(lambda v: jax.nn.logsumexp(v, axis=a).sum())(x)
     },
     "logistic._exp": {"": lambda x, _: jax.vjp(jax.nn.softplus, x)[1](x)},
+    "dots._of_vectors": {
+        "": lambda x, a: lax.dot_general(
+            x, lax.sin(x), (((a,), (a,)), (tuple({*range(x.ndim)} - {a}),) * 2)
+        ),
+        "turned": lambda x, _: jnp.einsum("bc,cb->b", _matrix(x), lax.sin(_matrix(x).T)),
+        "all axes": lambda x, _: jnp.vdot(x, lax.sin(x)),
+    },
     "views._transposed_dot": {
         "": lambda x, _: lax.transpose(lax.dot(_matrix(x).T, _matrix(lax.sin(x))), (1, 0))
     },

@@ -133,11 +133,23 @@ def _smooth(x, labels):
     return optax.softmax_cross_entropy(x, optax.smooth_labels(_one_hot(x, labels), 0.1))
 
 
+def _smooth_by_hand(x, labels):
+    smooth = 0.9 * _one_hot(x, labels) + 0.1 / x.shape[-1]
+    return -(smooth * jax.nn.log_softmax(x)).sum(-1)
+
+
+def _smooth_by_mean(x, labels):
+    log_p = jax.nn.log_softmax(x)
+    return -0.9 * _picked(log_p, labels) - 0.1 * log_p.mean(-1)
+
+
 #: Losses a row of logits and integer labels.
 CROSS_ENTROPY: dict[str, Callable] = {
     "optax, integers": optax.softmax_cross_entropy_with_integer_labels,
     "optax, one hot": lambda x, n: optax.softmax_cross_entropy(x, _one_hot(x, n)),
     "optax, smoothed": _smooth,
+    "smoothed by hand": _smooth_by_hand,
+    "smoothed by the mean": _smooth_by_mean,
     "log_softmax": lambda x, n: -_picked(jax.nn.log_softmax(x), n),
     "log_softmax, one hot": lambda x, n: -(jax.nn.log_softmax(x) * _one_hot(x, n)).sum(-1),
     "logsumexp": lambda x, n: jax.nn.logsumexp(x, -1) - _picked(x, n),

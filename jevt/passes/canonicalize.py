@@ -28,6 +28,7 @@ from jevt.passes._rules import merged, rewrite
 from jevt.passes.canonical import (
     arithmetic,
     casts,
+    dots,
     logistic,
     pads,
     positions,
@@ -45,6 +46,7 @@ RULES = merged(
     selects.RULES,
     logistic.RULES,
     pads.RULES,
+    dots.RULES,
 )
 
 

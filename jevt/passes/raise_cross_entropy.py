@@ -9,8 +9,12 @@ with them
     loss = log total - Σ target·(x - maximum)        where the target is one element of the row
     dx = (k / total)·exp(x - maximum) - target·g     k: the factor of the loss, and of a z-loss
 
-Invariant: the same bits forward. A gradient with a z-loss is rounded once less. Targets that are
-not one element of the row (soft or smoothed labels) stay as they are spelled, and are counted.
+Invariant: the same bits forward where the target is one element of the row. A gradient with a
+z-loss is rounded once less. Soft labels t whose sum is known without a pass over them (smoothed
+ones, Σ t·log_softmax = Σ t·(x - maximum) - log total·Σ t) need no total before their product is
+summed up, either, and are chosen by the target's mask: so a kernel that holds a row reads it once.
+Other soft labels stay as they are spelled, and are counted; where a row does not fit on chip, two
+passes over logits and labels give loss and gradient.
 
     before  { lambda ; x:f32[8,64] hot:bool[8,64]. let
                 m:f32[8] s:f32[8] = softmax_statistics[axes=(1,) guarded=False] x
@@ -18,8 +22,8 @@ not one element of the row (soft or smoothed labels) stay as they are spelled, a
               in (reduce_sum[axes=(1,)] (select_n hot 0.0 l),) }          hot: position = label
     after   { lambda ; x:f32[8,64] hot:bool[8,64]. let
                 m:f32[8] s:f32[8] = softmax_statistics[axes=(1,) guarded=False] x
-                t:f32[8] = reduce_sum[axes=(1,)] (select_n hot 0.0 (sub x (reshape m)))
-              in (select_n (0 ≤ label ≤ 63) 0.0 (sub t (log s)),) }
+                t:f32[8] = reduce_sum[axes=(1,)] (select_n hot 0.0 x)
+              in (select_n (0 ≤ label ≤ 63) 0.0 (sub (sub t m) (log s)),) }
 """
 
 from __future__ import annotations
@@ -66,12 +70,16 @@ def _run(jaxpr: Jaxpr, body: Callable[[Jaxpr], Jaxpr], counts: list[int]) -> Jax
         counts[0] += bool(forward)
         counts[1] += bool(forward) and cross_entropies.has_gradient(logits)
         rewrites = [cross_entropies.picked(logits, position) for position in forward]
+        for position in logits.sums():
+            rewrites.append(cross_entropies.weighted(logits, position))
+            rewrites += cross_entropies.multiples_of_labels(logits, position)
         rewrites += [
             cross_entropies.merged(logits, position)
             for position in logits.readers_of_multiples()
             if program.eqns[position].primitive in (p.add_p, p.add_jaxvals_p)
         ]
-        todo.update({r.position: r.write for r in rewrites if r is not None})
+        for rewrite in filter(None, rewrites):
+            todo.setdefault(rewrite.position, rewrite.write)
     if not todo:
         return rebuild(jaxpr, [map_bodies(eqn, body) for eqn in jaxpr.eqns], {})
     graph = Graph(jaxpr, canonicalize.RULES)

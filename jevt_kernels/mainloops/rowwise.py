@@ -133,13 +133,18 @@ def _loads(spec: KernelSpec, per_thread: int) -> tuple[int, int]:
 def _in_turn(spec: KernelSpec) -> list[int]:
     """The reductions of a whole row in the order in which they are made.
 
-    What needs fewer of the others comes first, so that few values wait for a later one.
+    What needs fewer of the others comes first, and then what no full tile needs, as the loss beside
+    its gradient, so that few values wait for a later one.
     """
-    levels = visitor.levels(spec.tree)
+    levels, varies = visitor.levels(spec.tree), visitor.dependencies(spec.tree, spec.space)
+    again: set[int] = set()
+    for position in reversed(range(len(spec.tree))):
+        if position in again or "col" in varies[position]:
+            again.update(visitor.operands(spec.tree[position]))
     found = (
         p for p, n in enumerate(spec.tree) if isinstance(n, visitor.Reduce) and n.over == "col"
     )
-    return sorted(found, key=lambda position: (levels[position], position))
+    return sorted(found, key=lambda p: (levels[p], p in again, p))
 
 
 def held(spec: KernelSpec) -> int:

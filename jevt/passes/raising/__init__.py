@@ -13,6 +13,7 @@
 ``softmax_gradients.py``    that of a softmax
 ``logsumexp_gradients.py``  that of a logsumexp, a softmax times a number a row
 ``cross_entropies.py``      what a cross entropy is made of around a softmax's statistics
+``smoothed_labels.py``      labels of two numbers, one for the target
 ``rows.py``                 where the rows of a composite are, and arithmetic with their numbers
 ``write.py``                the composite equations in the place of what was found
 ``write_softmax.py``        those of a softmax, and what the program computes of its rows

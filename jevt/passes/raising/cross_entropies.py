@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 from jax.extend.core import JaxprEqn, Primitive, Var
@@ -15,14 +16,17 @@ from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom
 from jevt.passes._facts import shape_of
-from jevt.passes._rewrite import read
+from jevt.passes._rewrite import read, substitute
 from jevt.passes._rules import Graph
 from jevt.passes.attention.operations import VIEWS, is_known
 from jevt.passes.attention.region import Program, number, root
+from jevt.passes.raising import smoothed_labels
 from jevt.passes.raising.cones import size
 from jevt.passes.raising.norms import same_mesh
 from jevt.passes.raising.rows import along, of_row
 from jevt.passes.raising.write import number as literal
+from jevt.passes.reductions.known import known_sum
+from jevt.passes.reductions.tools import is_wide
 from jevt.primitives.norms import kept
 
 _ADDITIONS = frozenset({p.add_p, p.add_jaxvals_p, p.sub_p})
@@ -84,6 +88,12 @@ class Logits:
         eqn = self._made_by(atom, p.log_p)
         return eqn is not None and eqn.invars[0] is self.total
 
+    def is_normaliser(self, atom: Atom) -> bool:
+        """Whether this is a logsumexp or the total's logarithm, perhaps times something."""
+        eqn = self._made_by(atom, p.mul_p)
+        factors = (atom,) if eqn is None else eqn.invars
+        return any(self.is_logsumexp(a) or self.is_logarithm(a) for a in factors)
+
     def is_row(self, atom: Atom) -> bool:
         """Whether this is the maximum, placed along the rows."""
         return self.behind(atom) is self.maximum
@@ -115,6 +125,17 @@ class Logits:
         for position in sorted(found):
             if self.program.eqns[position].primitive in _ADDITIONS:
                 yield position
+
+    def sums(self) -> Iterator[int]:
+        """The sums of rows of the logarithm of the softmax, all of it or times something."""
+        for shifted in self._readers(self.x):
+            for logarithm in filter(self.is_log_softmax, self._readers(shifted)):
+                products = (v for v in self._readers(logarithm) if self._made_by(v, p.mul_p))
+                for summed in (logarithm, *products):
+                    for total in self._readers(summed):
+                        eqn = self._made_by(total, p.reduce_sum_p)
+                        if eqn is not None and tuple(eqn.params["axes"]) == self.axes:
+                            yield self.program.maker[total]
 
     def behind(self, atom: Atom) -> Atom:
         """What an atom is a view of."""
@@ -167,9 +188,7 @@ def _is_loss(logits: Logits, eqn: JaxprEqn) -> bool:
     while stack and len(seen) <= _MANY:
         for position in logits.program.readers.get(stack.pop(), ()):
             reader = logits.program.eqns[position]
-            if reader.primitive in _ADDITIONS and any(
-                logits.is_logsumexp(a) or logits.is_logarithm(a) for a in reader.invars
-            ):
+            if reader.primitive in _ADDITIONS and any(map(logits.is_normaliser, reader.invars)):
                 return True
             if is_known(reader) and reader.primitive is not p.reduce_sum_p:
                 new = [v for v in reader.outvars if v not in seen and size(v) < size(logits.x)]
@@ -200,7 +219,7 @@ def picked(logits: Logits, position: int) -> Rewrite | None:
         return None
     logarithm = program.definition(product.invars[index])
     assert logarithm is not None
-    shifted, log_total = logarithm.invars[0], logits.behind(logarithm.invars[1])
+    log_total = logits.behind(logarithm.invars[1])
 
     (out,) = eqn.outvars
     last = shape_of(logits.x)[logits.axes[0]] - 1
@@ -208,13 +227,74 @@ def picked(logits: Logits, position: int) -> Rewrite | None:
 
     def write(graph: Graph) -> None:
         operands = [read(graph.env, a) for a in product.invars]
-        operands[index] = read(graph.env, shifted)
+        operands[index] = read(graph.env, logits.x)
         terms = graph.emit(product.primitive, *operands, **product.params)
-        total = graph.emit(p.reduce_sum_p, terms, **eqn.params)
-        loss = graph.emit(p.sub_p, total, read(graph.env, log_total))
+        target = graph.emit(p.reduce_sum_p, terms, **eqn.params)
+        shifted = graph.emit(p.sub_p, target, read(graph.env, logits.maximum))
+        loss = graph.emit(p.sub_p, shifted, read(graph.env, log_total))
         graph.env[out] = loss if guarded else _where_hit(loss, read(graph.env, label), last, graph)
 
     return Rewrite(position, write)
+
+
+def weighted(logits: Logits, position: int) -> Rewrite | None:
+    """The rewrite of a sum of the logarithm of the softmax, all of it or times soft labels.
+
+    ``Σ t·(x - maximum - log total) = Σ t·(x - maximum) - log total·Σ t`` where Σ t is known.
+    Smoothed labels are chosen by their mask rather than computed from it.
+    """
+    program = logits.program
+    eqn = program.eqns[position]
+    (summed,), (out,) = eqn.invars, eqn.outvars
+    factor: Atom | None = None
+    product = program.definition(summed)
+    if product is not None and product.primitive is p.mul_p and not logits.is_log_softmax(summed):
+        factor = next((a for a in product.invars if not logits.is_log_softmax(a)), None)
+        summed = next((a for a in product.invars if logits.is_log_softmax(a)), summed)
+    logarithm = program.definition(summed)
+    if logarithm is None or not logits.is_log_softmax(summed) or not is_wide(out):
+        return None
+    if factor is not None and shape_of(factor) != shape_of(logits.x):
+        return None
+    if factor is not None and not same_mesh(logits.x, factor):
+        return None
+    shifted, log_total = logarithm.invars[0], logits.behind(logarithm.invars[1])
+    choice = None if factor is None else smoothed_labels.find(program, factor)
+
+    def write(graph: Graph) -> None:
+        terms, log = read(graph.env, shifted), read(graph.env, log_total)
+        if factor is None:
+            count = math.prod(shape_of(logits.x)[axis] for axis in logits.axes)
+            labels = literal(count, log, graph)
+        else:
+            labels = read(graph.env, factor)
+            known = known_sum(labels, logits.axes, graph)
+            if known is None:
+                graph.add(substitute(graph.env, eqn))
+                return
+            chosen = labels if choice is None else choice.write(labels, graph)
+            terms, labels = graph.mul(chosen, terms), known()
+        total = graph.emit(p.reduce_sum_p, terms, **eqn.params)
+        graph.env[out] = graph.emit(p.sub_p, total, graph.mul(log, labels))
+
+    return Rewrite(position, write)
+
+
+def multiples_of_labels(logits: Logits, position: int) -> Iterator[Rewrite]:
+    """The rewrites of multiples of smoothed labels, which a loss and its gradient share."""
+    program = logits.program
+    product = program.definition(program.eqns[position].invars[0])
+    for labels in product.invars if product is not None else ():
+        if smoothed_labels.find(program, labels) is None:
+            continue
+        for reader, choice in smoothed_labels.multiples(program, labels):
+            yield Rewrite(reader, functools.partial(_write_choice, program.eqns[reader], choice))
+
+
+def _write_choice(eqn: JaxprEqn, choice: smoothed_labels.Choice, graph: Graph) -> None:
+    (out,) = eqn.outvars
+    like = next(a for a in eqn.invars if shape_of(a) == shape_of(out))
+    graph.env[out] = choice.write(read(graph.env, like), graph)
 
 
 def _is_guarded(program: Program, out: Var, label: Atom, last: int) -> bool:

@@ -202,12 +202,20 @@ _KNOWN: dict[Any, Callable[..., Expression | None]] = {
 }
 
 
-def eliminated(eqn: JaxprEqn, graph: Graph) -> Atom | None:
-    """A known sum."""
-    (x,), axes = eqn.invars, axes_of(eqn)
-    if kind(x.aval) not in ("f", "i") or 0 in shape_of(x) or not axes:
+def known_sum(atom: Atom, axes: tuple[int, ...], graph: Graph) -> Expression | None:
+    """The sum of ``atom`` over ``axes``, an array of the others, without a reduction.
+
+    None if it is not known. What it is made of is not emitted before it is called.
+    """
+    if kind(atom.aval) not in ("f", "i") or 0 in shape_of(atom) or not axes:
         return None
-    expression = _known(x, axes, graph)
+    expression = _known(atom, axes, graph)
     if expression is None:
         return None
-    return spread(expression(), shape_of(eqn.outvars[0]), graph)
+    return lambda: spread(expression(), without(shape_of(atom), axes), graph)
+
+
+def eliminated(eqn: JaxprEqn, graph: Graph) -> Atom | None:
+    """A known sum."""
+    expression = known_sum(eqn.invars[0], axes_of(eqn), graph)
+    return None if expression is None else expression()

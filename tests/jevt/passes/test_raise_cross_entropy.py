@@ -13,7 +13,12 @@ from softmaxes import CROSS_ENTROPY, passes_over_rows, raised, step_of, with_cro
 
 from benchmarks import registry
 from benchmarks.options import Options
+from jevt import pipeline
+from jevt._context import Context
+from jevt.partition import partition
+from jevt.partition.cost import DEVICES
 from jevt.passes import cse, raise_cross_entropy
+from jevt_kernels import codegen
 
 #: Whose sums take an element of the logarithm of the softmax by its position.
 PICKED = ("log_softmax", "log_softmax, one hot", "optax, one hot", "weights")
@@ -56,6 +61,82 @@ def test_a_target_is_picked_before_the_total_is_known(name):
         assert passes_over_rows(program) == depth
     for n in (labels, labels - 20, labels + 8, -1 - labels):
         np.testing.assert_array_equal(evaluate(plain, x, n)[0], evaluate(jaxpr, x, n)[0])
+
+
+SMOOTHED = ("optax, smoothed", "smoothed by hand", "smoothed by the mean")
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_smoothed_labels_need_no_total(name, dtype):
+    """Their sum is known: nothing that is summed up waits for the total of a row."""
+    with jax.enable_x64(dtype == "float64"):
+        args = operands(dtype)
+        jaxpr = canonical(CROSS_ENTROPY[name], *args)
+        plain = expanded(with_cross_entropies(jaxpr)[0])
+        for program, depth in ((jaxpr, 3), (plain, 2)):
+            assert passes_over_rows(program) == depth
+        labels = args[1]
+        for n in (labels, labels - 20, labels + 8):
+            got, want = (evaluate(j, args[0], n) for j in (plain, jaxpr))
+            np.testing.assert_allclose(got, want, rtol=1e-6 if dtype == "float32" else 1e-14)
+
+
+SOFT = {
+    "optax": optax.softmax_cross_entropy,
+    "by hand": lambda x, t: -(t * jax.nn.log_softmax(x)).sum(-1),
+    "by hand, the other way": lambda x, t: -jnp.sum(jax.nn.log_softmax(x) * t, -1),
+    "einsum": lambda x, t: -jnp.einsum("bc,bc->b", t, jax.nn.log_softmax(x)),
+    "logsumexp": lambda x, t: t.sum(-1) * jax.nn.logsumexp(x, -1) - (t * x).sum(-1),
+    "z-loss": lambda x, t: optax.softmax_cross_entropy(x, t) + 1e-2 * jax.nn.logsumexp(x, -1) ** 2,
+    "weights": lambda x, t: jnp.arange(6.0) * optax.softmax_cross_entropy(x, t),
+    "optax, smoothed": lambda x, t: optax.softmax_cross_entropy(x, optax.smooth_labels(t, 0.1)),
+}
+
+
+@pytest.mark.parametrize("name", SOFT)
+@pytest.mark.parametrize("labels", ["weights", "any numbers", "softmax"])
+def test_soft_labels(name, labels):
+    """Forward and backward, no sum more than is spelled; labels need not sum up to 1."""
+    x, t = arrays((6, 8), (6, 8))
+    if labels == "weights":
+        t = jax.nn.softmax(t)
+
+    def loss(x, t):
+        return SOFT[name](x, jax.nn.softmax(t) if labels == "softmax" else t)
+
+    jaxpr = canonical(step_of(loss), x, t)
+    result, notes = with_cross_entropies(jaxpr)
+    assert notes == ["cross entropy: 1 forward, 1 backward"]
+    plain = expanded(result)
+    assert reductions(plain) <= reductions(jaxpr)
+    assert full_size(plain) <= full_size(jaxpr)
+    want = evaluate(jaxpr, x, t)
+    assert relative_norm(evaluate(result, x, t), want) < 1e-6
+    assert relative_norm(evaluate(plain, x, t), want) < 1e-6
+    assert relative_norm(jax.jit(step_of(loss))(x, t), want) < 1e-6
+
+
+@pytest.mark.parametrize("differentiate", [jax.value_and_grad, jax.grad])
+@pytest.mark.parametrize("name", ["optax, integers", "log_softmax", "weights", *SMOOTHED, "soft"])
+def test_passes_over_memory(name, differentiate):
+    """A row of BERT's words is read once; beside as many soft labels it does not fit on chip.
+
+    Then logits and labels are read twice, and the gradient is written as they are.
+    """
+    loss = CROSS_ENTROPY.get(name, optax.softmax_cross_entropy)
+    x = jax.ShapeDtypeStruct((256, 30528), jnp.float32)
+    labels = x if name == "soft" else jax.ShapeDtypeStruct((256,), jnp.int32)
+    step = differentiate(lambda x, labels: loss(x, labels).mean())
+    jaxpr = jax.make_jaxpr(step)(x, labels)
+    context = Context("cuda", "auto", False, (False, False), DEVICES["H100"])
+    for _, graph_pass in pipeline.graph_passes(context):
+        jaxpr = graph_pass(jaxpr)
+    plan = partition(jaxpr, context)
+    (spec,) = (g.spec for g in plan.groups if any(v.aval.shape == x.shape for v in g.jaxpr.outvars))
+    assert spec.mainloop == "rowwise"
+    loops = codegen.generate(spec).text.count("for start in range")
+    assert loops == (2 if name == "soft" else 0)
 
 
 def test_a_z_loss_is_one_multiple_of_the_softmax():

@@ -177,8 +177,18 @@ def batch_channels_first(x, scale, bias):
     return y * scale[:, None, None] + bias[:, None, None]
 
 
+def nnx_group(x, scale, bias):
+    module = nnx.GroupNorm(x.shape[-1], num_groups=2, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(module)
+    state["scale"], state["bias"] = nnx.Param(scale), nnx.Param(bias)
+    return nnx.merge(graph, state)(x)
+
+
 GROUP = {
     "linen": of_module(nn.GroupNorm(num_groups=2)),
+    "linen, two passes": of_module(nn.GroupNorm(num_groups=4, use_fast_variance=False)),
+    "linen, instance": of_module(nn.InstanceNorm()),
+    "nnx": nnx_group,
     "by hand": grouped,
     "instance": with_variance(RSQRT, (1, 2)),
 }

@@ -9,6 +9,7 @@ gained is the spelling. Over n elements, with c = x - mean:
                                = max(0, Σx²/n - mean²)     else: both sums in one pass over x
                       rstd = rsqrt(variance + ε)
     norm_gradient     sum_g = Σγ'g, sum_gc = Σγ'gc        γ': the scales that vary along the row
+                      of a group norm in two steps, first without γ', over height and width
                       dx = rstd·γ·((γ'g - sum_g/n) - c·a)           a = rstd²·sum_gc/n
                          = (k·γ'g - x·(k·a)) + k·(a·mean - sum_g/n)   k = rstd·γ
 
@@ -129,24 +130,33 @@ def _gradient(eqn: JaxprEqn, graph: Graph) -> list[Atom]:
     g = cast(g, x, graph)
     scales = [cast(scale, x, graph) for scale in scales]
     outer = rows.along(rstd)
-    for scale in scales:
-        if varies(shape_of(scale), axes):
-            g = graph.mul(g, scale)
+    summed = eqn.params["summed"]
     for scale in scales:
         if not varies(shape_of(scale), axes):
             outer = graph.mul(outer, scale)
-    sums = [rows.sum(g)] if centred else []
-    sums.append(rows.sum(graph.mul(c, g)))
+        elif varies(shape_of(scale), summed):
+            g = graph.mul(g, scale)
+    parts = _Rows(shape_of(x), summed, graph)
+    results = [parts.sum(g)] if centred else []
+    results.append(parts.sum(graph.mul(c, g)))
+    sums = results
+    if summed != axes:
+        placed = [parts.along(part) for part in results]
+        for scale in scales:
+            if varies(shape_of(scale), axes) and not varies(shape_of(scale), summed):
+                g = graph.mul(g, scale)
+                placed = [graph.mul(part, scale) for part in placed]
+        sums = [rows.sum(part) for part in placed]
     a = rows.over_n(graph.mul(rows.square(rstd), sums[-1]))
     if eqn.params["two_pass"] or not centred or on_chip(shape_of(x), axes):
         dx = rows.sub(g, rows.along(rows.over_n(sums[0]))) if centred else g
-        return [graph.mul(rows.sub(dx, graph.mul(c, rows.along(a))), outer), *sums]
+        return [graph.mul(rows.sub(dx, graph.mul(c, rows.along(a))), outer), *results]
     # Rows of numbers pass through memory from the sums to here: as few as can be.
     slope = graph.mul(outer, rows.along(a))
     shift = graph.mul(outer, rows.along(rows.over_n(sums[0])))
     shift = rows.sub(graph.mul(slope, rows.along(means[0])), shift)
     dx = rows.sub(graph.mul(g, outer), graph.mul(x, slope))
-    return [graph.emit(p.add_p, dx, shift), *sums]
+    return [graph.emit(p.add_p, dx, shift), *results]
 
 
 def _softmax(eqn: JaxprEqn, graph: Graph) -> list[Atom]:

@@ -12,9 +12,10 @@ Over n elements along ``axes``, with c = x - mean, or c = x, and γ the product 
 
 and without the term Σγg where it is not centred: the cotangent of x where g is that of
 ``c·rstd·γ``. What is normalised, ``c·rstd·γ + β``, is arithmetic element by element and stays as it
-is spelled. ``sum_g`` and ``sum_gc`` are Σγ'g and Σγ'gc, where γ' are those scales that vary along
-the axes: in a batch norm, whose scale does not, they are the gradients of bias and, times rstd, of
-the scale.
+is spelled. ``sum_g`` and ``sum_gc`` are Σγ'g and Σγ'gc over the axes ``summed``, all of these axes
+or some, where γ' are the scales that vary along them: in a batch norm, whose scale does not, they
+are the gradients of bias and, times rstd, of the scale. In a group norm they are that for each
+example, if height and width are summed; times the scale they add up to the sums over a group.
 
 Raising passes put them in, and :mod:`jevt.passes.expand_composites` takes those out again that no
 kernel or library takes whole. They come after differentiation and batching, so they have no rules
@@ -60,10 +61,18 @@ def _statistics_type(
 
 
 def _gradient_type(
-    x: Any, *rest: Any, axes: tuple[int, ...], centred: bool, two_pass: bool
+    x: Any,
+    *rest: Any,
+    axes: tuple[int, ...],
+    summed: tuple[int, ...],
+    centred: bool,
+    two_pass: bool,
 ) -> list[Any]:
     del two_pass
     _check(x, axes)
+    _check(x, summed)
+    if not set(summed) <= set(axes):
+        raise ValueError(f"norm_gradient: expected sums over some of the axes {axes}, got {summed}")
     statistics, (g, *scales) = rest[: 1 + centred], rest[1 + centred :]
     rows = kept(x.shape, axes)
     if any(s.shape != rows for s in statistics) or g.shape != x.shape:
@@ -79,7 +88,7 @@ def _gradient_type(
                 f"norm_gradient: expected a scale that broadcasts to {x.shape} and has as many"
                 f" axes, got {scale.shape}"
             )
-    row = internals.array_like(x, rows, x.dtype)
+    row = internals.array_like(x, kept(x.shape, summed), x.dtype)
     return [internals.array_like(x, x.shape, x.dtype), *[row] * (1 + centred)]
 
 
@@ -111,7 +120,12 @@ def statistics(
 
 
 def gradient(
-    x: jax.Array, *rest: jax.Array, axes: tuple[int, ...], centred: bool, two_pass: bool
+    x: jax.Array,
+    *rest: jax.Array,
+    axes: tuple[int, ...],
+    summed: tuple[int, ...],
+    centred: bool,
+    two_pass: bool,
 ) -> list[jax.Array]:
     """The cotangent of x and the two sums, in plain JAX.
 
@@ -120,6 +134,7 @@ def gradient(
       *rest: mean (where centred), rstd, the cotangent g of the scaled result, like x, and scales,
         of as many axes as x.
       axes: over which the norm runs, ascending.
+      summed: those of them over which the two sums run, ascending.
       centred: whether the mean is subtracted.
       two_pass: as of the statistics.
     """
@@ -128,17 +143,23 @@ def gradient(
     g, *scales = (a.astype(x.dtype) for a in rest[1 + centred :])
     n = math.prod(x.shape[axis] for axis in axes)
     c = x - statistics_[0] if centred else x
-    inner = [s for s in scales if varies(s.shape, axes)]
+    inner = [s for s in scales if varies(s.shape, summed)]
+    middle = [s for s in scales if varies(s.shape, axes) and not varies(s.shape, summed)]
     outer = [s for s in scales if not varies(s.shape, axes)]
     for scale in inner:
         g = g * scale
-    sum_g, sum_gc = jnp.sum(g, axes), jnp.sum(g * c, axes)
-    dx = g - c * jnp.square(rstd) * jnp.expand_dims(sum_gc, axes) / n
+    sum_g, sum_gc = (jnp.sum(a, summed, keepdims=True) for a in (g, g * c))
+    whole_g, whole_gc = sum_g, sum_gc
+    for scale in middle:
+        g, whole_g, whole_gc = g * scale, whole_g * scale, whole_gc * scale
+    whole_g, whole_gc = (jnp.sum(a, axes, keepdims=True) for a in (whole_g, whole_gc))
+    dx = g - c * jnp.square(rstd) * whole_gc / n
     if centred:
-        dx = dx - jnp.expand_dims(sum_g, axes) / n
+        dx = dx - whole_g / n
     for factor in (rstd, *outer):
         dx = dx * factor
-    return [dx, sum_g, sum_gc] if centred else [dx, sum_gc]
+    sums = [jnp.squeeze(a, summed) for a in (sum_g, sum_gc)]
+    return [dx, *sums[1 - centred :]]
 
 
 def varies(shape: Sequence[int], axes: Sequence[int]) -> bool:

@@ -10,6 +10,7 @@
 ``terms.py``                where a gradient ends: the sum of its terms among others
 ``search.py``               the search for a gradient: sums, and cotangents of their terms
 ``gradients.py``            the gradient that belongs to a norm's statistics
+``gradient_sums.py``        its sums, as far as gradients of scale and bias are among them
 ``softmax_gradients.py``    that of a softmax
 ``logsumexp_gradients.py``  that of a logsumexp, a softmax times a number a row
 ``cross_entropies.py``      what a cross entropy is made of around a softmax's statistics

@@ -19,10 +19,11 @@ from jevt.passes._facts import is_float, shape_of
 from jevt.passes.attention.operations import NoMatch
 from jevt.passes.attention.region import Program
 from jevt.passes.attention.values import Named
-from jevt.passes.raising import norms, search
-from jevt.passes.raising.cones import Cone, Kind, Origins, size
+from jevt.passes.raising import gradient_sums, norms, search
+from jevt.passes.raising.cones import Cone, Kind, Origins
+from jevt.passes.raising.gradient_sums import Part
 from jevt.passes.raising.norms import Norm
-from jevt.passes.raising.small import Evaluation, dimensions, ratio, same, times
+from jevt.passes.raising.small import Evaluation, dimensions, same, times
 from jevt.passes.raising.terms import Sum
 
 
@@ -35,7 +36,8 @@ class Gradient:
       sum: in which it ends.
       g: the cotangent.
       scales: factors of the cotangent, with their shapes among the axes of x.
-      sums: values that are multiples of sums: the sum, a factor, and whether rstd is one as well.
+      summed: axes over which the composite's two sums run, all of the norm's or some.
+      sums: values that these give.
       source: an equation of it, for place and scopes.
     """
 
@@ -43,7 +45,8 @@ class Gradient:
     sum: Sum
     g: Var
     scales: tuple[tuple[Var, tuple[int, ...]], ...]
-    sums: dict[Var, tuple[str, float, bool]]
+    summed: tuple[int, ...]
+    sums: dict[Var, Part]
     source: JaxprEqn
 
     def position(self) -> int:
@@ -87,9 +90,7 @@ def _of_cotangent(norm: Norm, origins: Origins, total: Sum, cone: Cone) -> Gradi
     axes = run.axes(norm.x)
     names = run.names(norm.x)
     over = [name for axis in norm.axes for name in axes[axis]]
-    inner = [v for v in scales if not set(over).isdisjoint(run.names(v))]
     full = times(run.value(g), *(run.value(v) for v in scales))
-    part = times(run.value(g), *(run.value(v) for v in inner))
     if set(full.names) != set(names):
         raise NoMatch("a cotangent with other axes")
     x = run.value(norm.x)
@@ -110,12 +111,14 @@ def _of_cotangent(norm: Norm, origins: Origins, total: Sum, cone: Cone) -> Gradi
         shape = shape_of(norm.x)
         shapes.append(tuple(n if i in places else 1 for i, n in enumerate(shape)))
     inside = search.inside(origins, total, positions)
+    summed, parts = gradient_sums.find(norm, run, g, scales, known, inside)
     found = Gradient(
         norm,
         total,
         g,
         tuple(zip(scales, shapes, strict=True)),
-        _sums(norm, origins, run, inside, _known_sums(run, norm, x, part, known, over)),
+        summed,
+        parts,
         program.eqns[search.last_sum(program, inside)],
     )
     operands = (norm.x, g, total.root, *scales)
@@ -149,34 +152,13 @@ def _formula(
 ) -> Named:
     """The gradient of a norm without scales."""
     names, n = x.names, run.count(over)
-    c = _centred(norm, x, known)
+    c = gradient_sums.centred(norm, x, known)
     rstd = known["rstd" if norm.centred else "rrms"]
     inner = run.sum(times(g, c, rstd), over).along(names) / n
     result = g.along(names) - c.array * rstd.along(names) * inner
     if norm.centred:
         result = result - run.sum(g, over).along(names) / n
     return Named(names, result * rstd.along(names))
-
-
-def _centred(norm: Norm, x: Named, known: dict[str, Named]) -> Named:
-    return Named(x.names, x.array - known["mean"].along(x.names)) if norm.centred else x
-
-
-def _known_sums(
-    run: Evaluation,
-    norm: Norm,
-    x: Named,
-    g: Named,
-    known: dict[str, Named],
-    over: list[norms.Factor],
-) -> dict[tuple[str, bool], Named]:
-    """The sums that the composite gives, without and with rstd."""
-    found = {"sum_gc": run.sum(times(g, _centred(norm, x, known)), over)}
-    if norm.centred:
-        found["sum_g"] = run.sum(g, over)
-    rstd = known["rstd" if norm.centred else "rrms"]
-    plain = {(name, False): value for name, value in found.items()}
-    return plain | {(name, True): times(value, rstd) for name, value in found.items()}
 
 
 def _scales(program: Program, positions: set[int], known: set[Var]) -> Iterator[Var]:
@@ -189,27 +171,3 @@ def _scales(program: Program, positions: set[int], known: set[Var]) -> Iterator[
                     raise NoMatch(f"{atom.aval.str_short(short_dtypes=True)} in the gradient")
                 seen.add(atom)
                 yield atom
-
-
-def _sums(
-    norm: Norm,
-    origins: Origins,
-    run: Evaluation,
-    inside: set[int],
-    known: dict[tuple[str, bool], Named],
-) -> dict[Var, tuple[str, float, bool]]:
-    """What others read of the gradient's rows, as far as the composite's sums give it."""
-    program = norm.program
-    ready = max((program.maker.get(v, -1) for v in run.values if v not in run.made()), default=-1)
-    found: dict[Var, tuple[str, float, bool]] = {}
-    for position in sorted(inside):
-        (out,) = program.eqns[position].outvars
-        outside = out in program.outputs or not inside.issuperset(program.readers.get(out, ()))
-        if size(out) >= origins.full or not outside or position <= ready or out not in run.values:
-            continue
-        for (name, with_rstd), value in known.items():
-            c = ratio(run.value(out), value)
-            if c is not None and norms.in_order(run.names(out), run.names(norm.x)):
-                found[out] = name, c, with_rstd
-                break
-    return found

@@ -65,17 +65,20 @@ class NormWriter:
             norm_gradient_p,
             [x, *self._rows, g, *scales],
             axes=norm.axes,
+            summed=gradient.summed,
             centred=norm.centred,
             two_pass=norm.two_pass,
         )
         self._dx = dx
         known = dict(zip(("sum_g", "sum_gc")[-len(sums) :], sums, strict=True))
-        for var, (name, factor, with_rstd) in gradient.sums.items():
-            value = known[name]
+        for var, part in gradient.sums.items():
+            value = known[part.name]
             graph.place(gradient.source)
-            if with_rstd:
+            if part.with_rstd:
                 value = graph.mul(value, self._rows[-1])
-            self._stand_for(var, value, factor)
+            if part.over:
+                value = graph.emit(p.reduce_sum_p, value, axes=part.over, out_sharding=None)
+            self._stand_for(var, value, part.factor)
 
     def sum(self) -> None:
         """Writes the sum in which the gradient ends."""

@@ -12,6 +12,7 @@ from jevt.passes import (
     canonicalize,
     cse,
     dce,
+    fold_constants,
     hoist_orders,
     inline,
     row_products,
@@ -36,7 +37,8 @@ def ends(shape=(EDGES,), low=0, high=NODES, dtype=jnp.int32, seed=1):
 def rewritten(jaxpr):
     """The jaxpr after the passes that put in kernels, and their notes."""
     notes = []
-    jaxpr = dce.run(cse.run(canonicalize.run(dce.run(cse.run(inline.run(jaxpr))))))
+    jaxpr = fold_constants.run(cse.run(dce.run(inline.run(jaxpr))))
+    jaxpr = dce.run(cse.run(canonicalize.run(jaxpr)))
     jaxpr = cse.run(sparse_products.run(jaxpr, notes.append))
     jaxpr = segment_sums.run(jaxpr, 90, notes.append, smallest=1)
     return dce.run(cse.run(hoist_orders.run(row_products.run(jaxpr, 90, smallest=1)))), notes

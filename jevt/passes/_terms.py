@@ -95,6 +95,9 @@ class _Search:
         if eqn.primitive is p.convert_element_type_p and is_float(eqn.invars[0].aval):
             casts = (*casts, eqn.params["new_dtype"])
             return self.find(eqn.invars[0], places, factors, casts, depth - 1)
+        if eqn.primitive is p.neg_p:
+            negative = Factor(self.graph.literal(-1, eqn.outvars[0].aval), ())
+            return self.find(eqn.invars[0], places, (*factors, negative), casts, depth - 1)
         if (before := before_view(eqn, places)) is not None:
             return self.find(eqn.invars[0], before, factors, casts, depth - 1)
         for inner, factor in self._readings(eqn, places):

@@ -8,6 +8,7 @@ once however often they are used, and not at all where the scatter says that the
 matrix is in CSR form.
 
     scatter_add(x, i, w·t[c])            = x + segment_sum(bounds(i), c[o], t, w[o]), o = order(i)
+    scatter_add(x, i, where(m, w·t[c], 0)): a mask of edges is one of c (``masked_lookups``)
     scatter_add(0, i, 1)                 = bounds(i)[1:] - bounds(i)[:-1]
     bcsr_dot_general(data, c, indptr, x) = segment_sum(indptr, c, x, data)
 
@@ -41,7 +42,7 @@ from jax.lax import GatherDimensionNumbers
 from jax.lax import GatherScatterMode as Mode
 
 from jevt._jaxpr import Atom
-from jevt.passes import _rows, _terms
+from jevt.passes import _rows, _terms, masked_lookups
 from jevt.passes._facts import shape_of
 from jevt.passes._remarks import Note, Remarks
 from jevt.passes._rows import convert, transposed
@@ -79,6 +80,7 @@ def run(
     rules: dict[Primitive, tuple[Rule, ...]] = {
         p.scatter_add_p: (this.scatter_add,),
         bcsr_dot_general_p: (this.bcsr_dot_general,),
+        p.select_n_p: (masked_lookups.rule(smallest),),
     }
     result = rewrite(jaxpr, rules)
     this.remarks.tell(note)

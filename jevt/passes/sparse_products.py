@@ -16,6 +16,9 @@ so, and its indices need no sorting. Written out are:
 * the sampled product of two matrices or vectors, which is the gradient of a matrix's elements;
 * the transpose of a BCOO array, which permutes columns of its indices.
 
+What else there is of sparse arrays stays, and is noted: two sparse arrays, and those that are made
+dense, of a dense one, or of an unordered one.
+
     before  { lambda ; a:f32[50] b:i32[50,2] c:f32[9,4]. let
                 d:f32[9,4] = bcoo_dot_general[dimension_numbers=(((1,), (0,)), ((), ()))] a b c
               in (d,) }
@@ -40,8 +43,17 @@ import numpy as np
 from jax.experimental.sparse import (
     bcoo_dot_general_p,
     bcoo_dot_general_sampled_p,
+    bcoo_extract_p,
+    bcoo_fromdense_p,
+    bcoo_sort_indices_p,
+    bcoo_spdot_general_p,
+    bcoo_sum_duplicates_p,
+    bcoo_todense_p,
     bcoo_transpose_p,
     bcsr_dot_general_p,
+    bcsr_extract_p,
+    bcsr_fromdense_p,
+    bcsr_todense_p,
 )
 from jax.extend.core import Jaxpr, JaxprEqn, Primitive, Var
 from jax.extend.core import primitives as p
@@ -361,9 +373,23 @@ def _transpose(eqn: JaxprEqn) -> Function | str:
     return lambda data, columns: (data, jnp.stack([columns[i] for i in own], axis=-1))
 
 
+def _stays(reason: str) -> Callable[[JaxprEqn], str]:
+    return lambda eqn: reason
+
+
+_DENSE = "a dense array is asked for; a product with the sparse one would be a sum of segments"
+_OF_DENSE = "it reads a dense array at the sparse one's positions, two numbers an element"
+_MADE = "it makes positions of a dense array"
+_ORDERED = "it orders positions; outside of the step that is done once"
+
 _SPELLINGS: dict[Primitive, Callable[[JaxprEqn], Function | str | None]] = {
     bcoo_dot_general_p: _bcoo_dot_general,
     bcoo_dot_general_sampled_p: _sampled,
     bcoo_transpose_p: _transpose,
     bcsr_dot_general_p: _bcsr_dot_general,
+    bcoo_spdot_general_p: _stays("both factors are sparse; with a dense one it would be a sum"),
+    **dict.fromkeys((bcoo_todense_p, bcsr_todense_p), _stays(_DENSE)),
+    **dict.fromkeys((bcoo_extract_p, bcsr_extract_p), _stays(_OF_DENSE)),
+    **dict.fromkeys((bcoo_fromdense_p, bcsr_fromdense_p), _stays(_MADE)),
+    **dict.fromkeys((bcoo_sort_indices_p, bcoo_sum_duplicates_p), _stays(_ORDERED)),
 }

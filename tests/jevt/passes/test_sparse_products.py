@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 import sums_of_segments as sums
 from jax.experimental import sparse
+from rewriting import count
 from sums_of_segments import EDGES, FEATURES, NODES, draw, ends
 
-from jevt.passes import sparse_products
+from jevt.passes import inline, sparse_products
 
 
 def matrix(data, indices, **known):
@@ -253,6 +254,39 @@ def test_what_stays_says_why(dtype, size, why):
     after = sparse_products.run(before, notes.append)
     assert "bcoo" in str(after)
     assert any("test_sparse_products.py" in n and why in n for n in notes), notes
+
+
+OTHERS = {
+    "dense": (lambda m, h: m.todense() @ h, "bcoo_todense", "a dense array is asked for"),
+    "dense, CSR": (
+        lambda m, h: sparse.BCSR.from_bcoo(m.sort_indices()).todense() @ h,
+        "bcsr_todense",
+        "a dense array is asked for",
+    ),
+    "sorted": (lambda m, h: m.sort_indices() @ h, "bcoo_sort_indices", "done once"),
+    "summed": (lambda m, h: m.sum_duplicates(nse=EDGES) @ h, "bcoo_sum_duplicates", "done once"),
+    "extracted": (
+        lambda m, h: sparse.bcoo_extract(m, h @ h.T).data,
+        "bcoo_extract",
+        "reads a dense array",
+    ),
+    "made": (lambda m, h: sparse.BCOO.fromdense(h, nse=20) @ h.T, "bcoo_fromdense", "positions"),
+    "of two": (lambda m, h: (m @ m.T).todense(), "bcoo_spdot_general", "both factors are sparse"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_else_there_is_of_sparse_arrays_stays_and_says_why(name):
+    function, primitive, why = OTHERS[name]
+    notes = []
+
+    def step(data, indices, h):
+        return function(matrix(data, indices), h)
+
+    jaxpr = inline.run(jax.make_jaxpr(step)(draw(EDGES), pairs(), draw((NODES, FEATURES))))
+    after = sparse_products.run(jaxpr, notes.append)
+    assert count(after, primitive) == count(jaxpr, primitive) > 0
+    assert any(n.startswith(primitive) and " stays: " in n and why in n for n in notes), notes
 
 
 def test_without_sparse_arrays_nothing_changes():

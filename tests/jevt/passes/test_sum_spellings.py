@@ -66,6 +66,29 @@ def clipped(h, w, src, dst):
     return segment_sum(h.at[src + 2].get(mode="clip") * w[:, None], dst, num_segments=NODES)
 
 
+def where_messages(h, w, src, dst):
+    messages = jnp.where((dst % 5 > 0)[:, None], h[src] * w[:, None], 0.0)
+    return segment_sum(messages, dst, num_segments=NODES)
+
+
+def where_rows(h, w, src, dst):
+    rows = jnp.where((jnp.arange(EDGES) < 150)[:, None], h.at[src].get(mode="clip"), 0.0)
+    return segment_sum(-rows * w[:, None], dst, num_segments=NODES)
+
+
+def where_not(h, w, src, dst):
+    messages = jnp.where((w < 0)[:, None], 0.0, 2 * h[src] / (2 + jnp.cos(w))[:, None])
+    return segment_sum(messages, dst, num_segments=NODES)
+
+
+def where_weights(h, w, src, dst):
+    return aggregate(h, jnp.where(dst > src, w, 0), src, dst)
+
+
+def zero_or_one(h, w, src, dst):
+    return aggregate(h, w * (dst > src).astype(w.dtype), src, dst)
+
+
 # sums, sorts, products of rows for the gradient of the weights
 SPELLINGS = {
     "segment_sum": (aggregate, (2, 2, 1)),
@@ -97,6 +120,11 @@ SPELLINGS = {
     "three factors": (three_factors, (2, 2, 1)),
     "some beyond": (some_beyond, (2, 2, 1)),
     "clipped": (clipped, (2, 2, 1)),
+    "where on messages": (where_messages, (2, 2, 1)),
+    "where on rows": (where_rows, (2, 2, 1)),
+    "where not": (where_not, (2, 2, 1)),
+    "where on weights": (where_weights, (2, 2, 1)),
+    "0 or 1": (zero_or_one, (2, 2, 1)),
     "without weights": (
         lambda h, w, s, d: segment_sum(h[s], d, num_segments=NODES) + 0 * w.sum(),
         (2, 2, 0),
@@ -117,6 +145,39 @@ def test_spellings(name):
     function, want = SPELLINGS[name]
     args = draw((NODES, FEATURES)), draw(EDGES), ends(), ends(seed=2)
     assert counts(sums.check(function, *args)) == want
+
+
+def test_masked_edges_may_be_anything():
+    """What a mask drops is 0, whatever is beyond it: rows and weights that are no numbers."""
+    h = draw((NODES, FEATURES)).at[3].set(jnp.inf).at[4].set(jnp.nan)
+    w = draw(EDGES).at[:20].set(jnp.nan)
+    src, dst = ends(), ends(seed=2)
+    mask = (jnp.arange(EDGES) >= 20) & (src != 3) & (src != 4)
+
+    def forward(h, w, mask, src, dst):
+        messages = jnp.where(mask[:, None], h[src] * w[:, None], 0.0)
+        return segment_sum(messages, dst, num_segments=NODES)
+
+    args = h, w, mask, src, dst
+    jaxpr, notes = sums.rewritten(jax.make_jaxpr(forward)(*args))
+    assert not notes
+    got = jax.core.eval_jaxpr(jaxpr, jaxpr.consts, *args)[0]
+    want = forward(*args)
+    assert bool(jnp.isfinite(want).all())
+    assert float(jnp.abs(got - want).max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "mask", [lambda h: h > 0, lambda h: (jnp.arange(FEATURES) > 2)[None, :] & (h == h)]
+)
+def test_masks_of_elements_stay(mask):
+    def function(h, w, src, dst):
+        rows = h[src]
+        return segment_sum(jnp.where(mask(rows), rows, 0.0), dst, num_segments=NODES) + w.sum()
+
+    args = draw((NODES, FEATURES)), draw(EDGES), ends(), ends(seed=2)
+    count, _, notes = sums.check(function, *args)
+    assert count["select_n"] >= 1 and any("are not looked up in a table" in n for n in notes)
 
 
 def test_float64_and_wide_indices():

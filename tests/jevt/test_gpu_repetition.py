@@ -163,7 +163,7 @@ def test_family_is_planned(name: str) -> None:
 
 
 def test_train_step_is_planned() -> None:
-    kinds = {"columnwise", "rowwise", "gemm", "segment_sum", "multi_tensor"}
+    kinds = {"columnwise", "rowwise", "gemm", "fused_segment_sum", "multi_tensor"}
     assert kinds <= planned(train_step, jax.eval_shape(step_arguments))
 
 

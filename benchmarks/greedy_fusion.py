@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jevt.partition import greedy
 from jevt.partition.graph import Graph
-from jevt.partition.problem import Grouping, Label, Problem, Traffic
+from jevt.partition.problem import Grouping, Label, Launches, Problem, Traffic, Work
 
 _ROUNDS, _LARGEST = 10, 64
 #: Of a tensor that more groups touch, such as a learning rate, no pairs are made.
@@ -111,7 +111,8 @@ def _problem(graph: Graph, *, rows_hold_more: bool) -> Problem:
         tuple(firm),
         tuple(inner),
         tuple(n.free for n in nodes),
-        0,
+        Launches(0),
+        (Work(),) * len(nodes),
     )
 
 

@@ -33,13 +33,13 @@ from jevt import pipeline
 from jevt._context import Context, Device
 from jevt.lowering.rules import classify
 from jevt.partition import graph as graphs
-from jevt.partition import partition
+from jevt.partition import partition, targets
 from jevt.partition.batch import available
 from jevt.partition.components import moved
 from jevt.partition.cost import DEVICES
 from jevt.partition.graph import Graph
 from jevt.partition.plan import Plan
-from jevt.partition.problem import Grouping, Problem
+from jevt.partition.problem import Grouping, Launches, Problem, Work
 
 WORKLOADS = "bert,vit,resnet,xmlcnn,gcn"
 LAYERS = "1,4,12,24,48,96"
@@ -61,7 +61,7 @@ class PlanRow:
       cut_bytes: of values that one of these groups writes and another reads: written once, read by
         each.
       moved_bytes: all that these groups read and write.
-      objective_us: what the partitioner minimises: the time of moving them, and launches.
+      objective_us: what the partitioner minimises: the predicted time of these groups.
       status, gap, stopped: of the search; empty for greedy fusion.
       seconds: of the clock, for the plan (greedy fusion: for the groups).
     """
@@ -114,7 +114,7 @@ def compare(name: str, jaxpr: Jaxpr, context: Context) -> Iterator[PlanRow]:
     plan = partition(jaxpr, context)
     seconds = time.perf_counter() - start
     graph = graphs.from_jaxpr(plan.jaxpr, classify)
-    price = Price(graph, context.device)
+    price = Price(graph, context)
     yield price.row(
         name, "jevt", groups_of(plan), seconds, status=plan.solution.status,
         gap=plan.solution.gap, stopped=plan.solution.stopped,
@@ -133,33 +133,33 @@ def groups_of(plan: Plan) -> Grouping:
 class Price:
     """The partitioner's objective for any grouping of a graph with one node an equation."""
 
-    def __init__(self, graph: Graph, device: Device) -> None:
-        self.device = device
+    def __init__(self, graph: Graph, context: Context) -> None:
+        self.graph = graph
+        self.context = context
         part = [n for n, node in enumerate(graph.nodes) if not node.opaque]
         self.local = {node: index for index, node in enumerate(part)}
-        launch = round(device.triton_launch_us * device.bytes_per_us)
         free = tuple(graph.nodes[n].free for n in part)
         tensors = tuple(traffic for traffic, _ in moved(graph, part))
         none: tuple[Any, ...] = ()
-        self.equations = len(graph.nodes)
-        self.problem = Problem(len(part), none, none, none, tensors, none, none, none, free, launch)
+        works = (Work(),) * len(part)
+        self.problem = Problem(
+            len(part), none, none, none, tensors, none, none, none, free, Launches(0), works
+        )
 
     def row(
         self, name: str, variant: str, groups: Grouping, seconds: float, **more: Any
     ) -> PlanRow:
         """The grouping's row."""
         local = [sorted(self.local[n] for n in group) for group in groups]
-        cost = self.problem.cost(local)
         idle = sum(len(g) == 1 and self.problem.free[g[0]] for g in local)
-        count = len(local) - idle
         return PlanRow(
             workload=name,
             variant=variant,
-            equations=self.equations,
-            groups=count,
+            equations=len(self.graph.nodes),
+            groups=len(local) - idle,
             cut_bytes=self._cut(local),
-            moved_bytes=cost - count * self.problem.launch,
-            objective_us=cost / self.device.bytes_per_us,
+            moved_bytes=self.problem.cost(local),
+            objective_us=sum(targets.predicted_us(self.graph, g, self.context) for g in groups),
             seconds=seconds,
             **more,
         )

@@ -1,7 +1,8 @@
 """Thousands of random partitioning problems and programs, against oracles.
 
-    PYTHONPATH=tests .venv/bin/python -m many_partitions            all of it, half an hour
-    PYTHONPATH=tests .venv/bin/python -m many_partitions large      only one part
+    PYTHONPATH=tests .venv/bin/python -m many_partitions                all of it, hours
+    PYTHONPATH=tests .venv/bin/python -m many_partitions large          only one part
+    PYTHONPATH=tests .venv/bin/python -m many_partitions large:200:300  some of its seeds
 
 The test suite runs a few of each part (``tests/jevt/partition/test_many.py``). Each part yields a
 word on every case, and raises where something is not as it should be.
@@ -20,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import pairwise
 import random_programs
-from partitions import brute_force, cheaper, context, random_problem, trace
+from partitions import brute_force, cheaper, context, random_problem, trace, traffic_only
 
 from jevt.lowering import rules, spec
-from jevt.partition import components, copies, partition, solve
+from jevt.partition import components, copies, partition, prices, solve
 from jevt.partition import graph as graphs
 from jevt.partition.build import Builder
 from jevt.partition.contract import contract
@@ -36,22 +37,24 @@ ANYTHING = Oracle(lambda nodes: True, lambda nodes, stored: True)
 SHAPE = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
 
 
-def exhaustive(count: int) -> Iterator[str]:
-    """Up to 12 nodes: no valid grouping is cheaper, and EVT's pairwise program says the same."""
-    for seed in range(count):
+def exhaustive(seeds: range) -> Iterator[str]:
+    """Up to 12 nodes: no valid grouping is cheaper; and EVT's pairwise program and objective."""
+    for seed in seeds:
         problem = random_problem(seed, (7, 8, 9, 10, 11, 12)[seed % 6], products=seed % 3)
         outcome = solve.solve(problem, ANYTHING, solve.Limits(60.0))
         assert outcome.status in ("optimal", "trivial"), seed
         assert problem.valid(outcome.groups), seed
         assert outcome.cost == outcome.bound == problem.cost(outcome.groups), seed
         assert cheaper(problem, outcome.cost) is None, seed
-        assert outcome.cost == pairwise.optimum(problem), seed
+        plain = traffic_only(problem)
+        found = solve.solve(plain, ANYTHING, solve.Limits(60.0))
+        assert found.cost == found.bound == pairwise.optimum(plain), seed
         yield outcome.status
 
 
-def duplicated(count: int) -> Iterator[str]:
+def duplicated(seeds: range) -> Iterator[str]:
     """Up to 6 nodes of which up to 3 may be copied, against all groupings with all copies."""
-    for seed in range(count):
+    for seed in seeds:
         problem = random_problem(seed, (4, 5, 6)[seed % 3], copies=3, products=seed % 2)
         outcome = solve.solve(problem, ANYTHING, solve.Limits(60.0))
         assert outcome.status in ("optimal", "trivial"), seed
@@ -61,9 +64,9 @@ def duplicated(count: int) -> Iterator[str]:
         yield "with copies" if sum(map(len, outcome.groups)) > problem.size else "without"
 
 
-def large(count: int, seconds: float = 10.0) -> Iterator[str]:
+def large(seeds: range, seconds: float = 10.0) -> Iterator[str]:
     """20 to 500 nodes in one component: acyclic, never above the limit, never worse than greedy."""
-    for seed in range(count):
+    for seed in seeds:
         size = round(20 * 25 ** (seed % 100 / 99))
         problem = random_problem(
             seed, size, near=(6, 12, size)[seed % 3], products=size // 20, copies=size // 10
@@ -78,10 +81,10 @@ def large(count: int, seconds: float = 10.0) -> Iterator[str]:
         yield outcome.status + (" above the limit" if spent > seconds else "")
 
 
-def programs(count: int, seconds: float = 10.0) -> Iterator[str]:
+def programs(seeds: range, seconds: float = 10.0) -> Iterator[str]:
     """Jaxprs of 20 to 500 equations: every equation once, acyclic, within the limit."""
     where = dataclasses.replace(context("triton"), partition_seconds=seconds)
-    for seed in range(count):
+    for seed in seeds:
         size = round(20 * 25 ** (seed % 100 / 99))
         jaxpr, _ = trace(random_programs.dag(seed, size), SHAPE, SHAPE)
         started = time.monotonic()
@@ -95,11 +98,11 @@ def programs(count: int, seconds: float = 10.0) -> Iterator[str]:
         yield plan.solution.status + (" above the limit" if spent > seconds else "")
 
 
-def two_steps(count: int) -> Iterator[str]:
+def two_steps(seeds: range) -> Iterator[str]:
     """Programs as components, and as one problem: the same objective, copies of nodes left out."""
     where = context("triton")
-    with mock.patch.object(copies, "prices", return_value={}):
-        for seed in range(count):
+    with mock.patch.object(copies, "candidates", return_value=frozenset()):
+        for seed in seeds:
             jaxpr, _ = trace(random_programs.dag(seed, 6 + seed % 7), SHAPE, SHAPE)
             plan = partition(jaxpr, where, workers=1)
             if plan.solution.status not in ("optimal", "trivial"):
@@ -109,15 +112,14 @@ def two_steps(count: int) -> Iterator[str]:
             if whole.status not in ("optimal", "trivial"):
                 yield "whole not proven"
                 continue
-            split = round(plan.solution.objective_us * where.device.bytes_per_us)
+            split = round(plan.solution.objective_us / whole.unit)
             assert whole.cost - 1 <= split <= whole.cost + slack + 1, (seed, split, whole.cost)
             yield "equal"
 
 
 def in_one(jaxpr, where):
     """The program as one problem, without both steps, and what the two may lose by their proofs."""
-    device = where.device
-    jaxpr = recompute(graphs.read(jaxpr, rules.classify), device)
+    jaxpr = recompute(graphs.read(jaxpr, rules.classify), where.device)
     jaxpr = duplicate(graphs.read(jaxpr, rules.classify))
     builder = Builder(spec.build)
 
@@ -126,20 +128,19 @@ def in_one(jaxpr, where):
 
     single = graphs.from_jaxpr(jaxpr, rules.classify)
     graph = contract(single, lambda positions: accepts(single.extract(positions)))
-    launch = round(device.triton_launch_us * device.bytes_per_us)
+    costs = prices.prices(graph, single, where)
     reach = Reach.of(graph)
     fusible = [n for n, node in enumerate(graph.nodes) if not node.opaque]
     opaque = set(range(len(graph.nodes))).difference(fusible)
     links = components._candidates(graph, opaque)
-    company = {n: 0 for n in fusible if graph.nodes[n].kind == "contraction"}
-    problem = components.pose(graph, reach, fusible, links, launch, company, {})
+    problem = components.pose(graph, reach, fusible, links, costs)
 
     def whole(local):
         return accepts(graph.extract(p for n in local for p in graph.nodes[fusible[n]].eqns))
 
     # Each refusal forbids one group only: slower than the real oracle, and nothing assumed.
     outcome = solve.solve(problem, Oracle(whole, lambda n, s: True), solve.Limits(30.0))
-    return outcome, len(fusible) * (launch // 1000)
+    return outcome, len(fusible) * (problem.launch.ours // 1000)
 
 
 #: Each part with the number of cases of a whole run.
@@ -155,9 +156,11 @@ PARTS = {
 def main(names: list[str]) -> None:
     """Runs the named parts, or all."""
     for name in names or PARTS:
+        name, *seeds = name.split(":")
         part, count = PARTS[name]
+        chosen = range(*map(int, seeds or [str(count)]))
         started = time.monotonic()
-        words = collections.Counter(part(count))
+        words = collections.Counter(part(chosen))
         spent = time.monotonic() - started
         found = f"{name}: {sum(words.values())} cases in {spent:.0f} s: {dict(words)}"
         sys.stdout.write(found + "\n")

@@ -3,8 +3,8 @@
 One 0/1 variable for each pair of nodes says whether they share a partition (ASPLOS 2024, section
 5); transitivity takes three constraints for each three nodes, so it is for small problems only. It
 shares no code with ``jevt.partition.ilp`` and states the same problem: convexity, acyclicity by
-times, one iteration space a group, the same objective. That groups hang together is cut lazily.
-Nodes of ``Problem.copies`` are in one group each: pairs cannot say anything else.
+times, one iteration space a group. Its objective is EVT's, what is moved and launches
+(``partitions.traffic_only``). That groups hang together is cut lazily. Nodes are in one group each.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ class _Pairwise:
                 self.model.add(time[w] > time[u]).only_enforce_if(~self.together(u, w))
                 for v in below[w] - {w}:
                     self.model.add_implication(self.together(u, v), self.together(u, w))
-        products = [p for p, _ in self.problem.products]
+        products = [p.node for p in self.problem.products]
         for u, v in {*self.problem.ordered, *itertools.combinations(products, 2)}:
             self.model.add(self.together(u, v) == 0)
 
     def _one_space(self) -> None:
         problem, consumers = self.problem, self.problem.consumers()
         space = [[self.model.new_bool_var("space") for _ in problem.labels] for _ in self.nodes]
-        products = [p for p, _ in problem.products]
+        products = [p.node for p in problem.products]
         for v in self.nodes:
             self.model.add_exactly_one(space[v])
             for bit, chosen in enumerate(space[v]):
@@ -112,10 +112,9 @@ class _Pairwise:
         idle = {v: self.alone[v] for v in self.nodes if problem.free[v]}
         for v in self.nodes:
             first = self._all([~self.together(u, v) for u in range(v)])
-            terms.append(problem.launch * first)
+            terms.append(problem.launch.ours * first)
             if v in idle:
-                terms.append(-problem.launch * idle[v])
-        terms += [dearer * ~self.alone[p] for p, dearer in problem.products]
+                terms.append(-problem.launch.ours * idle[v])
         for tensor in problem.tensors:
             u = tensor.producer
             if u is not None:

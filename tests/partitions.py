@@ -15,7 +15,7 @@ from jevt._context import Context
 from jevt.partition import order
 from jevt.partition.cost import DEVICES
 from jevt.partition.plan import Plan
-from jevt.partition.problem import Label, Problem, Traffic
+from jevt.partition.problem import Label, Launches, Problem, Product, Traffic, Work
 
 
 def context(backend="auto", **fields) -> Context:
@@ -82,7 +82,17 @@ def covers(problem: Problem, groups: list[list[int]]) -> Iterator[list[list[int]
                 with_copies = [[*g, node] if g in chosen else g for g in groups]
                 yield from more(with_copies, rest)
 
-    yield from more(groups, sorted((node for node, _ in problem.copies), reverse=True))
+    yield from more(groups, sorted((node for node in problem.copies), reverse=True))
+
+
+def traffic_only(problem: Problem) -> Problem:
+    """The problem with EVT's objective: what is moved, and launches."""
+    products = tuple(Product(p.node, 0, 0) for p in problem.products)
+    launch = Launches(problem.launch.ours)
+    return dataclasses.replace(
+        problem, launch=launch, works=(Work(),) * problem.size, chained=(), products=products,
+        copies=(),
+    )  # fmt: skip
 
 
 def brute_force(problem: Problem, accepts: Callable[[Sequence[int]], bool]) -> int:
@@ -136,7 +146,9 @@ def _first(problem: Problem, count: int) -> Problem:
         size=count,
         tensors=tuple(tensors),
         ordered=tuple((a, b) for a, b in problem.ordered if b < count),
-        products=tuple((p, dearer) for p, dearer in problem.products if p < count),
+        works=problem.works[:count],
+        chained=tuple((a, b) for a, b in problem.chained if b < count),
+        products=tuple(p for p in problem.products if p.node < count),
         copies=(),
     )
 
@@ -206,7 +218,6 @@ def random_problem(
     for v in range(size):
         if any(u == v for u, _ in ordered):
             inner[v] = 0
-    launch = rng.choice((10, 100))
     linked = {a for a, _ in edges}
     shared = [v for v in range(size) if not free[v] and v in linked and v not in multiply]
     again = sorted(rng.sample(shared, min(copies, len(shared)))) if copies else []
@@ -220,7 +231,33 @@ def random_problem(
         tuple(firm),
         tuple(inner),
         free,
-        launch,
-        products=tuple((v, rng.choice((0, 20, 200))) for v in sorted(multiply)),
-        copies=tuple((v, rng.choice((1, 5, 30))) for v in again),
+        **_prices(rng, reads, free, multiply, direct),
+        copies=tuple(again),
     )
+
+
+def _prices(rng, reads, free, multiply, direct):
+    """Launches, and what nodes cost beside traffic: no less in a larger group than in a smaller."""
+    ours = rng.choice((10, 100))
+    launch = Launches(ours, rng.choice((None, ours // 2, ours)), ours // 2, rng.choice((100, 125)))
+    works, products = [], []
+    for v, alone in enumerate(free):
+        plain = alone or v in multiply
+        amount = 0 if plain else rng.choice((0, 0, 8, 64, 256))
+        reduces = not plain and rng.random() < 0.4
+        sums = reduces and rng.random() < 0.5
+        short = rng.choice((0, 20)) * sums
+        parts = (short, short + rng.choice((0, 20)) * sums, rng.choice((0, 20)) * reduces)
+        more = ours // 2 * rng.choice((0, 1)) * reduces
+        works.append(Work(amount, amount * rng.choice((1, 3)), more, sums, parts, reduces > sums))
+        if v in multiply:
+            mainloop = rng.choice((60, 200, 600))
+            calls = [((v,), rng.choice((60, mainloop)))]
+            readers = [c for c, operands in enumerate(reads) if v in operands]
+            if len(readers) == 1 and not free[readers[0]]:
+                calls.append(((v, readers[0]), calls[0][1]))
+            moved = rng.choice((0, 64, 256))
+            products.append(Product(v, mainloop, moved, tuple(calls) if launch.xla else ()))
+    chained = tuple(sorted(e for e in direct if works[e[0]].rows and rng.random() < 0.7))
+    found = {"launch": launch, "works": tuple(works), "chained": chained}
+    return found | {"products": tuple(products)}

@@ -20,11 +20,13 @@ def members(problem: Problem, name: int, never: int) -> list[int]:
 
     ``never`` are the nodes that never share a group with it, as a bit mask.
     """
-    copied = {node for node, _ in problem.copies}
-    if name in copied:
-        found = [v for v in copied if v >= name]
+    copied, products = set(problem.copies), {p.node for p in problem.products}
+    if name in products:
+        found = set(range(problem.size)) - products | {name}
+    elif name in copied:
+        found = {v for v in copied if v >= name}
     else:
-        found = [*range(name, problem.size), *(v for v in copied if v < name)]
+        found = {*range(name, problem.size), *copied} - products
     return sorted(v for v in found if not never >> v & 1)
 
 
@@ -36,7 +38,7 @@ def never_together(problem: Problem, above: Sequence[int], below: Sequence[int])
     b in any case.
     """
     never = [0] * problem.size
-    copied = sum(1 << node for node, _ in problem.copies)
+    copied = sum(1 << node for node in problem.copies)
     for a, b in problem.ordered:
         never[a] |= 1 << b
         never[b] |= 1 << a
@@ -45,7 +47,7 @@ def never_together(problem: Problem, above: Sequence[int], below: Sequence[int])
             never[u] |= below[b]
         for v in bits(below[b]):
             never[v] |= before
-    for (a, _), (b, _) in itertools.combinations(problem.products, 2):
+    for a, b in itertools.combinations([p.node for p in problem.products], 2):
         never[a] |= 1 << b
         never[b] |= 1 << a
     places = [firm | inner for firm, inner in zip(problem.firm, problem.inner, strict=True)]

@@ -5,14 +5,19 @@ the same plan with one worker or many, on a busy machine or an idle one. They ar
 anything is solved, by the components' numbers of variables; what is left over is dealt out again.
 The clock is a second limit, for the user's sake: where it strikes first, what is left gets the best
 grouping so far, or a greedy one, and the outcome says so.
+
+Only searches run side by side. Writing down a program is a hundred thousand short calls from
+Python; workers that made them at once would hand Python's lock to each other at every one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from jevt.partition import apart
@@ -21,7 +26,7 @@ from jevt.partition.refusals import Oracle
 from jevt.partition.solve import Limits, Outcome, solve
 
 #: Deterministic seconds for all components of a program; for one of them at least and at most.
-_ALL, _LEAST, _MOST = 4.0, 0.05, 2.0
+_ALL, _LEAST, _MOST = 5.0, 0.05, 1.0
 #: Of them, what is kept for components that have to be solved again, and for bodies of loops.
 _LATER = 0.5
 #: More workers than this are of no use to the few components that differ.
@@ -48,6 +53,7 @@ class Solver:
         self._seconds = seconds
         self._workers = workers or min(_WORKERS, available())
         self._deadline: float | None = None
+        self._python = threading.Lock()
         self._work = _ALL
         self._solved: dict[Hashable, Outcome] = {}
 
@@ -58,7 +64,8 @@ class Solver:
         fresh = {c.key: c for c in components if c.key not in self._solved}
         self._round(list(fresh.values()), max(_LATER, self._work))
         # What the others have left over may be enough for those that it was not enough for.
-        again = [c for c in fresh.values() if self._solved[c.key].stopped == "work"]
+        stopped = [c for c in fresh.values() if self._solved[c.key].stopped == "work"]
+        again = [c for c in stopped if self._solved[c.key].work < _MOST]
         if self._work > sum(self._solved[c.key].work for c in again):
             self._round(again, self._work)
         return [self._solved[c.key] for c in components]
@@ -66,10 +73,10 @@ class Solver:
     def _round(self, components: Sequence[Component], work: float) -> None:
         limits = self._limits(components, work)
         if self._workers == 1 or len(components) < 2:
-            outcomes = list(map(_solve, components, limits))
-        else:  # the solver runs outside Python's lock
+            outcomes = list(map(self._solve, components, limits))
+        else:
             with ThreadPoolExecutor(min(self._workers, len(components))) as pool:
-                outcomes = list(pool.map(_solve, components, limits))
+                outcomes = list(pool.map(self._solve, components, limits))
         self._solved.update(zip((c.key for c in components), outcomes, strict=True))
         self._work -= sum(outcome.work for outcome in outcomes)
 
@@ -77,11 +84,21 @@ class Solver:
         assert self._deadline is not None
         weights = [apart.variables(c.problem) ** 2 for c in components]
         share = work / max(1, sum(weights))
-        return [Limits(min(max(_LEAST, share * w), _MOST), self._deadline) for w in weights]
+        works = (min(max(_LEAST, share * weight), _MOST) for weight in weights)
+        return [Limits(work, self._deadline, self._searching) for work in works]
 
+    def _solve(self, component: Component, limits: Limits) -> Outcome:
+        with self._python:
+            return solve(component.problem, component.oracle, limits)
 
-def _solve(component: Component, limits: Limits) -> Outcome:
-    return solve(component.problem, component.oracle, limits)
+    @contextlib.contextmanager
+    def _searching(self) -> Iterator[None]:
+        """Lets another worker write down its program meanwhile."""
+        self._python.release()
+        try:
+            yield
+        finally:
+            self._python.acquire()
 
 
 def available() -> int:

@@ -37,6 +37,7 @@ from jevt.partition import problem as problems
 from jevt.partition.copies import useful
 from jevt.partition.graph import Graph, Node, shrinks
 from jevt.partition.near import near_readers
+from jevt.partition.prices import Prices
 from jevt.partition.problem import Problem, Traffic
 from jevt.partition.reach import Links, Reach
 from jevt.partition.spaces import labels_of, places
@@ -79,42 +80,33 @@ def pose(
     reach: Reach,
     part: Sequence[int],
     links: Links,
-    launch: int,
-    company: Mapping[int, int],
-    again: Mapping[int, int],
+    prices: Prices,
 ) -> Problem:
-    """The problem of one component; local node ``i`` is ``part[i]``, in an executable order.
-
-    ``company`` are the bytes that each matrix product costs more in a group with others, ``again``
-    those that each node costs that may be computed again.
-    """
+    """The problem of one component; local node ``i`` is ``part[i]``, in an executable order."""
     local = {node: index for index, node in enumerate(part)}
-    edges, siblings = (
-        sorted(
-            (min(local[a], local[b]), max(local[a], local[b]))
-            for a in part
-            for b in found.get(a, ())
-            if b in local
-        )
-        for found in links.by_first
-    )
+    edges, siblings = (_pairs(found, local) for found in links.by_first)
     tensors = tuple(traffic for traffic, _ in moved(graph, part))
+    unit = prices.unit(part, tensors)
+    works, products = prices.within(part, unit)
     found = places(graph, part, links, reach.separated(graph, part))
     return Problem(
         len(part),
-        tuple(edges),
-        tuple(siblings),
+        edges,
+        siblings,
         tuple(_ordered(graph, reach, part, set(edges))),
-        tensors,
+        prices.moving(tensors, unit),
         labels_of(graph, part),
         tuple(found[n][0] for n in part),
         tuple(found[n][1] for n in part),
         tuple(graph.nodes[n].free for n in part),
-        launch,
+        prices.launches(unit),
+        works,
         frozenset(local[n] for n in part if graph.nodes[n].assumed),
-        tuple((local[n], company[n]) for n in part if n in company),
-        useful(part, again, tensors, edges),
+        _pairs(prices.chained, local),
+        products,
+        useful(part, prices.copies, tensors, edges),
         MAX_OPERANDS,
+        unit=unit,
     )
 
 
@@ -128,6 +120,14 @@ def moved(graph: Graph, part: Sequence[int]) -> list[tuple[Traffic, Var]]:
     result = [(_traffic(graph, t, local), graph.tensors[t].var) for t in used]
     # Equal ones are as good as one another.
     return sorted(result, key=lambda pair: dataclasses.astuple(_sortable(pair[0])))
+
+
+def _pairs(
+    found: Mapping[int, Iterable[int]], local: Mapping[int, int]
+) -> tuple[tuple[int, int], ...]:
+    """The pairs inside a component, of all those by their first nodes."""
+    pairs = ((local[a], local[b]) for a in local for b in found.get(a, ()) if b in local)
+    return tuple(sorted((min(pair), max(pair)) for pair in pairs))
 
 
 def _sortable(traffic: Traffic) -> Traffic:
@@ -223,6 +223,7 @@ def _traffic(graph: Graph, index: int, local: dict[int, int]) -> Traffic:
         tuple(c for c, _ in inner),
         tuple(amount * weight for _, amount in inner),
         tensor.producer in local and (tensor.escapes or len(inner) < len(tensor.consumers)),
+        tensor.late,
     )
 
 

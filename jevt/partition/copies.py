@@ -4,10 +4,10 @@ EVT's partitions are disjoint, so a value that two groups need is written by one
 other. Where the value is cheap to make from what the other group reads anyway (the gradient behind
 a relu, in front of the sums of a batch norm and after them), making it again moves fewer bytes.
 Which groups do so is decided by the integer program (:mod:`.ilp`), where such a node may be in
-several groups, at the price of its arithmetic. What is decided elsewhere: copies that cost nothing
-are made before (:mod:`.duplicate`, which loses nothing), and what the backward pass computes again
-of a forward pass beyond a matrix product, which is in another component (:mod:`.recompute`, a
-minimum cut over values and not over groups).
+several groups, each of which has its arithmetic to do. What is decided elsewhere: copies that cost
+nothing are made before (:mod:`.duplicate`, which loses nothing), and what the backward pass
+computes again of a forward pass beyond a matrix product, which is in another component
+(:mod:`.recompute`, a minimum cut over values and not over groups).
 
     before  c = mul a b; d = reduce_sum c; e = add c d       groups {mul, reduce_sum}, {mul, add}
     after   c = mul a b; d = reduce_sum c; c' = mul a b; e = add c' d
@@ -16,12 +16,10 @@ minimum cut over values and not over groups).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from jax.extend.core import JaxprEqn, Var
 
-from jevt._context import Device
-from jevt.partition import cost
 from jevt.partition import graph as graphs
 from jevt.partition.graph import Graph, Node
 from jevt.partition.problem import Grouping, Traffic
@@ -35,29 +33,26 @@ _KINDS = frozenset({"pointwise", "view", "source"})
 _LARGEST = 80
 
 
-def prices(graph: Graph, device: Device) -> dict[int, int]:
-    """The nodes that may be computed again, with the bytes that their arithmetic is worth."""
-    result: dict[int, int] = {}
-    for index, node in enumerate(graph.nodes):
-        if node.kind not in _KINDS or node.size <= 1 or node.ends or node.loose or node.assumed:
-            continue
-        if not node.free and any(graph.tensors[t].consumers for t in graph.writes[index]):
-            eqns = [graph.jaxpr.eqns[p] for p in node.eqns]
-            spent = cost.arithmetic_us(eqns, device) * device.bytes_per_us
-            result[index] = 1 + round(spent)  # never 0, so that a tie is decided for one
-    return result
+def candidates(graph: Graph) -> frozenset[int]:
+    """The nodes that may be computed again."""
+    return frozenset(
+        index
+        for index, node in enumerate(graph.nodes)
+        if node.kind in _KINDS and node.size > 1 and not (node.ends or node.loose or node.assumed)
+        if not node.free and any(graph.tensors[t].consumers for t in graph.writes[index])
+    )
 
 
 def useful(
     part: Sequence[int],
-    prices: Mapping[int, int],
+    again: Collection[int],
     tensors: Sequence[Traffic],
     edges: Sequence[tuple[int, int]],
-) -> tuple[tuple[int, int], ...]:
-    """Of a component's nodes those of which more than one copy can serve, with their prices.
+) -> tuple[int, ...]:
+    """Of a component's nodes those of which more than one copy can serve.
 
     One reader inside is enough if the value is needed outside too, or if the reader may be copied
-    itself. Local nodes throughout. None in a component that is too large.
+    itself. Local nodes, but for ``again``. None in a component that is too large.
     """
     if len(part) > _LARGEST:
         return ()
@@ -69,13 +64,13 @@ def useful(
             readers[tensor.producer].update(tensor.consumers)
             if tensor.leaves:
                 outside.add(tensor.producer)
-    found: dict[int, int] = {}
+    found: set[int] = set()
     for local in reversed(range(len(part))):
         near = [c for c in readers[local] if (local, c) in linked]
         several = len(readers[local]) + (local in outside) > 1
-        if part[local] in prices and near and (several or any(c in found for c in near)):
-            found[local] = prices[part[local]]
-    return tuple(sorted(found.items()))
+        if part[local] in again and near and (several or any(c in found for c in near)):
+            found.add(local)
+    return tuple(sorted(found))
 
 
 def materialise(graph: Graph, groups: Grouping) -> tuple[Graph, Grouping, list[int]]:

@@ -24,7 +24,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from jevt._context import Device
 from jevt.partition import graph as graphs
-from jevt_kernels.mainloops import rowwise
+from jevt_kernels.mainloops import columnwise, rowwise
 from jevt_kernels.spec import KernelSpec
 from jevt_kernels.tuning import Calibration
 
@@ -84,8 +84,8 @@ OPERATIONS = {
     "div": 4, "sqrt": 4, "rsqrt": 4, "rem": 8,
 }  # fmt: skip
 
-#: Partial results that a reduction along rows leaves at most.
-_PROGRAMS = 1056
+#: Elements and columns of the tile with which a kernel of ours walks rows that it reduces along.
+_TILE, _ACROSS = 4096, 64
 
 #: Columns from which on a kernel that reduces along rows is as fast as with many.
 _FULL_COLUMNS = 16
@@ -174,16 +174,28 @@ def long_rows_us(spec: KernelSpec, device: Device) -> float:
     return again + (launches - 1) * device.triton_launch_us
 
 
-def second_stage_us(reductions: Collection[JaxprEqn], device: Device) -> float:
+def second_stage_us(reductions: Collection[JaxprEqn], device: Device, whole: bool = False) -> float:
     """Combining the partial results that a kernel leaves of its reductions along rows."""
-    if not reductions:
-        return 0.0
-    moved = 0
-    for eqn in reductions:
-        results = graphs.elements(eqn.outvars[0].aval)
-        programs = min(_PROGRAMS, graphs.elements(eqn.invars[0].aval) // max(1, results))
-        moved += 2 * 4 * programs * results
-    return moved / device.bytes_per_us + device.xla_launch_us
+    moved = sum(parts_bytes(eqn, whole) for eqn in reductions)
+    return moved / device.bytes_per_us + device.xla_launch_us if moved else 0.0
+
+
+def parts_bytes(reduction: JaxprEqn, whole: bool = False) -> int:
+    """Bytes of the partial results of a reduction along rows, written and read; often 0.
+
+    The programs of a kernel share the columns before they share the rows: of few rows, or of very
+    many columns, each program sees all the rows of its columns and leaves nothing to combine.
+
+    Args:
+      reduction: the equation.
+      whole: the kernel reduces rows, too, so that each program holds whole ones.
+    """
+    columns = max(1, graphs.elements(reduction.outvars[0].aval))
+    rows = graphs.elements(reduction.invars[0].aval) // columns
+    across = columns if whole else min(_ACROSS, columns)
+    blocks = -(-rows // max(1, _TILE // across))
+    programs = min(blocks, max(1, columnwise.ROW_PROGRAMS // -(-columns // across)))
+    return 2 * 4 * programs * columns if programs > 1 else 0
 
 
 def narrow_columns(reductions: Collection[JaxprEqn]) -> float:

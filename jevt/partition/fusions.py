@@ -14,7 +14,7 @@ from jevt.partition import graph as graphs
 
 #: Scalar operations that a primitive counts for under XLA. Measured on an H200, beside matrix
 #: products, on 96 Mi elements of a gelu: 326 µs under XLA, 142 in a kernel of ours.
-_OPERATIONS = cost.OPERATIONS | {"erfc": 120}
+OPERATIONS = cost.OPERATIONS | {"erfc": 120}
 
 #: XLA's sums along rows reach this part of the bandwidth: measured on an H200, bias gradients 80
 #: and 98 %, BatchNorm's statistics and gradient sums 40 to 81 % (``benchmarks kernels``, suite
@@ -35,21 +35,36 @@ def xla_us(jaxpr: Jaxpr, device: Device, reductions: Collection[int]) -> float:
 
     ``reductions`` are the positions of the equations that reduce.
     """
-    calls = [
-        products.folded(jaxpr, p)
-        for p, eqn in enumerate(jaxpr.eqns)
-        if eqn.primitive.name == "dot_general"
-    ]
+    calls = _called(jaxpr)
     total = sum(products.cublas_us(jaxpr.eqns[call[0]], device) for call in calls)
-    for kernel in _merged(_fusions(jaxpr, reductions, calls)):
-        if all(relabels(e) for e in kernel.eqns):
-            continue
+    for kernel in _kernels(jaxpr, reductions, calls):
         traffic = sum(cost.fetched(kernel.eqns, v) for v in kernel.operands)
         traffic += sum(graphs.nbytes(v.aval) for v in kernel.results)
         if kernel.along_rows:
             traffic = round(traffic / _XLA_ALONG_ROWS)
-        total += cost.roofline_us(traffic, kernel.eqns, device, _OPERATIONS) + device.xla_launch_us
+        total += cost.roofline_us(traffic, kernel.eqns, device, OPERATIONS) + device.xla_launch_us
     return total
+
+
+def kernels(jaxpr: Jaxpr, reductions: Collection[int]) -> int:
+    """The number of kernels that XLA makes of equations, beside calls of cuBLAS."""
+    return len(_kernels(jaxpr, reductions, _called(jaxpr)))
+
+
+def _called(jaxpr: Jaxpr) -> list[list[int]]:
+    """Positions of the equations that each call of cuBLAS runs, the product's first."""
+    return [
+        products.folded(jaxpr, p)
+        for p, eqn in enumerate(jaxpr.eqns)
+        if eqn.primitive.name == "dot_general"
+    ]
+
+
+def _kernels(
+    jaxpr: Jaxpr, reductions: Collection[int], calls: Collection[list[int]]
+) -> list[_Fusion]:
+    merged = _merged(_fusions(jaxpr, reductions, calls))
+    return [kernel for kernel in merged if not all(relabels(e) for e in kernel.eqns)]
 
 
 @dataclasses.dataclass

@@ -74,7 +74,10 @@ def _disjoint(groups: Grouping) -> Grouping:
 
 
 def _by_saving(problem: Problem) -> list[tuple[int, int]]:
-    """Candidate pairs, the one that saves the most bytes first, ties in program order."""
+    """Candidate pairs, the one that saves the most bytes first, ties in program order.
+
+    Of a matrix product less what it takes longer in a kernel of ours.
+    """
     saving: dict[tuple[int, int], int] = dict.fromkeys((*problem.edges, *problem.siblings), 0)
     for tensor in problem.tensors:
         for index, (node, amount) in enumerate(
@@ -86,9 +89,10 @@ def _by_saving(problem: Problem) -> list[tuple[int, int]]:
             for other in tensor.consumers[index + 1 :]:
                 if (node, other) in saving:
                     saving[node, other] += amount
-    dearer = dict(problem.products)
+    launch = problem.launch.ours
+    dearer = {p.node: p.mainloop + launch - p.calls[0][1] for p in problem.products if p.calls}
     for pair in saving:
-        saving[pair] -= dearer.get(pair[0], 0)
+        saving[pair] -= max(0, dearer.get(pair[0], 0))
     worth = (pair for pair, saved in saving.items() if saved >= 0)
     return sorted(worth, key=lambda pair: (-saving[pair], pair))
 
@@ -106,7 +110,7 @@ class _State:
         successors = problem.successors()
         self.consumers = problem.consumers()
         self.apart: list[set[int]] = [set() for _ in range(problem.size)]
-        products = [node for node, _ in problem.products]
+        products = [product.node for product in problem.products]
         for a, b in (*problem.ordered, *itertools.combinations(products, 2)):
             self.apart[a].add(b)
             self.apart[b].add(a)
@@ -161,7 +165,7 @@ class _State:
     def _fit(self, first: int, second: int) -> int:
         """The labels that hold the union, see ``Problem.fitting``."""
         mask = self.firm[first] & self.firm[second]
-        if not {first, second} & {self.owner[node] for node, _ in self.problem.products}:
+        if not {first, second} & {self.owner[p.node] for p in self.problem.products}:
             mask &= ~self.problem.product_labels()
         for node in (*self.small[first], *self.small[second]):
             here = self.problem.firm[node]

@@ -2,12 +2,16 @@
 
 Variables, for the nodes v and r of a :class:`~.problem.Problem` in executable order::
 
-    in[v, r]      bool  v is in the group whose first node is r (``Problem.name``); in[r, r] says
-                        that there is such a group
+    in[v, r]      bool  v is in the group that is named by its node r, a matrix product or the first
+                        (``Problem.name``); in[r, r] says that there is such a group
     space[r, l]   bool  the group of r has label l
     cut[u, v]     bool  some group has v, which depends on u, and not u
     written[t]    bool  tensor t goes to memory
+    writes[t, r]  bool  the group of r does that
     read[t, r]    bool  the group of r fetches t from memory
+    kernel[r]     bool  the group of r is a kernel of ours, not one of XLA's
+    call[c]       bool  there is a group that XLA runs as one call of cuBLAS
+    waits[r]      int   what the group of r takes longer than moving its bytes
     time[v]       int   when the result of v is there, once that is needed; for a node in several
                         groups, start[r] and home[v, r] say when they run and which one writes it
 
@@ -33,7 +37,11 @@ Constraints, by the methods that add them:
   only if the group has one (EVT's templates: one mainloop, whose tile the visitor tree follows). A
   node smaller than the space and its rows has one only where nobody else reads its results, which
   could not be stored.
-* ``traffic``: the objective of :meth:`~.problem.Problem.cost`, term for term.
+* ``traffic``, ``times``: the objective of :meth:`~.problem.Problem.cost`, term for term. A maximum
+  is the bytes and what is ``waits`` beyond them, which no more than one lower bound for each line
+  of the formula keeps above 0: bytes that nobody needs to move would only be dearer.
+* ``arithmetic``: a line of that formula that few groups reach; added lazily, once a group does.
+* ``measured``: known times of whole groups in place of the formula's.
 * ``operands``: a group reads and writes no more tensors than a kernel has parameters for. It is
   what ``build`` says too, but is known beforehand; of registers and shared memory only ``build``
   can tell.
@@ -58,25 +66,35 @@ it takes hints.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ortools.sat.python import cp_model
 
 from jevt.partition import apart, connect, order
-from jevt.partition.problem import Grouping, Problem
+from jevt.partition.problem import Grouping, Problem, Product, Work
 from jevt.partition.refusals import Refusal
 
 type Pair = tuple[int, int]
+type Searching = Callable[[], contextlib.AbstractContextManager[object]]
+type Term = tuple[int, cp_model.IntVar]
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How long the solver may search: work in its own deterministic seconds, and by the clock."""
+    """How long the solver may search, and what surrounds the search.
+
+    Attributes:
+      work: in its own deterministic seconds.
+      seconds: by the clock.
+      searching: entered for the search, in which no Python runs.
+    """
 
     work: float
     seconds: float
+    searching: Searching = contextlib.nullcontext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +123,12 @@ class Program:
         self.alone: dict[int, cp_model.IntVar] = {}
         self.written: dict[int, cp_model.IntVar] = {}
         self.time: list[cp_model.IntVar] = []
-        self.copied = {node for node, _ in problem.copies}
+        self.copied = set(problem.copies)
+        self.products = {product.node for product in problem.products}
+        self.kernel: dict[int, cp_model.IntVar | None] = {}
+        self.several: dict[int, cp_model.IntVar] = {}
+        self.waits: dict[int, cp_model.IntVar] = {}
+        self.moved: list[list[Term]] = [[] for _ in self.nodes]  # for each name, bytes
         self.names: list[list[int]] = [[] for _ in self.nodes]  # for each node, its groups' names
         self.one_group()
         self.apart()
@@ -114,7 +137,9 @@ class Program:
         self.cuts()
         self.read_or_written()
         self.one_space()
-        self.traffic()
+        self.kernels()
+        terms = [*self.traffic(), *self.times(), *self.measured()]
+        self.model.minimize(_sum(terms) - len(problem.copies))
         self.operands()
 
     @property
@@ -248,7 +273,7 @@ class Program:
         for r in self.nodes:
             space = {label: model.new_bool_var(f"space_{r}_{label}") for label in labels}
             model.add_exactly_one(space.values())
-            products = [x for p, _ in problem.products for x in self._inside(p, r)]
+            products = [x for p in problem.products for x in self._inside(p.node, r)]
             for label, chosen in space.items():
                 if problem.labels[label].product:
                     model.add_bool_or(~chosen, *products)
@@ -269,16 +294,26 @@ class Program:
                     else:
                         model.add_bool_or(*unless)
 
-    def traffic(self) -> None:
+    def kernels(self) -> None:
+        """Which groups are a kernel of ours, by choice or because they are none of XLA's."""
+        problem, model = self.problem, self.model
+        if problem.launch.xla is None:
+            return
+        for r in self.nodes:
+            kernel = self.kernel[r] = model.new_bool_var(f"kernel_{r}")
+            model.add_implication(kernel, self.inside[r, r])
+            for a, b in problem.chained if r not in self.products else ():
+                both = [~x for node in (a, b) for x in self._inside(node, r)]
+                if len(both) == 2:
+                    model.add_bool_or(kernel, *both)
+
+    def traffic(self) -> list[Term]:
+        """What groups read and write."""
         problem, model = self.problem, self.model
         for v in self.nodes:
             if problem.free[v]:
                 self.alone[v] = self._lonely(v)
-        terms = [(problem.launch, self.inside[r, r]) for r in self.nodes]
-        terms += [(-problem.launch, alone) for alone in self.alone.values()]
-        company = [(v, dearer) for v, dearer in problem.products if dearer]
-        terms += [(-dearer, self._lonely(v)) for v, dearer in company]
-        terms += [(price, x) for v, price in problem.copies for x in self._memberships(v)]
+        terms: list[Term] = []
         for t, tensor in enumerate(problem.tensors):
             u = tensor.producer
             if u is not None and (tensor.leaves or tensor.consumers):
@@ -290,9 +325,173 @@ class Program:
                 for c in tensor.consumers:
                     cut = self.cut[u, c]
                     model.add_bool_or(spared if cut is None else [*spared, ~cut])
+                self._writes(t, written)
             terms += self._reads(t)
-        fixed = sum(dearer for _, dearer in company) - sum(price for _, price in problem.copies)
-        model.minimize(fixed + sum(weight * variable for weight, variable in terms))
+        return terms
+
+    def _writes(self, t: int, written: cp_model.IntVar) -> None:
+        """Whose group writes a tensor."""
+        tensor, model = self.problem.tensors[t], self.model
+        u = tensor.producer
+        assert u is not None
+        writes = {r: model.new_bool_var(f"writes_{t}_{r}") for r in self.names[u]}
+        if u in self.copied:  # it is nobody's where several groups could
+            shared, several = model.new_bool_var(f"shared_{t}"), self._several(u)
+            model.add_implication(shared, several)
+            model.add_bool_or(shared, ~several, ~written)
+            model.add(sum(writes.values()) + shared == written)
+        else:
+            model.add(sum(writes.values()) == written)
+        for r, here in writes.items():
+            model.add_implication(here, self.inside[u, r])
+            self.moved[r].append((tensor.nbytes, here))
+            kernel = self.kernel.get(r)
+            if kernel is not None and not tensor.late and r not in self.products:
+                for v in self._members(r, lambda work: work.sums):
+                    model.add_bool_or(kernel, ~here, ~self.inside[v, r])
+
+    def _several(self, u: int) -> cp_model.IntVar:
+        """A variable that says whether several groups hold a node."""
+        if u not in self.several:
+            several = self.several[u] = self.model.new_bool_var(f"several_{u}")
+            holders = self._memberships(u)
+            self.model.add(sum(holders) >= 1 + several)
+            self.model.add(sum(holders) <= 1 + len(holders) * several)
+        return self.several[u]
+
+    def times(self) -> list[Term]:
+        """Launches, and what groups take longer than moving their bytes."""
+        problem, model, launch = self.problem, self.model, self.problem.launch
+        terms: list[Term] = [(1, x) for v in problem.copies for x in self._memberships(v)]
+        most = sum(w.ours + w.xla for w in problem.works) + sum(t.nbytes for t in problem.tensors)
+        most += sum(p.mainloop + sum(time for _, time in p.calls) for p in problem.products)
+        most = 2 * launch.exposed * most // 100 + most
+        for r in self.nodes:
+            terms.append((launch.least, self.inside[r, r]))
+            terms += [(-launch.least, alone) for v, alone in self.alone.items() if v == r]
+            kernel = self.kernel.get(r)
+            if kernel is not None and launch.xla is not None:
+                terms.append((launch.ours - launch.xla, kernel))
+                longer = self._members(r, lambda work: work.more > 0)
+                for v in longer if r not in self.products else ():
+                    terms.append((problem.works[v].more, self._all([self.inside[v, r]], [kernel])))
+            waits = self.waits[r] = model.new_int_var(0, most, f"waits_{r}")
+            terms.append((1, waits))
+            self._wait(r, waits)
+            terms += self._parts(r)
+        return terms
+
+    def arithmetic(self) -> None:
+        """Lets no group run faster than its arithmetic."""
+        problem, model = self.problem, self.model
+        waits, self.waits = self.waits, {}
+        for r, wait in waits.items():
+            kernel, time = self.kernel.get(r), wait + _sum(self.moved[r])
+            ours, xla = (self._work(r, amounts) for amounts in problem.arithmetic())
+            model.add(time >= _sum(ours))
+            if kernel is not None and xla != ours:
+                model.add(time + sum(amount for amount, _ in xla) * kernel >= _sum(xla))
+
+    def _work(self, r: int, amounts: Sequence[int]) -> list[Term]:
+        return [(n, x) for v, n in enumerate(amounts) if n for x in self._inside(v, r)]
+
+    def _wait(self, r: int, waits: cp_model.IntVar) -> None:
+        """What a group takes longer than moving its bytes, but for plain arithmetic."""
+        kernel, moved = self.kernel.get(r), _sum(self.moved[r])
+        for product in self.problem.products:
+            if product.node == r:
+                self._tiles(product, waits, moved)
+                return
+        if kernel is not None:
+            for v in self._members(r, lambda work: work.sums):
+                self.model.add(3 * waits >= moved).only_enforce_if(self.inside[v, r], ~kernel)
+
+    def _tiles(self, product: Product, waits: cp_model.IntVar, moved: cp_model.LinearExpr) -> None:
+        """What a product takes in a kernel of ours, or as a call of cuBLAS."""
+        problem, model, exposed = self.problem, self.model, self.problem.launch.exposed
+        r, calls = product.node, []
+        work = _sum(self._work(r, problem.arithmetic()[0]))
+        longest: list[Term] = []
+        tiles = 100 * product.mainloop - exposed * product.moved
+        unless: list[Term] = []
+        for nodes, whole in product.calls:
+            if problem.name(nodes) == r and all((v, r) in self.inside for v in nodes):
+                call = self._exactly(nodes, r)
+                calls.append(call)
+                longest.append((whole - problem.launch.least - product.mainloop, call))
+                most = problem.traffic(nodes)[0] + sum(problem.works[v].ours for v in nodes)
+                unless.append((100 * product.mainloop + exposed * most, call))
+        time = waits + moved
+        model.add(time >= product.mainloop + _sum(longest))
+        for epilogue in (moved + work, product.moved + work):
+            model.add(100 * time + _sum(unless) >= tiles + exposed * epilogue)
+        kernel = self.kernel.get(r)
+        if kernel is not None:
+            model.add_exactly_one(kernel, *calls)
+
+    def _parts(self, r: int) -> list[Term]:
+        """Second stages of what a kernel of ours reduces."""
+        problem, kernel = self.problem, self.kernel.get(r)
+        ours = [] if kernel is None else [kernel]
+        whole = [self.inside[v, r] for v in self._members(r, lambda work: work.rows)]
+        terms: list[Term] = []
+        for v in self._members(r, lambda work: any(work.parts)):
+            made = self._all([self.inside[v, r], *ours], [])
+            short, long, beside = problem.works[v].parts
+            if r in self.products:
+                terms.append((beside, made))
+                continue
+            terms.append((short, made))
+            if long > short and whole:
+                longer = self.model.new_bool_var(f"longer_{v}_{r}")
+                terms.append((long - short, longer))
+                for x in whole:
+                    self.model.add_bool_or(longer, ~x, ~made)
+        if problem.launch.stage and terms:
+            stage = self.model.new_bool_var(f"stage_{r}")
+            for amount, parts in terms:
+                if amount:
+                    self.model.add_implication(parts, stage)
+            terms.append((problem.launch.stage, stage))
+        return terms
+
+    def measured(self) -> list[Term]:
+        """Corrections for groups whose times are known."""
+        terms: list[Term] = []
+        for nodes, time in self.problem.known:
+            r = self.problem.name(nodes)
+            if all((v, r) in self.inside for v in nodes):
+                moved, spread = self.problem.traffic(nodes)
+                formula = dataclasses.replace(self.problem, known=()).time(nodes, moved, spread)
+                if time != formula:
+                    terms.append((time - formula, self._exactly(nodes, r)))
+        return terms
+
+    def _exactly(self, nodes: Sequence[int], r: int) -> cp_model.IntVar:
+        """A variable that says whether the group of a name is exactly these nodes."""
+        others = sorted(set(self.nodes).difference(nodes))
+        return self._all(
+            [self.inside[v, r] for v in nodes], [x for v in others for x in self._inside(v, r)]
+        )
+
+    def _all(
+        self, true: Sequence[cp_model.IntVar], false: Sequence[cp_model.IntVar]
+    ) -> cp_model.IntVar:
+        """A variable that says whether these are all true, and those all false."""
+        if len(true) == 1 and not false:
+            return true[0]
+        result = self.model.new_bool_var("all")
+        for x in true:
+            self.model.add_implication(result, x)
+        for x in false:
+            self.model.add_implication(result, ~x)
+        self.model.add_bool_or(result, *(~x for x in true), *false)
+        return result
+
+    def _members(self, r: int, chosen: Callable[[Work], bool]) -> list[int]:
+        """The nodes that may be in the group of a name and whose work is of a kind."""
+        works = enumerate(self.problem.works)
+        return [v for v, work in works if chosen(work) and (v, r) in self.inside]
 
     def operands(self) -> None:
         problem, model = self.problem, self.model
@@ -347,6 +546,7 @@ class Program:
             for share in sorted({amount for _, amount in readers}):
                 read = self.model.new_bool_var(f"read_{t}_{r}_{share}")
                 terms.append((share - paid, read))
+                self.moved[r].append((share - paid, read))
                 paid = share
                 for c, amount in readers:
                     if amount >= share:
@@ -395,7 +595,8 @@ class Program:
         solver.parameters.max_presolve_iterations = 1
         solver.parameters.max_deterministic_time = limits.work
         solver.parameters.max_time_in_seconds = limits.seconds
-        status = solver.solve(self.model)
+        with limits.searching():
+            status = solver.solve(self.model)
         spent = float(solver.response_proto.deterministic_time)
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             return Answer(None, 0, False, spent)
@@ -429,3 +630,9 @@ class Program:
 
     def _alone(self, v: int) -> list[cp_model.IntVar]:
         return [self.alone[v]] if v in self.alone else []
+
+
+def _sum(terms: Sequence[Term]) -> cp_model.LinearExpr:
+    return cp_model.LinearExpr.weighted_sum(
+        [variable for _, variable in terms], [weight for weight, _ in terms]
+    )

@@ -1,24 +1,31 @@
 """One partitioning problem: a component of the graph, with costs and with what makes a group legal.
 
 The greedy partitioner, the integer program and the brute-force oracle of the tests all read this
-one description, so that they agree on what is optimised:
+one description, so that they agree on what is optimised: predicted microseconds, in whole numbers
+of a unit that is a nanosecond unless the component takes very long. A group is one kernel, and
+costs the less of
 
-    cost = launch · (number of groups)
-         + bytes of tensors written (once each, if anything outside the producer's group needs them)
-         + bytes of tensors read (once by each group that reads them from memory)
-         + what a matrix product takes longer in a group with others than alone
-         + the arithmetic of every copy of a node beyond the first
+    ours   max(traffic, arithmetic) + launch + second stage of sums along rows
+    XLA's  max(traffic, arithmetic) + launch, sums along rows at 3/4 of the bandwidth
 
-in bytes, a launch counted as the bytes that the device moves in its time. EVT's objective is the
-second and third line ("minimize the data movement between partitions", ASPLOS 2024, section 5);
-training graphs also hold many small tensors for which the launch is what matters. A free node (a
-row-major reshape) that is a group by itself costs nothing: XLA gives its result the operand's
-buffer.
+around a matrix product
+
+    ours   max(mainloop + exposed · (epilogue's traffic and arithmetic), traffic) + launch + stage
+    XLA's  what the call of cuBLAS takes, alone or with what it takes along
+
+Traffic is the time of moving the tensors that the group writes (once each, if anything outside the
+producer's group needs them) and reads (once by each group that reads them from memory): EVT's "data
+movement between partitions" (ASPLOS 2024, section 5), of which :mod:`.cost`, :mod:`.fusions` and
+:mod:`.products` make times. XLA runs a group as one kernel if nothing in it reads what is reduced
+there, and if it writes nothing beside sums along rows. Whatever XLA would run as several kernels is
+several groups. A free node (a row-major reshape) that is a group by itself costs nothing: XLA gives
+its result the operand's buffer.
 
 A node of ``copies`` may be in several groups, each of which then computes it for itself. One of
 them, the first to run, writes its result if a group without it needs that; a group with a copy
 reads what the node reads. So *whether* and *where* something is computed again is decided with the
-groups and by the same objective, not before.
+groups and by the same objective, not before. Which of several groups writes such a result depends
+on the order of all of them; that traffic is added to the sum of the groups' times instead.
 """
 
 from __future__ import annotations
@@ -54,10 +61,12 @@ class Traffic:
     """A tensor as far as the component is concerned.
 
     Attributes:
+      nbytes: its size, or the time in which the device moves so much.
       producer: local node, None if it comes from outside.
       consumers: local nodes, ascending.
-      read_bytes: for each consumer.
+      read_bytes: the same for each consumer, of what it reads.
       leaves: it is needed outside the component.
+      late: a sum along rows, or made from one.
     """
 
     nbytes: int
@@ -65,6 +74,68 @@ class Traffic:
     consumers: tuple[int, ...]
     read_bytes: tuple[int, ...]
     leaves: bool
+    late: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a node adds to the time of its group, beside what it moves.
+
+    Attributes:
+      ours: arithmetic in a kernel of ours; a matrix product's own is not counted.
+      xla: in one of XLA's.
+      more: launches beyond one that XLA takes for the node alone.
+      sums: it reduces along rows.
+      parts: partial results that a kernel of ours leaves of what it reduces: along rows, the same
+        where the kernel holds whole rows, and beside a matrix product.
+      rows: it reduces rows.
+    """
+
+    ours: int = 0
+    xla: int = 0
+    more: int = 0
+    sums: bool = False
+    parts: tuple[int, int, int] = (0, 0, 0)
+    rows: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix product, of which a group holds one at most.
+
+    Attributes:
+      node: the node.
+      mainloop: the time that its tiles take in a kernel of ours.
+      moved: traffic of operands and result, which the mainloop's time covers.
+      calls: groups that XLA runs as one call, with the time of each, launch included.
+    """
+
+    node: int
+    mainloop: int
+    moved: int
+    calls: tuple[tuple[tuple[int, ...], int], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Launches:
+    """What is the same for all groups.
+
+    Attributes:
+      ours: of a kernel of ours.
+      xla: the same of XLA's; None where XLA's kernels are no candidates.
+      stage: of a second stage.
+      exposed: percent of its time that an epilogue takes, because the mainloop does not hide it.
+    """
+
+    ours: int
+    xla: int | None = None
+    stage: int = 0
+    exposed: int = 100
+
+    @property
+    def least(self) -> int:
+        """Of any kernel."""
+        return self.ours if self.xla is None else self.xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +154,19 @@ class Problem:
       inner: for each node, the labels under which it is smaller than both, so that its results must
         not be needed outside the group.
       free: nodes that cost nothing alone.
-      launch: bytes that a launch is worth.
+      launch: what launches cost.
+      works: for each node what it costs beside traffic.
       assumed: nodes that hold more than is proven to belong together (see :mod:`.absorb`): a
         refusal of a group with one of them says nothing of groups without.
-      products: the matrix products, of which a group holds one at most, each with the bytes that it
-        is dearer with others than alone, where cuBLAS runs it.
-      copies: the nodes that several groups may hold, each with the bytes that the device could move
-        in the time of its arithmetic, at least 1.
+      chained: pairs of nodes of which the second reads what the first reduces.
+      products: the matrix products.
+      copies: the nodes that several groups may hold, at one unit of time a copy, so that ties are
+        decided against them.
       operands: tensors that a group of several nodes reads and writes, at most; 0 if any number.
         ``build`` refuses more in any case.
+      known: measured times of groups, which replace what the formula says of them. Their nodes have
+        no copies.
+      unit: of all times, in microseconds.
     """
 
     size: int
@@ -103,11 +178,15 @@ class Problem:
     firm: tuple[int, ...]
     inner: tuple[int, ...]
     free: tuple[bool, ...]
-    launch: int
+    launch: Launches
+    works: tuple[Work, ...]
     assumed: frozenset[int] = frozenset()
-    products: tuple[tuple[int, int], ...] = ()
-    copies: tuple[tuple[int, int], ...] = ()
+    chained: tuple[tuple[int, int], ...] = ()
+    products: tuple[Product, ...] = ()
+    copies: tuple[int, ...] = ()
     operands: int = 0
+    known: tuple[tuple[tuple[int, ...], int], ...] = ()
+    unit: float = 1e-3
 
     def successors(self) -> list[list[int]]:
         """For each node, the nodes that run after it, those of ``ordered`` included."""
@@ -137,22 +216,82 @@ class Problem:
 
     def cost(self, groups: Sequence[Sequence[int]]) -> int:
         """What the module's formula says of a grouping."""
-        dearer, price = dict(self.products), dict(self.copies)
-        arithmetic = sum(price.get(node, 0) for group in groups for node in group)
-        return (
-            self._moved(groups)
-            + sum(dearer.get(node, 0) for group in groups if len(group) > 1 for node in group)
-            + (arithmetic - sum(price.values()))
+        traffic = self._traffic(groups)
+        held = sum(len(group) for group in groups) - self.size
+        times = (
+            self.time(group, moved, spread)
+            for group, moved, spread in zip(groups, traffic.moved, traffic.spread, strict=True)
+        )
+        return sum(times) + traffic.by_copies + held
+
+    def time(self, group: Sequence[int], moved: int, spread: bool) -> int:
+        """What one group costs.
+
+        Args:
+          group: its nodes.
+          moved: its traffic.
+          spread: whether it writes anything but sums along rows.
+        """
+        if len(group) == 1 and self.free[group[0]]:
+            return 0
+        for nodes, time in self.known:
+            if nodes == tuple(group):
+                return time
+        members = set(group)
+        works = [self.works[node] for node in group]
+        work = sum(w.ours for w in works)
+        launch = self.launch
+        product = next((p for p in self.products if p.node in members), None)
+        if product is not None:
+            hidden = 100 * product.mainloop + launch.exposed * work
+            epilogue = launch.exposed * max(0, moved - product.moved)
+            ours = max(moved, -(-(hidden + epilogue) // 100)) + launch.ours
+            parts = sum(w.parts[2] for w in works)
+            ours += parts + launch.stage * (parts > 0)
+            least = launch.least + max(moved, work, sum(w.xla for w in works))
+            calls = [time for nodes, time in product.calls if nodes == tuple(group)]
+            return min([ours, *(max(time, least) for time in calls)])
+        whole = any(w.rows for w in works)
+        parts = sum(w.parts[whole] for w in works)
+        ours = max(moved, work) + launch.ours + parts + launch.stage * (parts > 0)
+        sums = any(w.sums for w in works)
+        chained = any(a in members and b in members for a, b in self.chained)
+        if launch.xla is None or chained or (sums and spread):
+            return ours
+        slow = -(-moved // 3) if sums else 0
+        xla = max(moved + slow, work, sum(w.xla for w in works))
+        return min(ours, xla + launch.xla + sum(w.more for w in works))
+
+    def arithmetic(self) -> tuple[list[int], list[int]]:
+        """For each node, its arithmetic in a kernel of ours and in one of XLA's."""
+        return [w.ours for w in self.works], [w.xla for w in self.works]
+
+    def busy(self, groups: Sequence[Sequence[int]]) -> bool:
+        """Whether arithmetic of some group without a product may take longer than its traffic."""
+        works = [max(pair) for pair in zip(*self.arithmetic(), strict=True)]
+        products = {p.node for p in self.products}
+        return any(
+            sum(works[node] for node in group) > moved and products.isdisjoint(group)
+            for group, moved in zip(groups, self._traffic(groups).moved, strict=True)
         )
 
-    def _moved(self, groups: Sequence[Sequence[int]]) -> int:
-        """Bytes and launches of a grouping."""
+    def traffic(self, group: Sequence[int]) -> tuple[int, bool]:
+        """What a group without copies moves, and whether it writes anything but sums along rows."""
+        others = [[n] for n in range(self.size) if n not in set(group)]
+        found = self._traffic([group, *others])
+        return found.moved[0], found.spread[0]
+
+    def _traffic(self, groups: Sequence[Sequence[int]]) -> _Moved:
+        """What each group of a grouping reads and writes; of groups with one node the first writes.
+
+        A group that only relabels moves nothing.
+        """
         holders: list[list[int]] = [[] for _ in range(self.size)]
         for index, group in enumerate(groups):
             for node in group:
                 holders[node].append(index)
         idle = {i for i, group in enumerate(groups) if len(group) == 1 and self.free[group[0]]}
-        total = self.launch * (len(groups) - len(idle))
+        moved, spread, by_copies = [0] * len(groups), [False] * len(groups), 0
         for tensor in self.tensors:
             homes: Sequence[int] = () if tensor.producer is None else holders[tensor.producer]
             reading: dict[int, int] = {}
@@ -160,10 +299,15 @@ class Problem:
                 for reader in holders[node]:
                     if reader not in homes:
                         reading[reader] = max(reading.get(reader, 0), amount)
-            total += sum(amount for group, amount in reading.items() if group not in idle)
+            for reader, amount in reading.items():
+                moved[reader] += amount * (reader not in idle)
             if homes and homes[0] not in idle and (tensor.leaves or reading):
-                total += tensor.nbytes
-        return total
+                if len(homes) > 1:
+                    by_copies += tensor.nbytes
+                else:
+                    moved[homes[0]] += tensor.nbytes
+                    spread[homes[0]] |= not tensor.late
+        return _Moved(moved, spread, by_copies)
 
     def floor(self) -> int | None:
         """A cost below which no grouping is: one group for all; None where that is not a bound.
@@ -189,16 +333,16 @@ class Problem:
             self.tensors[b].producer is None for b in leaving
         ):
             return None
-        return self._moved([list(range(self.size))])
+        whole = self._traffic([range(self.size)])
+        # What is reduced and then read is one kernel of ours or two of XLA's.
+        several = self.chained or any(w.more for w in self.works)
+        kernel = min(self.launch.ours, 2 * self.launch.least) if several else self.launch.least
+        work = sum(w.ours for w in self.works)
+        return max(whole.moved[0], work) + whole.by_copies + kernel
 
-    def without(self, product: int) -> Problem:
-        """The problem with a matrix product that is to be alone."""
-        after = [b for a, b in self.edges if a == product]
-        return dataclasses.replace(
-            self,
-            edges=tuple(e for e in self.edges if e[0] != product),
-            ordered=tuple(sorted({*self.ordered, *((product, b) for b in after)})),
-        )
+    def priced(self, known: Iterable[tuple[tuple[int, ...], int]]) -> Problem:
+        """The problem with further measured times."""
+        return dataclasses.replace(self, known=(*self.known, *known))
 
     def product_labels(self) -> int:
         """The labels that take a matrix product, as a bit mask."""
@@ -211,7 +355,7 @@ class Problem:
         """
         members = group if isinstance(group, (set, frozenset)) else set(group)
         mask = (1 << len(self.labels)) - 1
-        if not any(node in members for node, _ in self.products):
+        if not any(p.node in members for p in self.products):
             mask &= ~self.product_labels()
         for node in members:
             here = self.firm[node]
@@ -232,7 +376,7 @@ class Problem:
         if len({self.name(group) for group in groups}) < len(groups):
             return False
         held = collections.Counter(node for group in groups for node in group)
-        copied = {node for node, _ in self.copies}
+        copied = set(self.copies)
         if set(held) != set(range(self.size)):
             return False
         if any(count > 1 and node not in copied for node, count in held.items()):
@@ -249,7 +393,7 @@ class Problem:
             return False
         if any(a in s and b in s for a, b in self.ordered for s in sets):
             return False
-        if any(sum(node in s for node, _ in self.products) > 1 for s in sets):
+        if any(sum(p.node in s for p in self.products) > 1 for s in sets):
             return False
         links = self.links()
         if any(len(components(g, links)) > 1 for g in groups):
@@ -287,9 +431,9 @@ class Problem:
         return set(range(self.size)).difference(written)
 
     def name(self, group: Iterable[int]) -> int:
-        """A node that tells groups apart: the first that only one group holds, else the first."""
-        copied = {node for node, _ in self.copies}
-        return min(group, key=lambda node: (node in copied, node))
+        """A node that tells groups apart: the product, else the first, without copies if any is."""
+        copied, products = set(self.copies), {p.node for p in self.products}
+        return min(group, key=lambda node: (node not in products, node in copied, node))
 
     def key(self) -> Hashable:
         """Equal for problems that differ in nothing but where they sit."""
@@ -303,11 +447,23 @@ class Problem:
             self.inner,
             self.free,
             self.launch,
+            self.unit,
             self.assumed,
+            self.works,
+            self.chained,
             self.products,
             self.copies,
             self.operands,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moved:
+    """Of each group its traffic, whether it writes more than sums; traffic of copies' results."""
+
+    moved: list[int]
+    spread: list[bool]
+    by_copies: int
 
 
 def components(

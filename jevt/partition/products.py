@@ -110,21 +110,21 @@ def kernel_us(jaxpr: Jaxpr, device: Device) -> float:
 
 
 def second_stage_us(reductions: Collection[JaxprEqn], device: Device) -> float:
-    """Combining the partial results that a kernel leaves, one a tile, of reductions beside it."""
+    """Combining the partial results that a kernel leaves of reductions beside a product."""
     if not reductions:
         return 0.0
-    moved = 0
-    for eqn in reductions:
-        operand, result = elements(eqn.invars[0].aval), elements(eqn.outvars[0].aval)
-        moved += 2 * 4 * result * math.ceil(operand / result / 128)
-    return moved / device.bytes_per_us + device.xla_launch_us
+    return sum(map(parts_bytes, reductions)) / device.bytes_per_us + device.xla_launch_us
 
 
-def company_us(eqn: JaxprEqn, device: Device) -> float:
-    """What a product takes longer in a kernel of ours than left to XLA, before any saving."""
-    size = Size.of(eqn)
-    ours = max(_mainloop_us(size, device), size.moved / device.bytes_per_us)
-    return max(0.0, ours + device.triton_launch_us - cublas_us(eqn, device))
+def parts_bytes(reduction: JaxprEqn) -> int:
+    """Bytes of the partial results of a reduction, one a tile, written and read."""
+    operand, result = elements(reduction.invars[0].aval), elements(reduction.outvars[0].aval)
+    return 2 * 4 * result * math.ceil(operand / result / 128)
+
+
+def mainloop_us(eqn: JaxprEqn, device: Device) -> float:
+    """What the tiles of a product take in a kernel of ours, without an epilogue."""
+    return _mainloop_us(Size.of(eqn), device)
 
 
 def _mainloop_us(size: Size, device: Device) -> float:

@@ -29,13 +29,13 @@ class Oracle:
         outputs, beside the largest of what nothing in the set reads.
       keeps: whether these nodes can be one group that stores exactly these tensors; the same as
         ``accepts`` where no node has copies.
-      worthwhile: whether these nodes are predicted to be faster as one group than apart from the
-        matrix product among them, the second argument.
+      measured: what these nodes were measured to take as one group, in bytes that are moved
+        meanwhile; None where that is not known.
     """
 
     accepts: Callable[[Sequence[int]], bool]
     holds: Callable[[Sequence[int], Sequence[int]], bool]
-    worthwhile: Callable[[Sequence[int], int], bool] = lambda nodes, product: True
+    measured: Callable[[Sequence[int]], int | None] = lambda nodes: None
     keeps: Callable[[Sequence[int], Sequence[int]], bool] | None = None
 
     def takes(self, problem: Problem, group: Sequence[int], stored: Sequence[int]) -> bool:
@@ -74,7 +74,7 @@ def explain(
     for stored in _at_fault(oracle, group, kept):
         makers = frozenset(n for t in stored if (n := problem.tensors[t].producer) is not None)
         core = _core(oracle, group, stored, makers, links)
-        inside = set(core) - {node for node, _ in problem.copies}
+        inside = set(core) - set(problem.copies)
         readers = (set(problem.tensors[t].consumers) - inside for t in stored)
         if math.prod(max(1, len(some)) for some in readers) <= _WAYS:
             result.append(Refusal(core, stored))

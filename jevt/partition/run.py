@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from jevt import _jaxpr
 from jevt._context import Context
 from jevt.lowering.errors import NotFusible
-from jevt.partition import copies, horizontal, order, targets
+from jevt.partition import copies, horizontal, order, prices, targets
 from jevt.partition import graph as graphs
 from jevt.partition.absorb import absorb, allowance
 from jevt.partition.batch import Component, Solver
@@ -24,6 +24,7 @@ from jevt.partition.contract import contract
 from jevt.partition.duplicate import duplicate, merge_copies
 from jevt.partition.graph import Classify, Graph, Reading, Role
 from jevt.partition.plan import Plan, Solution
+from jevt.partition.prices import Prices
 from jevt.partition.problem import Grouping, Problem
 from jevt.partition.reach import Links, Reach
 from jevt.partition.recompute import recompute
@@ -67,23 +68,6 @@ def partition(
     return plan if context.fuel is None else targets.limit_fuel(plan, context.fuel)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Prices:
-    """What of a plan's costs is no traffic.
-
-    Attributes:
-      launch: what a launch is worth in bytes.
-      company: for each matrix product, the same of what it takes longer in a group with others.
-      again: for each node that several groups may compute, the same of its arithmetic.
-      worthwhile: see ``Oracle.worthwhile``, for nodes of the graph.
-    """
-
-    launch: int
-    company: Mapping[int, int]
-    again: Mapping[int, int]
-    worthwhile: Callable[[Sequence[int], int], bool]
-
-
 class _Run:
     """One call of :func:`partition`: its tools, and what it has already built and solved."""
 
@@ -114,15 +98,8 @@ class _Run:
             graph, reach = fewer, Reach.of(fewer)
             parts, links = split(graph, reach, launch)
         parts = [arranged(graph, reach, part) for part in parts]
-        prices = _Prices(
-            launch,
-            targets.company(graph, context),
-            copies.prices(graph, context.device),
-            lambda nodes, product: targets.worthwhile(
-                graph, single, nodes, product, context, self.builder
-            ),
-        )
-        outcomes = self._solve(graph, reach, parts, links, prices)
+        costs = prices.prices(graph, single, context)
+        outcomes = self._solve(graph, reach, parts, links, costs, context)
         # 3. components whose groups form a cycle together, solved as one
         while True:
             laid, groups, origin = copies.materialise(graph, _all_groups(graph, parts, outcomes))
@@ -133,7 +110,7 @@ class _Run:
             keep = [i for i in range(len(parts)) if i not in cyclic]
             parts = [parts[i] for i in keep] + [merged]
             outcomes = [outcomes[i] for i in keep]
-            outcomes += self._solve(graph, reach, [merged], links, prices)
+            outcomes += self._solve(graph, reach, [merged], links, costs, context)
         # 4. groups in an executable order, each with its target
         jaxpr = laid.jaxpr
         moved = ({old: new} for new, old in enumerate(origin))
@@ -148,12 +125,11 @@ class _Run:
         )
         # 5. those that do the same for tensors of their own, a launch for many
         chosen = horizontal.merge(chosen, order.quotient(ordered, laid.successors), jaxpr, context)
-        scale = 1 / context.device.bytes_per_us
-        lost = allowance(graph, launch)
+        lost = allowance(graph, launch) / context.device.bytes_per_us
         solution = Solution(
             _worst([o.status for o in outcomes] + ["feasible"] * (lost > 0)),
-            sum(o.cost for o in outcomes) * scale,
-            (sum(o.bound for o in outcomes) - lost) * scale,
+            sum(o.cost * o.unit for o in outcomes),
+            sum(o.bound * o.unit for o in outcomes) - lost,
             time.monotonic() - started,
             max((o.rounds for o in outcomes), default=0),
             max((o.stopped for o in outcomes), default="", key=("", "work", "clock").index),
@@ -173,16 +149,25 @@ class _Run:
         return dataclasses.replace(graph, nodes=tuple(nodes))
 
     def _solve(
-        self, graph: Graph, reach: Reach, parts: Sequence[list[int]], links: Links, prices: _Prices
+        self,
+        graph: Graph,
+        reach: Reach,
+        parts: Sequence[list[int]],
+        links: Links,
+        costs: Prices,
+        context: Context,
     ) -> list[Outcome]:
+        problems = [pose(graph, reach, part, links, costs) for part in parts]
         return self.solver.solve(
-            [self._component(graph, reach, part, links, prices) for part in parts]
+            [
+                self._component(graph, part, problem, context)
+                for part, problem in zip(parts, problems, strict=True)
+            ]
         )
 
     def _component(
-        self, graph: Graph, reach: Reach, part: Sequence[int], links: Links, prices: _Prices
+        self, graph: Graph, part: Sequence[int], problem: Problem, context: Context
     ) -> Component:
-        problem = pose(graph, reach, part, links, prices.launch, prices.company, prices.again)
 
         def positions(local: Sequence[int]) -> list[int]:
             return [p for n in local for p in graph.nodes[part[n]].eqns]
@@ -197,12 +182,16 @@ class _Run:
             made = [v for eqn in group.eqns for v in eqn.outvars if v in kept]
             return self._accepts(_jaxpr.make(group.invars, made, group.eqns))
 
+        def measured(local: Sequence[int]) -> int | None:
+            us = targets.measured_us(graph, [part[n] for n in local], context, self.builder)
+            return None if us is None else round(us / problem.unit)
+
         oracle = Oracle(
             lambda local: self._accepts(graph.extract(positions(local))),
             lambda local, stored: self._accepts(
                 part_of(graph, positions(local), [variables()[t] for t in stored])
             ),
-            lambda local, product: prices.worthwhile([part[n] for n in local], part[product]),
+            measured,
             keeps,
         )
         return Component(self._key(graph, part, problem), problem, oracle)

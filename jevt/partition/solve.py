@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -27,10 +28,12 @@ class Limits:
     Attributes:
       work: in the solver's deterministic seconds, the same on every machine and under any load.
       deadline: by ``time.monotonic``; if it is what ends the search, another run may end elsewhere.
+      searching: see ``ilp.Limits``.
     """
 
     work: float = 1.0
     deadline: float = math.inf
+    searching: ilp.Searching = contextlib.nullcontext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Outcome:
       rounds: number of solves.
       work: deterministic seconds that they took.
       stopped: what ended the search before optimality was proven, if a limit did.
+      unit: of cost and bound, in microseconds.
     """
 
     groups: Grouping
@@ -52,30 +56,30 @@ class Outcome:
     rounds: int = 0
     work: float = 0.0
     stopped: Stop = ""
+    unit: float = 1e-3
 
 
 def solve(problem: Problem, oracle: Oracle, limits: Limits) -> Outcome:
     """The best grouping that was found within the limits.
 
-    The time of a group around a matrix product is no sum over what it moves, as the objective has
-    it. A product whose group is not worthwhile after all is made to stand alone, and the rest is
-    solved again; cost and bound are those of the last problem.
+    Where a group's time was measured, that time replaces the predicted one, and the rest is solved
+    again; cost and bound are those of the last problem.
     """
     work = 0.0
     while True:
         left = max(limits.work - work, limits.work / 4)
         outcome = _solve(problem, oracle, dataclasses.replace(limits, work=left))
         work += outcome.work
-        alone = [
-            node
-            for node, _ in problem.products
-            for group in outcome.groups
-            if node in group and len(group) > 1 and not oracle.worthwhile(group, node)
+        known, copied = {nodes for nodes, _ in problem.known}, set(problem.copies)
+        measured = [
+            (nodes, time)
+            for nodes in map(tuple, outcome.groups)
+            if nodes not in known and copied.isdisjoint(nodes)
+            if (time := oracle.measured(nodes)) is not None
         ]
-        if not alone:
-            return dataclasses.replace(outcome, work=work)
-        for node in alone:
-            problem = problem.without(node)
+        if not measured:
+            return dataclasses.replace(outcome, work=work, unit=problem.unit)
+        problem = problem.priced(measured)
 
 
 def _solve(problem: Problem, oracle: Oracle, limits: Limits) -> Outcome:
@@ -84,7 +88,7 @@ def _solve(problem: Problem, oracle: Oracle, limits: Limits) -> Outcome:
     if problem.size == 1 or not (problem.edges or problem.siblings):
         cost = problem.cost(singles)
         return Outcome(singles, cost, cost, "trivial")
-    floor = problem.floor()
+    floor = None if problem.known else problem.floor()
     one = floor is not None and problem.valid(whole) and problem.cost(whole) == floor
     if floor is not None and one and oracle.accepts(whole[0]):
         return Outcome(whole, floor, floor, "optimal")
@@ -117,7 +121,7 @@ def _improve(
             stopped = "clock"
             break
         rounds += 1
-        answer = program.solve(best, ilp.Limits(limits.work - work, seconds))
+        answer = program.solve(best, ilp.Limits(limits.work - work, seconds, limits.searching))
         work += answer.spent
         if answer.groups is not None:
             found = True
@@ -144,7 +148,7 @@ def _pruned(problem: Problem, program: ilp.Program, groups: Grouping) -> Groupin
         return groups
     groups = [list(groups[index]) for index in ranks]
     consumers = problem.consumers()
-    for node in sorted((n for n, _ in problem.copies), reverse=True):
+    for node in sorted(problem.copies, reverse=True):
         stored = problem.stored(groups)
         held = [index for index, group in enumerate(groups) if node in group]
         for index in held:
@@ -160,7 +164,7 @@ def _hasty(problem: Problem, cut: Refusal) -> bool:
     A group that is refused with one choice of what it stores is cut with all, if its nodes have
     copies.
     """
-    whole = not cut.rest and any(node in cut.nodes for node, _ in problem.copies)
+    whole = not cut.rest and any(node in cut.nodes for node in problem.copies)
     return whole or not problem.assumed.isdisjoint(cut.nodes)
 
 
@@ -183,6 +187,8 @@ def _mend(
             program.split(piece)
     connected = sorted(piece for split in pieces for piece in split)
     ranks = order.schedule(connected, program.successors)
+    if problem.busy(connected):
+        program.arithmetic()
     cyclic = len(ranks) < len(connected)
     if cyclic:
         program.acyclic()

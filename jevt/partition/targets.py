@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 from jax.extend.core import Jaxpr
 
-from jevt import _jaxpr
 from jevt._context import Context, Device
 from jevt.lowering.errors import NotFusible
 from jevt.partition import cost, fusions, names, products
@@ -16,7 +14,6 @@ from jevt.partition.build import Builder
 from jevt.partition.duplicate import merge_copies
 from jevt.partition.graph import Graph, Node, Reading, unexpected
 from jevt.partition.plan import Group, Plan
-from jevt.passes import cse
 from jevt.tuning import known
 from jevt_kernels import limits, tuning
 from jevt_kernels.spec import Config, KernelSpec
@@ -83,71 +80,30 @@ def choose(
     return kernel
 
 
-def worthwhile(
-    graph: Graph,
-    single: Reading,
-    nodes: Sequence[int],
-    product: int,
-    context: Context,
-    builder: Builder,
-) -> bool:
-    """Whether a matrix product is predicted to be faster with the others of its group than apart.
-
-    Apart, cuBLAS runs it, with or without what its epilogue takes, and one kernel, of ours or
-    XLA's, all the others. Measured times of the group replace what is predicted of it.
-    """
+def measured_us(
+    graph: Graph, nodes: Sequence[int], context: Context, builder: Builder
+) -> float | None:
+    """What these nodes were measured to take as one group, None if that is not known."""
     if not chooses(context):
-        return True
-    device = context.device
-
-    def times(chosen: Sequence[int]) -> tuple[float, float]:
-        positions = sorted(p for n in chosen for p in graph.nodes[n].eqns)
-        return _times(graph.extract(positions), [single.nodes[p] for p in positions], device)
-
-    together, xla = times(nodes)
-    apart = times([product])[1] + min(times([n for n in nodes if n != product]))
-    apart = min(apart, _with_epilogue_us(graph, single, nodes, device))
+        return None
     positions = sorted(p for n in nodes for p in graph.nodes[n].eqns)
-    measured = known.best_us(merge_copies(graph.extract(positions)), builder, context)
-    if measured is not None:
-        return measured <= apart
-    return together <= min(xla, apart) * _unsure(context)
+    return known.best_us(merge_copies(graph.extract(positions)), builder, context)
 
 
-def _with_epilogue_us(graph: Graph, single: Reading, nodes: Sequence[int], device: Device) -> float:
-    """A product and what cuBLAS's epilogue takes along, and one kernel for the rest of a group.
+def predicted_us(graph: Graph, positions: Sequence[int], context: Context) -> float:
+    """The time of equations as one group: as a kernel, or less if XLA is predicted to be faster.
 
-    Infinite if the epilogue takes nothing. Copies of an equation are one here: the call stores what
-    they make.
+    Args:
+      graph: one node for each equation.
+      positions: of the equations; whether they can be one kernel is not asked.
+      context: device, and whether XLA's kernels are candidates.
     """
-    positions = sorted(p for n in nodes for p in graph.nodes[n].eqns)
-    role = {graph.jaxpr.eqns[p].outvars[0]: single.nodes[p] for p in positions}
-    jaxpr = cse.run(graph.extract(positions))
-    at = products.position(jaxpr)
-    assert at is not None
-    taken = sorted(products.folded(jaxpr, at))
-    if len(taken) == 1:
-        return math.inf
-
-    def times(chosen: Sequence[int]) -> tuple[float, float]:
-        parts = [role[jaxpr.eqns[p].outvars[0]] for p in chosen]
-        return _times(_jaxpr.extract(jaxpr, chosen), parts, device)
-
-    rest = [p for p in range(len(jaxpr.eqns)) if p not in taken]
-    return times(taken)[1] + (min(times(rest)) if rest else 0.0)
-
-
-def company(graph: Graph, context: Context) -> dict[int, int]:
-    """What each matrix product takes longer with company than alone, in bytes of that time."""
-    result: dict[int, int] = {}
-    for index, node in enumerate(graph.nodes):
-        if node.kind == "contraction":
-            jaxpr = graph.extract(node.eqns)
-            at = products.position(jaxpr)
-            assert at is not None
-            us = products.company_us(jaxpr.eqns[at], context.device) if chooses(context) else 0.0
-            result[index] = round(us * context.device.bytes_per_us)
-    return result
+    positions = sorted(positions)
+    parts = [graph.nodes[p] for p in positions]
+    ours, xla = _times(graph.extract(positions), parts, context.device)
+    if not chooses(context):
+        return ours
+    return xla if _trivial(parts, context) else min(ours, xla)
 
 
 def limit_fuel(plan: Plan, fuel: int) -> Plan:
@@ -195,7 +151,8 @@ def _times(jaxpr: Jaxpr, parts: Sequence[Node], device: Device) -> tuple[float, 
         return products.kernel_us(jaxpr, device) + products.second_stage_us(sums, device), xla
     ends = [jaxpr.eqns[i] for i, part in enumerate(parts) if part.ends]
     ours = cost.predict_us(jaxpr, device) * cost.narrow_columns(ends)
-    return ours + cost.second_stage_us(ends, device), xla
+    whole = any(part.kind == "reduction" and not part.ends for part in parts)
+    return ours + cost.second_stage_us(ends, device, whole), xla
 
 
 def _trivial(parts: Sequence[Node], context: Context) -> str:

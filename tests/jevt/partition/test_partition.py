@@ -20,7 +20,7 @@ from jevt import _jaxpr
 from jevt.lowering.errors import NotFusible
 from jevt.lowering.rules import classify
 from jevt.lowering.spec import build
-from jevt.partition import batch, copies, fallbacks, partition, to_json
+from jevt.partition import batch, fallbacks, partition, prices, to_json
 from jevt.partition import graph as graphs
 from jevt.partition.components import moved, pose
 from jevt.partition.duplicate import duplicate, merge_copies
@@ -174,13 +174,12 @@ def enumerate_partitions(jaxpr, where, limit):
     if not 0 < len(fusible) <= limit:
         return None
     reach = Reach.of(graph)
-    launch = round(where.device.triton_launch_us * where.device.bytes_per_us)
+    costs = prices.prices(graph, graph, where)
     products = [n for n in fusible if graph.nodes[n].kind == "contraction"]
     none = Links(frozenset(), frozenset())
-    problem = pose(graph, reach, fusible, none, launch, dict.fromkeys(products, 0), {})
+    problem = pose(graph, reach, fusible, none, costs)
     local = {n: i for i, n in enumerate(fusible)}
-    prices = copies.prices(graph, where.device)
-    again = tuple((local[n], price) for n, price in prices.items() if n in local)
+    again = tuple(sorted(local[n] for n in costs.copies if n in local))
     problem = dataclasses.replace(problem, copies=again)
     variables = [var for _, var in moved(graph, fusible)]
     touching = {
@@ -257,14 +256,14 @@ def enumerate_partitions(jaxpr, where, limit):
 def test_random_programs_against_brute_force(seed):
     x, y = (RNG.normal(size=(64, 256)).astype(np.float32) for _ in "xy")
     jaxpr, consts = trace(random_program(seed), x, y)
-    where = context("triton")
+    where = context(("triton", "auto")[seed % 2])  # without and with XLA's kernels as candidates
     plan = partition(jaxpr, where)
     check_valid(plan, [*consts, x, y], rtol=1e-4)
     found = enumerate_partitions(before_solving(jaxpr, where), where, 8)
     if found is None:
         pytest.skip("too large to enumerate")
     best, connected = found
-    cost = round(plan.solution.objective_us * where.device.bytes_per_us)
+    cost = round(plan.solution.objective_us * 1000)  # in nanoseconds, as the solver counts
     # A group is connected, through whatever its equations share; large tensors are always tried.
     # What contraction has joined is copied as a whole, at a byte an equation less.
     assert best - 8 <= cost <= connected

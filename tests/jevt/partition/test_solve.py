@@ -7,7 +7,7 @@ import time
 from partitions import brute_force, random_problem
 
 from jevt.partition import greedy, solve
-from jevt.partition.problem import Label, Problem, Traffic
+from jevt.partition.problem import Label, Launches, Problem, Traffic, Work
 from jevt.partition.refusals import Oracle
 
 ANYTHING = Oracle(lambda nodes: True, lambda nodes, stored: True)
@@ -94,7 +94,8 @@ def test_convex_groups_that_are_cyclic_together_are_not_valid():
     ]
     problem = Problem(
         4, (), ((0, 3), (1, 2)), ((0, 2), (1, 3)),
-        (tensor(0, 2), tensor(1, 3), *shared), (Label(8, 0),), (1,) * 4, (0,) * 4, (False,) * 4, 10,
+        (tensor(0, 2), tensor(1, 3), *shared), (Label(8, 0),), (1,) * 4, (0,) * 4,
+        (False,) * 4, Launches(10), (Work(),) * 4,
     )  # fmt: skip
     assert not problem.valid([[0, 3], [1, 2]])
     outcome = solve.solve(problem, ANYTHING, LONG)
@@ -117,7 +118,7 @@ def chain(length):
     edges = tuple((v, v + 1) for v in range(length - 1))
     return Problem(
         length, edges, (), (), tuple(tensors), (Label(8, 0),), (1,) * length, (0,) * length,
-        (False,) * length, 10,
+        (False,) * length, Launches(10), (Work(),) * length,
     )  # fmt: skip
 
 

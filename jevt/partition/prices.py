@@ -1,0 +1,222 @@
+"""What nodes of a graph cost, in the terms of :class:`~.problem.Problem`.
+
+The times of :mod:`.cost`, :mod:`.fusions` and :mod:`.products` are functions of a group's
+equations. Here they are taken apart into what each node adds, so that the integer program can put
+them together for any group.
+
+What is not taken apart, and so told only of the finished groups (:mod:`.targets`): that XLA can run
+a group as several kernels in a way that is no other partition, further passes over rows that do not
+fit on chip, and slices that are read twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from jax.extend.core import Var
+
+from jevt._context import Context, Device
+from jevt.partition import copies, cost, fusions, products, targets
+from jevt.partition.graph import Graph, Node, Reading, nbytes
+from jevt.partition.problem import Launches, Product, Traffic, Work
+
+#: By how much of a launch a call of cuBLAS may be dearer with its epilogue than alone.
+_FOLDED = 0.5
+
+#: Arithmetic of less than so much of a launch is not counted: few groups are then bound by it, and
+#: those of short vectors are not.
+_LEAST = 0.01
+
+#: Microseconds of the smallest unit, and units of a component's traffic and products beyond which a
+#: larger one is taken: CP-SAT 9.15 presolves programs to wrong optima with numbers beyond 31 bits.
+_UNIT, _UNITS = 1e-3, 1 << 26
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """What a node adds to the time of its group, see ``Work``; in microseconds."""
+
+    ours: float = 0.0
+    xla: float = 0.0
+    more: float = 0.0
+    sums: bool = False
+    parts: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    rows: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A matrix product, see ``Product``; in nodes of the graph and microseconds."""
+
+    mainloop: float
+    moved: int
+    calls: tuple[tuple[tuple[int, ...], float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prices:
+    """What the nodes of a graph cost.
+
+    Attributes:
+      device: sets what bytes and launches cost.
+      chooses: whether XLA's kernels are candidates.
+      times: for each node.
+      products: the matrix products, by node.
+      chained: for each node, those that read what it reduces.
+      copies: nodes of which several groups may have a copy.
+    """
+
+    device: Device
+    chooses: bool
+    times: Sequence[Times]
+    products: Mapping[int, Call]
+    chained: Mapping[int, Sequence[int]]
+    copies: frozenset[int]
+
+    def unit(self, part: Sequence[int], tensors: Sequence[Traffic]) -> float:
+        """Microseconds of a component's unit of time."""
+        moved = sum(t.nbytes + sum(t.read_bytes) for t in tensors) / self.device.bytes_per_us
+        loops = sum(self.products[n].mainloop for n in part if n in self.products)
+        return max(_UNIT, (moved + loops + sum(self.times[n].xla for n in part)) / _UNITS)
+
+    def launches(self, unit: float) -> Launches:
+        """What launches cost."""
+        device = self.device
+        xla = round(device.xla_launch_us / unit)
+        ours, exposed = round(device.triton_launch_us / unit), round(100 * device.exposed_epilogue)
+        return Launches(ours, xla if self.chooses else None, xla, exposed)
+
+    def moving(self, tensors: Sequence[Traffic], unit: float) -> tuple[Traffic, ...]:
+        """Tensors by the time that they take to move, no less than 1."""
+        return tuple(
+            dataclasses.replace(
+                tensor,
+                nbytes=self._moving(tensor.nbytes, unit),
+                read_bytes=tuple(self._moving(amount, unit) for amount in tensor.read_bytes),
+            )
+            for tensor in tensors
+        )
+
+    def _moving(self, amount: int, unit: float) -> int:
+        return math.ceil(amount / (self.device.bytes_per_us * unit))
+
+    def within(
+        self, part: Sequence[int], unit: float
+    ) -> tuple[tuple[Work, ...], tuple[Product, ...]]:
+        """The works and products of a component, in local nodes."""
+        local = {node: index for index, node in enumerate(part)}
+        works, found = [], []
+        for node in part:
+            t = self.times[node]
+            short, long, beside = (round(us / unit) for us in t.parts)
+            least = _LEAST * self.device.xla_launch_us
+            ours, xla = (round(us / unit) if us > least else 0 for us in (t.ours, t.xla))
+            more = round(t.more / unit)
+            works.append(Work(ours, xla, more, t.sums, (short, long, beside), t.rows))
+            if (product := self.products.get(node)) is not None:
+                calls = tuple(
+                    (tuple(sorted(local[n] for n in nodes)), round(us / unit))
+                    for nodes, us in product.calls
+                    if all(n in local for n in nodes)
+                )
+                tiles = round(product.mainloop / unit)
+                found.append(Product(local[node], tiles, self._moving(product.moved, unit), calls))
+        return tuple(works), tuple(found)
+
+
+def prices(graph: Graph, single: Reading, context: Context) -> Prices:
+    """The prices of a graph's nodes.
+
+    Args:
+      graph: nodes of one equation and more.
+      single: the same program with one node for each equation.
+      context: whether XLA's kernels are candidates, and on which device.
+    """
+    device, chooses = context.device, targets.chooses(context)
+    times = [
+        Times() if node.opaque else _times(graph, single, node, device) for node in graph.nodes
+    ]
+    found = {
+        index: _product(graph, single, index, device, chooses)
+        for index, node in enumerate(graph.nodes)
+        if node.kind == "contraction"
+    }
+    chained = _chained(graph, single)
+    return Prices(device, chooses, times, found, chained, copies.candidates(graph))
+
+
+def _times(graph: Graph, single: Reading, node: Node, device: Device) -> Times:
+    eqns = [graph.jaxpr.eqns[p] for p in node.eqns if single.nodes[p].kind != "contraction"]
+    ours = cost.arithmetic_us(eqns, device)
+    xla = cost.arithmetic_us(eqns, device, fusions.OPERATIONS)
+    if node.kind != "reduction":
+        return Times(ours, xla)
+    reducing = [p for p in node.eqns if single.nodes[p].kind == "reduction"]
+    along = [graph.jaxpr.eqns[p] for p in reducing if single.nodes[p].ends]
+    jaxpr = graph.extract(node.eqns)
+    at = {p: i for i, p in enumerate(node.eqns)}
+    kernels = fusions.kernels(jaxpr, {at[p] for p in reducing})
+    slower = (cost.narrow_columns(along) - 1) * cost.predict_us(jaxpr, device)
+    short, long = (
+        sum(cost.parts_bytes(e, whole) for e in along) / device.bytes_per_us + slower
+        for whole in (False, True)
+    )
+    beside = sum(products.parts_bytes(graph.jaxpr.eqns[p]) for p in reducing)
+    parts = short, long, beside / device.bytes_per_us
+    more = max(0, kernels - 1) * device.xla_launch_us
+    return Times(ours, xla, more, bool(along), parts, len(reducing) > len(along))
+
+
+def _chained(graph: Graph, single: Reading) -> dict[int, list[int]]:
+    """For each node, those that read what it reduces."""
+    result: dict[int, list[int]] = {}
+    for index, node in enumerate(graph.nodes):
+        if node.kind != "reduction":
+            continue
+        reduced: set[Var] = set()
+        for p in node.eqns:
+            eqn = graph.jaxpr.eqns[p]
+            inside = single.nodes[p].kind == "reduction" and not single.nodes[p].ends
+            if inside or any(v in reduced for v in eqn.invars if isinstance(v, Var)):
+                reduced.update(eqn.outvars)
+        for tensor in map(graph.tensors.__getitem__, graph.writes[index]):
+            if tensor.var in reduced:
+                readers = (c for c in tensor.consumers if not graph.nodes[c].opaque)
+                result.setdefault(index, []).extend(readers)
+    return result
+
+
+def _product(graph: Graph, single: Reading, node: int, device: Device, chooses: bool) -> Call:
+    (position,) = (p for p in graph.nodes[node].eqns if single.nodes[p].kind == "contraction")
+    eqn = graph.jaxpr.eqns[position]
+    moved = sum(nbytes(v.aval) for v in (*eqn.invars, *eqn.outvars))
+    calls = tuple(_calls(graph, single, node, device)) if chooses else ()
+    return Call(products.mainloop_us(eqn, device), moved, calls)
+
+
+def _calls(
+    graph: Graph, single: Reading, node: int, device: Device
+) -> Iterator[tuple[tuple[int, ...], float]]:
+    """A product alone, and with as much of what follows it as cuBLAS takes along."""
+
+    def time(nodes: Sequence[int]) -> float:
+        positions = sorted(p for n in nodes for p in graph.nodes[n].eqns)
+        reducing = {i for i, p in enumerate(positions) if single.nodes[p].kind == "reduction"}
+        return fusions.xla_us(graph.extract(positions), device, reducing)
+
+    group, last, alone = [node], node, time([node])
+    yield (node,), alone
+    while True:
+        readers = {c for t in graph.writes[last] for c in graph.tensors[t].consumers}
+        if len(readers) != 1 or any(graph.tensors[t].escapes for t in graph.writes[last]):
+            return
+        (last,) = readers
+        if graph.nodes[last].opaque or graph.nodes[last].kind not in ("pointwise", "view"):
+            return
+        group.append(last)
+        with_epilogue = time(group)
+        if with_epilogue > alone + _FOLDED * device.xla_launch_us:
+            return
+        yield tuple(group), with_epilogue

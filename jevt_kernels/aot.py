@@ -87,7 +87,6 @@ def _compile(source: Source, signature: tuple[str, ...], arch: int) -> Binary:
             "variable; interpret and compile in separate processes."
         )
     triton: Any = importlib.import_module("triton")
-    compiler: Any = importlib.import_module("triton.compiler")
     backends: Any = importlib.import_module("triton.backends.compiler")
     kernel = launch.load(source)
     names = kernel.arg_names
@@ -96,7 +95,7 @@ def _compile(source: Source, signature: tuple[str, ...], arch: int) -> Binary:
             f"expected {source.entry} to take {len(signature)} parameters, got {names}"
         )
     compiled = triton.compile(
-        compiler.ASTSource(
+        compat.ast_source(kernel)(
             kernel,
             dict(zip(names, signature, strict=True)),
             attrs={

@@ -139,7 +139,7 @@ class Printer(IndexPrinter):
 
     def _full(self, text: str, dtype: np.dtype) -> str:
         """A number as a tile of one element."""
-        return f"tl.full({self.view.shape()}, {text}, {triton_type(dtype)})"
+        return self.view.full(self.view.shape(), text, triton_type(dtype))
 
     def _load(self, node: visitor.Load, varies: frozenset[str]) -> str:
         dtype = self.spec.inputs[node.input].dtype
@@ -165,6 +165,8 @@ class Printer(IndexPrinter):
         arguments = [f"x{node.input} + {self.address(node.index)}"]
         if mask := self.mask(varies):
             arguments += [f"mask={mask}", "other=0"]
+        if policy := self.evictions.get(node):
+            arguments.append(f"eviction_policy='{policy}'")
         return f"tl.load({', '.join(arguments)})"
 
     def _compute(self, node: visitor.Compute) -> str:
@@ -226,6 +228,8 @@ class Printer(IndexPrinter):
         arguments = [f"{pointer} + {self.store_address(node)}", value]
         if mask := self.mask(varies):
             arguments.append(f"mask={mask}")
+        if policy := self.evictions.get(node):
+            arguments.append(f"eviction_policy='{policy}'")
         self.line(f"tl.store({', '.join(arguments)})")
 
     def stored_along(self, node: visitor.Store) -> frozenset[str]:
@@ -257,8 +261,10 @@ class Printer(IndexPrinter):
             return " + ".join(terms)
         if not terms and follows.isdisjoint(self.view.names):
             # A single element, whose value may be a block of one.
-            zero = f"tl.full({self.view.shape()}, {{}}, tl.int32)"
-            return zero.format(address) if address.isdecimal() else f"{zero.format(0)} + {address}"
+            shape = self.view.shape()
+            if address.isdecimal():
+                return self.view.full(shape, address, "tl.int32")
+            return f"{self.view.full(shape, '0', 'tl.int32')} + {address}"
         return " + ".join((address, *terms))
 
     def stores(self) -> list[int]:

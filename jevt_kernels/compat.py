@@ -13,6 +13,7 @@ mend                          where               without it
 :func:`_keep_environment`     always              importing jax-triton unsets ``TRITON_CACHE_DIR``
 :func:`backend_options`       Triton >= 3.9       PTX that CUDA 12 rejects; a warning a process
 :func:`_check_shared_memory`  always              a kernel that wants too much aborts the program
+:func:`_count_warps`          always              a warp-specialised kernel lacks the added warps
 ============================  ==================  =================================================
 """
 
@@ -177,11 +178,31 @@ def import_jax_triton() -> ModuleType:
         ) from None
     _find_nvidia_backend(library)
     _check_shared_memory(library)
+    _count_warps(library)
     if version < (3, 8):
         _complete_descriptors(library)
     if jax_version() >= (0, 12):
         _adapt_dce_rule(library)
     return jax_triton
+
+
+def shared_layout(block: Sequence[int], dtype: str) -> Any:
+    """Gluon's layout in shared memory of a tile that is copied through a tensor descriptor.
+
+    Args:
+      block: shape of the tile.
+      dtype: Triton's abbreviation of its type, "bf16".
+    """
+    language: Any = importlib.import_module("triton.experimental.gluon.language")
+    types = {"bf16": language.bfloat16, "fp16": language.float16}
+    return language.NVMMASharedLayout.get_default_for(list(block), types[dtype])
+
+
+def ast_source(kernel: Any) -> Any:
+    """The class of Triton's sources of a kernel's kind: Triton's own, or Gluon's."""
+    if kernel.is_gluon():
+        return importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
+    return importlib.import_module("triton.compiler").ASTSource
 
 
 def _find_nvidia_backend(library: Any) -> None:
@@ -244,6 +265,26 @@ def _check_shared_memory(library: Any) -> None:
         return result
 
     library.compile_ttir_to_ptx_inplace = compile_and_check
+
+
+def _count_warps(library: Any) -> None:
+    """Launches a kernel whose warps have different tasks with all of them.
+
+    jax-triton launches as many warps as were asked for; the compiler adds those of other tasks and
+    says in the assembly how many threads there are.
+    """
+    bindings = library.triton_kernel_call_lib
+    make_kernel = bindings.TritonKernel
+
+    def make_with_all_warps(name: str, num_warps: int, *arguments: Any) -> Any:
+        ptx = next((a for a in arguments if isinstance(a, str) and ".reqntid" in a), "")
+        if threads := re.search(r"\.reqntid\s+(\d+)", ptx):
+            num_warps = int(threads[1]) // 32
+        return make_kernel(name, num_warps, *arguments)
+
+    library.triton_kernel_call_lib = SimpleNamespace(
+        **{**vars(bindings), "TritonKernel": make_with_all_warps}
+    )
 
 
 @contextlib.contextmanager

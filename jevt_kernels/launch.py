@@ -24,7 +24,14 @@ import numpy as np
 
 from jevt_kernels import compat, ops, partials, visitor
 from jevt_kernels.compat import UnsupportedDevice
-from jevt_kernels.spec import Config, KernelSpec, Source, TensorType, UnsupportedKernel
+from jevt_kernels.spec import (
+    Config,
+    Descriptor,
+    KernelSpec,
+    Source,
+    TensorType,
+    UnsupportedKernel,
+)
 
 # The x dimension of a CUDA grid, which is the only one that generated kernels use.
 MAXIMUM_GRID = 2**31 - 1
@@ -72,16 +79,35 @@ def signature(spec: KernelSpec, source: Source) -> tuple[str, ...]:
       UnsupportedKernel: if kernels do not support the dtype of an operand.
     """
     pointers = [f"*{triton_name(operand.dtype)}" for operand in parameters(spec)]
-    descriptors = [
-        f"tensordesc<{triton_name(spec.inputs[d.input].dtype)}[{','.join(map(str, d.block))}]>"
-        for d in source.descriptors
-    ]
+    descriptors = []
+    for descriptor in source.descriptors:
+        dtype = triton_name(spec.inputs[descriptor.input].dtype)
+        layout = descriptor_layout(spec, source, descriptor)
+        block = ",".join(map(str, descriptor.block))
+        descriptors.append(f"tensordesc<{dtype}[{block}]{f',{layout!r}' if layout else ''}>")
     inputs = len(spec.inputs)
     return (*pointers[:inputs], *descriptors, *pointers[inputs:])
 
 
+def descriptor_layout(spec: KernelSpec, source: Source, descriptor: Descriptor) -> Any:
+    """The layout of a descriptor's tiles in shared memory; None where Triton chooses it."""
+    if not source.config.specialized:
+        return None
+    return compat.shared_layout(descriptor.block, triton_name(spec.inputs[descriptor.input].dtype))
+
+
 def check_descriptors(spec: KernelSpec, source: Source, capability: int) -> None:
-    """Raises UnsupportedKernel if the kernel takes tensor descriptors and the GPU has none."""
+    """Raises UnsupportedKernel if the GPU lacks what the kernel is written for.
+
+    That is tensor descriptors, since sm_90; and of warps with different tasks, the instructions by
+    which they multiply, which sm_90 alone has.
+    """
+    if source.config.specialized and capability != _DESCRIPTOR_CAPABILITY:
+        raise UnsupportedKernel(
+            f"kernel {spec.name}: expected a GPU of compute capability "
+            f"{_DESCRIPTOR_CAPABILITY / 10} for warps with different tasks, got {capability / 10}. "
+            "Use a configuration that is not specialized."
+        )
     if source.descriptors and capability < _DESCRIPTOR_CAPABILITY:
         raise UnsupportedKernel(
             f"kernel {spec.name}: expected a GPU of compute capability "
@@ -228,7 +254,13 @@ def call(
         results = jax_triton.triton_call(
             *operands,
             *(
-                jax_triton.TensorDescriptor(operands[d.input], d.shape, d.strides, d.block)
+                jax_triton.TensorDescriptor(
+                    operands[d.input],
+                    d.shape,
+                    d.strides,
+                    d.block,
+                    descriptor_layout(kernel_spec, source, d),
+                )
                 for d in source.descriptors
             ),
             kernel=load(source),

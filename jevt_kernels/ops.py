@@ -279,7 +279,7 @@ OPS: dict[str, Op] = {
     "erf": _row(_call("tl.erf"), lax.erf),
     "erf_inv": _row(_float_call("erfinv"), lax.erf_inv),
     "erfc": _row(_erfc, lax.erfc),
-    "exp": _row(_call("tl.exp"), lax.exp),
+    "exp": _row(_call("dm.exp"), lax.exp),
     "exp2": _row(_call("tl.exp2"), lax.exp2),
     "expm1": _row(_float_call("expm1"), lax.expm1),
     "floor": _row(_call("tl.floor"), lax.floor),

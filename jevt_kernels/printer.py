@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jevt_kernels import visitor
 from jevt_kernels.index_map import IndexMap, TileAxis
@@ -20,6 +20,17 @@ from jevt_kernels import device_math as dm
 
 
 @triton.jit
+"""
+
+#: The same of a kernel whose warps have different tasks.
+_GLUON_HEADER = """\
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.language.extra.cuda import libdevice
+
+from jevt_kernels import device_math as dm
 """
 
 _INT32_MAX = 2**31 - 1
@@ -43,8 +54,12 @@ class IndexPrinter:
         self._scopes: list[dict[object, str]] = [{}]
         self.partials: list[Partial] = []
         self.descriptors: list[Descriptor] = []
+        #: Functions that the kernel calls, as text.
+        self.functions: list[str] = []
         #: Names of the parameters, where they are not those of inputs and outputs.
         self.parameters: list[str] = []
+        #: How long the L2 cache should keep what loads and stores touch, where that is known.
+        self.evictions: dict[visitor.Node, str] = {}
 
     # Text
 
@@ -101,7 +116,22 @@ class IndexPrinter:
         descriptors = [descriptor.name for descriptor in self.descriptors]
         parameters = self.parameters or inputs + descriptors + outputs
         signature = f"def {self.spec.name}({', '.join(parameters)}):"
-        return comment + _HEADER + signature + "\n" + "\n".join(self._lines) + "\n"
+        body = signature + "\n" + "\n".join(self._lines) + "\n"
+        if not self.functions:
+            return comment + _HEADER + body
+        decorated = (f"\n\n@gluon.jit\n{text}" for text in (*self.functions, body))
+        return comment + _GLUON_HEADER + "".join(decorated)
+
+    @contextlib.contextmanager
+    def function(self, name: str, parameters: Sequence[str]) -> Iterator[None]:
+        """Prints into a function that the kernel calls, the kernel's names forgotten."""
+        outer = self._lines, self._indent, self._scopes
+        self._lines, self._indent, self._scopes = [], 1, [{}]
+        yield
+        self.functions.append(
+            f"def {name}({', '.join(parameters)}):\n" + "\n".join(self._lines) + "\n"
+        )
+        self._lines, self._indent, self._scopes = outer
 
     def bind(self, key: object, expression: str, name: str) -> str:
         """The name of ``expression``, printed once a scope."""
@@ -143,9 +173,7 @@ class IndexPrinter:
 
     def lanes(self, name: str) -> str:
         """Positions in the tile along a tile axis."""
-        dimension = self.view.find(name)
-        assert dimension is not None
-        return f"tl.arange(0, {dimension.size}){self.view.slot(name)}"
+        return self.view.lanes(name)
 
     def tile_index(self, name: str, start: str) -> None:
         """Prints the linear index and the mask of a tile axis, whose blocks start at ``start``."""

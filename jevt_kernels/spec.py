@@ -50,6 +50,9 @@ class Config:
         whose layout allows it.
       ahead: of matrix products: whether full tiles that the epilogue loads are loaded before the
         loop, so that their loads overlap with it; they take registers meanwhile.
+      specialized: of matrix products on sm_90: how warps share the work beside the one that loads
+        operands: "cooperative", "pingpong" (:mod:`jevt_kernels.mainloops.specialized`) or "": all
+        warps do the same.
     """
 
     blocks: tuple[tuple[str, int], ...]
@@ -61,6 +64,7 @@ class Config:
     subtiles: int = 1
     descriptors: bool = False
     ahead: bool = False
+    specialized: str = ""
 
     def block(self, name: str) -> int:
         return dict(self.blocks)[name]

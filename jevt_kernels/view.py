@@ -32,10 +32,16 @@ class View:
       dimensions: of the tile, in order. A tile axis of the space that is not among them is a
         scalar in each program.
       prefix: first letter of the names of values.
+      layout: in Gluon: the name of the layout of the tile's values, "" where the compiler chooses.
     """
 
     dimensions: tuple[Dimension, ...]
     prefix: str = "v"
+    layout: str = ""
+
+    def in_layout(self, layout: str) -> View:
+        """The same tile with its values in a layout."""
+        return dataclasses.replace(self, layout=layout)
 
     def find(self, name: str) -> Dimension | None:
         """The dimension of a tile axis, None if that is a scalar."""
@@ -55,6 +61,22 @@ class View:
         if len(self.dimensions) == 1:
             return ""
         return "[" + ", ".join(":" if d.name == name else "None" for d in self.dimensions) + "]"
+
+    def lanes(self, name: str) -> str:
+        """The positions in the tile along a dimension, at their place in the tile."""
+        dimension = self.find(name)
+        assert dimension is not None
+        if not self.layout:
+            return f"tl.arange(0, {dimension.size}){self.slot(name)}"
+        (other,) = (d for d in range(len(self.dimensions)) if d != self.position(name))
+        sliced = f"gl.SliceLayout({other}, {self.layout})"
+        return f"gl.arange(0, {dimension.size}, {sliced}){self.slot(name)}"
+
+    def full(self, shape: str, number: str, dtype: str) -> str:
+        """A tile of one number, as an expression."""
+        if self.layout:
+            return f"gl.full({shape}, {number}, {dtype}, {self.layout})"
+        return f"tl.full({shape}, {number}, {dtype})"
 
     def shape(self, names: frozenset[str] = frozenset()) -> str:
         """The shape of a value that varies along these tile axes."""

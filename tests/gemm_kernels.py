@@ -83,10 +83,10 @@ def dgrad_gelu(sizes: tuple[int, int, int, int], dtype: Any = BFLOAT16) -> Kerne
     return b.spec("dgrad_gelu")
 
 
-def every_reduction(sizes: tuple[int, int, int, int]) -> KernelSpec:
+def every_reduction(sizes: tuple[int, int, int, int], dtype: Any = FLOAT) -> KernelSpec:
     """Along rows, along columns, and along both; a value of one row takes part as a whole tile."""
     b = tree(*sizes)
-    value = b.contract(b.load("bmk", FLOAT), b.load("kn", FLOAT))
+    value = b.contract(b.load("bmk", dtype), b.load("kn", dtype))
     columns = b.reduce(value, "m")
     b.store(columns, "bn", FLOAT)
     b.store(b.reduce(columns, "n"), "b", FLOAT)

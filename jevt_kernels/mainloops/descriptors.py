@@ -45,6 +45,14 @@ class Described:
         block = (*(1 for _ in self.batch), config.block(self.outer), config.block(self.inner))
         return Descriptor(name, self.input, self.shape, self.strides, block)
 
+    def coordinates(self, starts: dict[str, str]) -> str:
+        """Where a tile lies that starts there along its axes, as the text of a list."""
+        steps = [_coordinate(digit) for digit in self.batch]
+        steps += [starts[self.outer], starts[self.inner]]
+        pairs = zip(steps, self.first, strict=True)
+        texts = (f"{step} + {first}" if first else step for step, first in pairs)
+        return f"[{', '.join(texts)}]"
+
     def load(self, name: str, starts: dict[str, str], rows: str) -> str:
         """A tile as an expression.
 
@@ -53,11 +61,7 @@ class Described:
           starts: where the tile starts along its axes.
           rows: the tile axis that is the tile's first dimension.
         """
-        steps = [_coordinate(digit) for digit in self.batch]
-        steps += [starts[self.outer], starts[self.inner]]
-        pairs = zip(steps, self.first, strict=True)
-        coordinates = [f"{step} + {first}" if first else step for step, first in pairs]
-        text = f"{name}.load([{', '.join(coordinates)}])"
+        text = f"{name}.load({self.coordinates(starts)})"
         if self.batch:
             shape = ", ".join(f"BLOCK_{axis.upper()}" for axis in (self.outer, self.inner))
             text = f"tl.reshape({text}, ({shape}))"

@@ -17,14 +17,21 @@ from __future__ import annotations
 
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer
-from jevt_kernels.mainloops import gemm_configs, product, split
+from jevt_kernels.mainloops import (
+    gemm_configs,
+    gemm_epilogue,
+    gemm_tiles,
+    product,
+    specialized,
+    split,
+)
 from jevt_kernels.mainloops.descriptors import Described, describe
+from jevt_kernels.mainloops.gemm_epilogue import RESULT
 from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.product import Product
-from jevt_kernels.mainloops.reduction import Reduction, hoist, store_partial
-from jevt_kernels.mainloops.schedule import schedule
+from jevt_kernels.mainloops.reduction import hoist
 from jevt_kernels.ops import TRITON_TYPES, compute_dtype, triton_type
-from jevt_kernels.spec import Config, KernelSpec, Partial, Stages, UnsupportedKernel
+from jevt_kernels.spec import Config, KernelSpec, Stages, UnsupportedKernel
 from jevt_kernels.view import View, dimension
 
 #: Triton multiplies no smaller tiles of every type.
@@ -40,7 +47,6 @@ configs = gemm_configs.configs
 _M, _N = dimension("m"), dimension("n")
 _LHS = View((_M, dimension("k", "lhs_k")), prefix="a")
 _RHS = View((dimension("k", "rhs_k"), _N), prefix="b")
-_RESULT = View((_M, _N))
 
 
 def stages(spec: KernelSpec, config: Config) -> Stages | None:
@@ -54,10 +60,12 @@ def stages(spec: KernelSpec, config: Config) -> Stages | None:
 def emit(printer: Printer) -> int:
     """Prints the body; a program instance a tile and split, or less that walk them in turn."""
     found = product.find(printer.spec)
-    printer.constants()
     described = _describe(printer, found)
     printer.descriptors += [d.parameter(name, printer.config) for name, d in described.items()]
-    tiles = _tiles(printer, found)
+    if printer.config.specialized:
+        return specialized.emit(printer, found, described)
+    printer.constants()
+    tiles = gemm_tiles.number(printer, found)
     programs = printer.config.programs
     if 0 < programs < tiles:
         if printer.wide:
@@ -89,27 +97,17 @@ def _describe(printer: Printer, found: Product) -> dict[str, Described]:
     return described
 
 
-def _tiles(printer: Printer, found: Product) -> int:
-    """The number of tiles, those of each split and batch counted."""
-    rows, columns = (blocks_along(printer.spec.space, printer.config, axis) for axis in ("m", "n"))
-    return found.batch * printer.config.splits * rows * columns
-
-
 def _tile(printer: Printer, found: Product, described: dict[str, Described]) -> None:
     """Prints the computation of tile ``pid``."""
-    _coordinates(printer, found)
-    with printer.viewing(_RESULT):
+    gemm_tiles.coordinates(printer, found)
+    with printer.viewing(RESULT):
         printer.tile_index("m", "pid_m * BLOCK_M")
         printer.tile_index("n", "pid_n * BLOCK_N")
         loaded = _load_ahead(printer, found) if printer.config.ahead else {}
     _accumulate(printer, found, described)
-    with printer.viewing(_RESULT):
+    with printer.viewing(RESULT):
         _use_loaded(printer, loaded)
-    if printer.config.splits > 1:
-        with printer.viewing(_RESULT):
-            _store_parts(printer, found)
-    else:
-        _epilogue(printer, found)
+    gemm_epilogue.emit(printer, found)
 
 
 def _load_ahead(printer: Printer, found: Product) -> dict[int, str]:
@@ -135,33 +133,6 @@ def _use_loaded(printer: Printer, loaded: dict[int, str]) -> None:
             printer.line(f"v{position} = {name}.to({TRITON_TYPES[dtype]})")
             name = f"v{position}"
         printer.set_value(position, name)
-
-
-def _coordinates(printer: Printer, found: Product) -> None:
-    """Prints where tile ``pid`` lies."""
-    config, line = printer.config, printer.line
-    rows, columns = (blocks_along(printer.spec.space, config, name) for name in ("m", "n"))
-    tiles = rows * columns
-    if found.batch > 1:
-        line(f"batch = pid // {tiles * config.splits}")
-    if config.splits > 1:
-        line(f"part_pid = pid // {tiles} % {config.splits}")
-    if found.batch > 1 or config.splits > 1:
-        line(f"tile_pid = pid % {tiles}")
-    else:
-        line("tile_pid = pid")
-    group = min(config.group, rows)
-    if columns == 1 or group == 1:
-        line(f"pid_m = tile_pid // {columns}")
-        line(f"pid_n = tile_pid % {columns}")
-    elif rows % group == 0:
-        line(f"pid_m = tile_pid // {group * columns} * {group} + tile_pid % {group}")
-        line(f"pid_n = tile_pid % {group * columns} // {group}")
-    else:
-        line(f"first = tile_pid // {group * columns} * {group}")
-        line(f"height = min({rows} - first, {group})")
-        line(f"pid_m = first + tile_pid % {group * columns} % height")
-        line(f"pid_n = tile_pid % {group * columns} // height")
 
 
 def _accumulate(printer: Printer, found: Product, described: dict[str, Described]) -> None:
@@ -225,105 +196,3 @@ def _operand(printer: Printer, found: Product, root: int) -> str:
         value = f"{value}.to({TRITON_TYPES[found.dtype]})"
     printer.line(f"{name} = {value}")
     return name
-
-
-def _store_parts(printer: Printer, found: Product) -> None:
-    """Prints the stores of the sum over a part of ``k``."""
-    for position in printer.stores():
-        node = printer.spec.tree[position]
-        assert isinstance(node, visitor.Store)
-        varies = printer.stored_along(node)
-        size = printer.spec.outputs[node.output].size
-        arguments = [f"y{node.output} + part_pid * {size} + {printer.store_address(node)}", "acc"]
-        if mask := printer.mask(varies):
-            arguments.append(f"mask={mask}")
-        printer.line(f"tl.store({', '.join(arguments)})")
-        splits = printer.config.splits
-        printer.partials.append(Partial(node.output, splits, "sum", found.node.dtype))
-
-
-def _epilogue(printer: Printer, found: Product) -> None:
-    tree, subtiles = printer.spec.tree, printer.config.subtiles
-    reduced = [s for s in printer.stores() if _is_reduced(printer, s)]
-    if subtiles == 1:
-        with printer.viewing(_RESULT):
-            _finish(printer, found, reduced, 0)
-        return
-    if subtiles & (subtiles - 1) or printer.config.block("n") // subtiles < 16:
-        raise UnsupportedKernel(f"tiles {printer.config.blocks} have no {subtiles} parts along n")
-    with printer.viewing(_RESULT):
-        hoist(printer, [o for s in printer.stores() for o in visitor.operands(tree[s])], "n")
-    names = _split(printer, "acc", subtiles)
-    size = f"BLOCK_N // {subtiles}"
-    for number, name in enumerate(names):
-        view = View((_M, dimension("n", f"n{number}", size)))
-        with printer.viewing(view), printer.forgetting():
-            printer.set_value(found.position, name)
-            printer.tile_index("n", f"pid_n * BLOCK_N + {number} * ({size})")
-            _finish(printer, found, reduced, number)
-
-
-def _split(printer: Printer, name: str, parts: int) -> list[str]:
-    """Prints the division of a tile of the result into parts along ``n``; returns their names."""
-    tiles = [name]
-    count = 1
-    while count < parts:
-        count *= 2
-        halves = []
-        for tile in tiles:
-            pair = [f"{tile}_{half}" for half in (0, 1)]
-            shape = f"(BLOCK_M, 2, BLOCK_N // {count})"
-            printer.line(
-                f"{', '.join(pair)} = tl.split(tl.permute(tl.reshape({tile}, {shape}), (0, 2, 1)))"
-            )
-            halves += pair
-        tiles = halves
-    return tiles
-
-
-def _is_reduced(printer: Printer, store: int) -> bool:
-    (operand,) = visitor.operands(printer.spec.tree[store])
-    return isinstance(printer.spec.tree[operand], visitor.Reduce)
-
-
-def _finish(printer: Printer, found: Product, reduced: list[int], subtile: int) -> None:
-    """Prints the values and stores of a subtile, and the partial results of its reductions."""
-    tree = printer.spec.tree
-    known = product.parts_of(tree, found.position)
-    tiles = {p for p, varies in enumerate(printer.dependencies) if {"m", "n"} <= varies}
-    order = schedule(tree, printer.stores(), known, tiles)
-    stores = [p for p in order if isinstance(tree[p], visitor.Store) and p not in reduced]
-    # A store in place follows the loads of what it replaces.
-    last = stores if printer.spec.aliases else []
-    for position in [*(p for p in order if p not in last), *last]:
-        if position in reduced:
-            _store_reduced(printer, position, subtile)
-        elif position in stores:
-            printer.store(position)
-        elif isinstance(tree[position], visitor.Reduce):
-            reduction = Reduction(printer, position)
-            reduction.finish(reduction.masked())
-        elif not printer.is_constant(position):
-            printer.value(position)
-
-
-def _store_reduced(printer: Printer, store: int, subtile: int) -> None:
-    """Prints the store of a subtile's part of a reduction; along ``n`` each subtile leaves one."""
-    tree, space, config = printer.spec.tree, printer.spec.space, printer.config
-    (root,) = visitor.operands(tree[store])
-    over = set()
-    position = root
-    while isinstance(node := tree[position], visitor.Reduce):
-        over.add(node.over)
-        position = node.operand
-    rows, columns = (blocks_along(space, config, name) for name in ("m", "n"))
-    column = "pid_n"
-    if config.subtiles > 1 and "n" in over:
-        columns *= config.subtiles
-        column = f"(pid_n * {config.subtiles} + {subtile})"
-    part, programs = {
-        ("m",): ("pid_m", rows),
-        ("n",): (column, columns),
-        ("m", "n"): (f"(pid_m * {columns} + {column})", rows * columns),
-    }[tuple(sorted(over))]
-    store_partial(printer, Reduction(printer, root), store, f"v{root}", part, programs)

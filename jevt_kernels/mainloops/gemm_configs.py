@@ -10,7 +10,7 @@ import numpy as np
 
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer, power_of_two
-from jevt_kernels.mainloops import product, split
+from jevt_kernels.mainloops import gemm_epilogue, product, specialized, split
 from jevt_kernels.mainloops.descriptors import describe
 from jevt_kernels.mainloops.gemm_preferences import preferred
 from jevt_kernels.mainloops.product import Product
@@ -109,11 +109,9 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
         for config, cost in sorted(seconds.items(), key=lambda item: item[1])
         if cost <= 2 * best
     ]
-    measured = None if plain or not loaded else preferred(spec, found, alive)
-    if measured is not None and not _fits(spec, found, measured):
-        measured = None
-    modelled = _with_descriptors(spec, found, alive, ordered)
-    return tuple(dict.fromkeys((*([measured] if measured else []), *modelled)))
+    measured = preferred(spec, found, alive, plain) if loaded else ()
+    fitting = (config for config in measured if _fits(spec, found, config))
+    return tuple(dict.fromkeys((*fitting, *_with_descriptors(spec, found, alive, ordered))))
 
 
 def _fits(spec: KernelSpec, found: Product, config: Config) -> bool:
@@ -163,6 +161,11 @@ def shared_bytes(spec: KernelSpec, found: Product, config: Config) -> int:
     """
     m, n, k = (config.block(name) for name in ("m", "n", "k"))
     operands = (m + n) * k * found.dtype.itemsize * config.num_stages + _BARRIER_BYTES
+    if config.specialized:
+        groups = specialized.GROUPS[config.specialized]
+        short = config.splits == 1 and gemm_epilogue.rounded(spec.tree, found)
+        width = 2 if short else 4
+        return operands + groups * (m * n * width // config.subtiles + _BARRIER_BYTES)
     return operands + (_passing_bytes(spec, found, config) if config.programs else 0)
 
 

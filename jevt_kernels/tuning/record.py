@@ -127,8 +127,15 @@ def config(data: object) -> Config:
         if _whole(f"block {name}", size, 1) & (size - 1):
             raise ValueError(f"expected a power of two for block {name}, got {size}")
     ahead, descriptors = (_flag(name, fields.pop(name)) for name in ("ahead", "descriptors"))
+    specialized = _text("specialized", fields.pop("specialized"))
     numbers = {name: _whole(name, value, 0) for name, value in fields.items()}
-    return Config(tuple(blocks.items()), ahead=ahead, descriptors=descriptors, **numbers)
+    return Config(
+        tuple(blocks.items()),
+        ahead=ahead,
+        descriptors=descriptors,
+        specialized=specialized,
+        **numbers,
+    )
 
 
 def _flag(name: str, value: object) -> bool:

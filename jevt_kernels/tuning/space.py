@@ -87,4 +87,5 @@ def describe(config: Config) -> str:
     for name, letter in (("programs", "p"), ("group", "g"), ("splits", "k"), ("subtiles", "e")):
         if getattr(config, name) != getattr(usual, name):
             text += f" {letter}{getattr(config, name)}"
-    return text + " ahead" * config.ahead + " tma" * config.descriptors
+    text += " ahead" * config.ahead + " tma" * config.descriptors
+    return f"{text} {config.specialized}" if config.specialized else text

@@ -92,7 +92,7 @@ def test_nvidia_backend_needs_the_mend() -> None:
 
 
 def test_mended_backend() -> None:
-    library = types.SimpleNamespace(cb=types.SimpleNamespace(GPUTarget=object))
+    library = types.types.SimpleNamespace(cb=types.SimpleNamespace(GPUTarget=object))
     compat._find_nvidia_backend(library)
     assert library.cb.GPUTarget("cuda", 90, 32).arch == 90
     assert library._TMA_TF32 == 11
@@ -109,7 +109,7 @@ def test_descriptor_metadata_is_completed() -> None:
     class Result(triton_lib.CompilationResult):
         pass
 
-    compat._complete_descriptors(types.SimpleNamespace(CompilationResult=Result))
+    compat._complete_descriptors(types.types.SimpleNamespace(CompilationResult=Result))
     meta = dict.fromkeys(triton_lib.TensorDescMeta.__required_keys__ - {"is_im2col"}, 0)
     result = Result("", "", 0, "", "", tensordesc_meta=[meta])
     assert result.tensordesc_meta[0]["is_im2col"] is False
@@ -170,3 +170,20 @@ def test_compute_capability() -> None:
     compat.check_compute_capability(80)
     with pytest.raises(compat.UnsupportedDevice, match="8.0 or higher .* got 7.5"):
         compat.check_compute_capability(75)
+
+
+def test_added_warps_are_launched() -> None:
+    made: list[tuple[object, ...]] = []
+    bindings = types.SimpleNamespace(TritonKernel=lambda *arguments: made.append(arguments), other=1)
+    library = types.SimpleNamespace(triton_kernel_call_lib=bindings)
+    compat._count_warps(library)
+    make = library.triton_kernel_call_lib.TritonKernel
+    make("alike", 4, 1, 0, ".reqntid 128\n", "ttir", 90)
+    make("specialised", 8, 1, 0, ".maxntid 640\n.reqntid 640\n", "ttir", 90)
+    make("elsewhere", 4, 1, 0, "/tmp/kernel.hsaco", "ttir", 0)
+    assert [(name, warps) for name, warps, *_ in made] == [
+        ("alike", 4),
+        ("specialised", 20),
+        ("elsewhere", 4),
+    ]
+    assert library.triton_kernel_call_lib.other == 1

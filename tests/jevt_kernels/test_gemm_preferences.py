@@ -27,11 +27,16 @@ def test_what_waits_for_memory_has_small_tiles_loaded_ahead() -> None:
     assert not default(gemm.bias_residual((1, 16384, 1024, 4096))).ahead
 
 
-def test_long_epilogues_run_in_parts() -> None:
-    for spec in (gemm.bias_gelu((1, 16384, 4096, 1024)), gemm.dgrad_gelu((1, 16384, 4096, 1024))):
-        config = default(spec)
-        assert tile(config) == (128, 128)
-        assert config.subtiles == 2 and config.programs == 264
+@pytest.mark.parametrize(
+    "spec", [gemm.bias_gelu((1, 16384, 4096, 1024)), gemm.dgrad_gelu((1, 16384, 4096, 1024))]
+)
+def test_long_epilogues_run_beside_products(spec: KernelSpec) -> None:
+    config = default(spec)
+    assert tile(config) == (128, 128)
+    assert config.specialized == "pingpong" and config.num_warps == 8
+    other = default(spec, 100)
+    assert tile(other) == (128, 128)
+    assert other.subtiles == 2 and other.programs == 264 and not other.specialized
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""How the tiles of a matrix product are numbered."""
+
+from __future__ import annotations
+
+from jevt_kernels.codegen import Printer
+from jevt_kernels.mainloops.pointwise import blocks_along
+from jevt_kernels.mainloops.product import Product
+
+
+def number(printer: Printer, found: Product) -> int:
+    """The number of tiles, those of each split and batch counted."""
+    rows, columns = (blocks_along(printer.spec.space, printer.config, axis) for axis in ("m", "n"))
+    return found.batch * printer.config.splits * rows * columns
+
+
+def coordinates(printer: Printer, found: Product) -> None:
+    """Prints where tile ``pid`` lies."""
+    config, line = printer.config, printer.line
+    rows, columns = (blocks_along(printer.spec.space, config, name) for name in ("m", "n"))
+    tiles = rows * columns
+    if found.batch > 1:
+        line(f"batch = pid // {tiles * config.splits}")
+    if config.splits > 1:
+        line(f"part_pid = pid // {tiles} % {config.splits}")
+    if found.batch > 1 or config.splits > 1:
+        line(f"tile_pid = pid % {tiles}")
+    else:
+        line("tile_pid = pid")
+    group = min(config.group, rows)
+    if columns == 1 or group == 1:
+        line(f"pid_m = tile_pid // {columns}")
+        line(f"pid_n = tile_pid % {columns}")
+    elif rows % group == 0:
+        line(f"pid_m = tile_pid // {group * columns} * {group} + tile_pid % {group}")
+        line(f"pid_n = tile_pid % {group * columns} // {group}")
+    else:
+        line(f"first = tile_pid // {group * columns} * {group}")
+        line(f"height = min({rows} - first, {group})")
+        line(f"pid_m = first + tile_pid % {group * columns} % height")
+        line(f"pid_n = tile_pid % {group * columns} // height")

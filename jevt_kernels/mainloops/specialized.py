@@ -1,0 +1,254 @@
+"""Matrix products whose warps have different tasks, written in Gluon for GPUs of sm_90.
+
+One warp does nothing but ask for tiles of the operands, which the tensor memory accelerator copies
+into a ring of buffers; it runs ahead of the others, from one tile of the result to the next. The
+others multiply, compute the epilogue and store it, in one of two ways (the names are CUTLASS's):
+
+* cooperative: all of them compute one tile. Operands of the next one arrive during the epilogue,
+  but nothing is multiplied meanwhile: for short epilogues.
+* pingpong: two groups of warps compute tiles in turn. While one group multiplies, the other is in
+  its epilogue: for long ones. A group has half of the registers.
+
+Barriers: ``filled`` and ``free`` of each buffer, and each group's ``turn`` to multiply.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jevt_kernels.codegen import Printer
+from jevt_kernels.mainloops import gemm_epilogue, gemm_tiles
+from jevt_kernels.mainloops.descriptors import Described
+from jevt_kernels.mainloops.gemm_epilogue import RESULT
+from jevt_kernels.mainloops.pointwise import blocks_along
+from jevt_kernels.mainloops.product import Product
+from jevt_kernels.ops import TRITON_TYPES
+from jevt_kernels.spec import Config, UnsupportedKernel
+
+#: How many groups of warps take turns.
+GROUPS = {"cooperative": 1, "pingpong": 2}
+
+#: Warps that an instruction of sm_90 multiplies with, and by which registers are allotted.
+_WARPS = 4
+
+#: Registers of a multiprocessor, those of a thread of the loading warp (and of three idle ones that
+#: fill up its four), and the steps in which they are allotted.
+_REGISTERS = 65536
+_LOADING_REGISTERS = 24
+_REGISTER_STEP = 8
+
+#: Registers that a thread is given at most.
+_MOST_REGISTERS = 240
+
+#: Elements of a row that a thread computes together: 16 bytes of a 16-bit type.
+_VECTOR = 8
+
+_OPERANDS = ("lhs", "rhs")
+_BARRIERS = ("filled", "free", "turn")
+
+
+def emit(printer: Printer, found: Product, described: dict[str, Described]) -> int:
+    """Prints the functions of the two kinds of warps, and the kernel that starts them."""
+    _check(printer, found, described)
+    spec, config = printer.spec, printer.config
+    tiles = gemm_tiles.number(printer, found)
+    programs = min(config.programs or tiles, tiles)
+    pointers = [f"x{i}" for i in range(len(spec.inputs))]
+    aliased = {output for _, output in spec.aliases}
+    pointers += [f"y{o}" for o in range(len(spec.outputs)) if o not in aliased]
+    buffers = [f"{name}_tiles" for name in _OPERANDS]
+    loading = [*(f"{name}_desc" for name in _OPERANDS), *buffers, *_BARRIERS[:2]]
+    computing = [*pointers, *buffers, *_BARRIERS]
+    with printer.function(f"{spec.name}_load", loading):
+        _load(printer, found, described, tiles, programs)
+    with printer.function(f"{spec.name}_compute", ["group: tl.constexpr", *computing]):
+        _compute(printer, found, described, tiles, programs)
+    _start(printer, found, described, loading, computing)
+    return programs
+
+
+def _check(printer: Printer, found: Product, described: dict[str, Described]) -> None:
+    config = printer.config
+    if config.specialized not in GROUPS:
+        raise UnsupportedKernel(
+            f"expected specialized to be one of {', '.join(GROUPS)}, got {config.specialized!r}"
+        )
+    if found.dtype.itemsize != 2 or found.node.dtype != np.dtype("float32"):
+        raise UnsupportedKernel("warps have different tasks only for operands of 16 bits")
+    if len(described) < len(_OPERANDS):
+        raise UnsupportedKernel(
+            "warps have different tasks only where both operands have a descriptor"
+        )
+    if config.ahead:
+        raise UnsupportedKernel("warps with different tasks load nothing ahead")
+    steps = blocks_along(printer.spec.space, config, "k")
+    if steps % config.splits:
+        raise UnsupportedKernel(f"{steps} steps along k cannot be split into {config.splits} parts")
+    rows = config.block("m") // config.num_warps
+    if config.num_warps % _WARPS or rows % 16 or config.block("k") * found.dtype.itemsize != 128:
+        raise UnsupportedKernel(
+            f"tiles {config.blocks} cannot be multiplied by {config.num_warps} warps of sm_90"
+        )
+
+
+def _steps(printer: Printer) -> int:
+    """Steps of the loop along ``k`` for a tile."""
+    return blocks_along(printer.spec.space, printer.config, "k") // printer.config.splits
+
+
+def _advance(printer: Printer) -> None:
+    """Prints the step to the next buffer of the ring."""
+    printer.line("slot += 1")
+    printer.line(f"phase = tl.where(slot == {printer.config.num_stages}, phase ^ 1, phase)")
+    printer.line(f"slot = tl.where(slot == {printer.config.num_stages}, 0, slot)")
+
+
+def _load(
+    printer: Printer, found: Product, described: dict[str, Described], tiles: int, programs: int
+) -> None:
+    """Prints the loading warp."""
+    config, line = printer.config, printer.line
+    size = (config.block("m") + config.block("n")) * config.block("k") * found.dtype.itemsize
+    starts = {
+        "m": f"pid_m * {config.block('m')}",
+        "n": f"pid_n * {config.block('n')}",
+        "k": f"step * {config.block('k')}",
+    }
+    if config.splits > 1:
+        starts["k"] = f"(part_pid * {_steps(printer)} + step) * {config.block('k')}"
+    line("slot = 0")
+    line("phase = 1")
+    printer.open(f"for pid in range(tl.program_id(0), {tiles}, {programs}):")
+    gemm_tiles.coordinates(printer, found)
+    printer.open(f"for step in range({_steps(printer)}):")
+    line("hopper.mbarrier.wait(free.index(slot), phase)")
+    line("barrier = filled.index(slot)")
+    line(f"hopper.mbarrier.expect(barrier, {size})")
+    for name in _OPERANDS:
+        coordinates = described[f"{name}_desc"].coordinates(starts)
+        line(
+            f"hopper.tma.async_copy_global_to_shared({name}_desc, {coordinates}, barrier, "
+            f"{name}_tiles.index(slot))"
+        )
+    _advance(printer)
+    printer.close()
+    printer.close()
+
+
+def _compute(
+    printer: Printer, found: Product, described: dict[str, Described], tiles: int, programs: int
+) -> None:
+    """Prints a group of warps that multiply."""
+    config, line = printer.config, printer.line
+    groups, steps, stages = GROUPS[config.specialized], _steps(printer), config.num_stages
+    printer.constants()
+    columns = config.block("n") // config.subtiles
+    lanes = min(32, columns // _VECTOR)
+    warps = f"[{config.num_warps}, 1]"
+    instruction = f"[16, {config.block('n')}, 16]"
+    line(
+        f"product_layout: tl.constexpr = gl.NVMMADistributedLayout([3, 0], {warps}, {instruction})"
+    )
+    line(
+        f"layout: tl.constexpr = gl.BlockedLayout([1, {_VECTOR}], [{32 // lanes}, {lanes}], "
+        f"{warps}, [1, 0])"
+    )
+    line(f"slot = group * {steps} % {stages}")
+    line(f"phase = group * {steps} // {stages} % 2")
+    first = "tl.program_id(0)"
+    if groups > 1:
+        line("turns = 0")
+        first += f" + group * {programs}"
+    printer.open(f"for pid in range({first}, {tiles}, {groups * programs}):")
+    gemm_tiles.coordinates(printer, found)
+    if groups > 1:
+        line("hopper.mbarrier.wait(turn.index(group), turns ^ (1 - group))")
+        line("turns ^= 1")
+    _multiply(printer, described)
+    if groups > 1:
+        line("hopper.mbarrier.arrive(turn.index(1 - group))")
+    line("acc = hopper.warpgroup_mma_wait(num_outstanding=0, deps=(acc,))")
+    line("hopper.mbarrier.arrive(free.index(last))")
+    if groups > 1:  # the other group's buffers
+        line(f"slot += {steps}")
+        line(f"phase ^= slot // {stages} % 2")
+        line(f"slot = slot % {stages}")
+    with printer.viewing(RESULT.in_layout("layout")):
+        printer.tile_index("m", "pid_m * BLOCK_M")
+        printer.tile_index("n", "pid_n * BLOCK_N")
+    gemm_epilogue.emit(printer, found, "layout")
+    printer.close()
+
+
+def _multiply(printer: Printer, described: dict[str, Described]) -> None:
+    """Prints the loop along ``k``; its last product is under way at the end, out of ``last``."""
+    line = printer.line
+    tiles = []
+    for name, rows in (("lhs", "m"), ("rhs", "k")):
+        found = described[f"{name}_desc"]
+        text = f"{name}_tiles.index(slot)"
+        if found.batch:
+            text += f".reshape([BLOCK_{found.outer.upper()}, BLOCK_{found.inner.upper()}])"
+        tiles.append(text if found.outer == rows else f"{text}.permute((1, 0))")
+    line("zeros = gl.zeros((BLOCK_M, BLOCK_N), tl.float32, product_layout)")
+    line("acc = hopper.warpgroup_mma_init(zeros)")
+    # Not slot: Triton would take last for a name that the loop leaves as it is.
+    line("last = 0")
+    printer.open(f"for step in range({_steps(printer)}):")
+    line("hopper.mbarrier.wait(filled.index(slot), phase)")
+    arguments = f"{', '.join(tiles)}, acc, use_acc=step > 0, is_async=True"
+    line(f"acc = hopper.warpgroup_mma({arguments})")
+    line("done = hopper.warpgroup_mma_wait(num_outstanding=1, deps=(acc,))")
+    line("acc = hopper.warpgroup_mma_init(done)")
+    line("hopper.mbarrier.arrive(free.index(last), pred=step > 0)")
+    line("last = slot")
+    _advance(printer)
+    printer.close()
+
+
+def _start(
+    printer: Printer,
+    found: Product,
+    described: dict[str, Described],
+    loading: list[str],
+    computing: list[str],
+) -> None:
+    """Prints the kernel: buffers, barriers, and which warps run which function."""
+    config, line, name = printer.config, printer.line, printer.spec.name
+    groups, stages = GROUPS[config.specialized], config.num_stages
+    for operand in _OPERANDS:
+        block = described[f"{operand}_desc"].parameter("", config).block
+        shape = ", ".join(map(str, (stages, *block)))
+        line(
+            f"{operand}_tiles = gl.allocate_shared_memory({TRITON_TYPES[found.dtype]}, [{shape}], "
+            f"{operand}_desc.layout)"
+        )
+    layout = "hopper.mbarrier.MBarrierLayout()"
+    for barrier, number in zip(_BARRIERS, (stages, stages, groups), strict=True):
+        line(f"{barrier} = gl.allocate_shared_memory(tl.int64, [{number}, 1], {layout})")
+        printer.open(f"for i in gl.static_range({number}):")
+        line(f"hopper.mbarrier.init({barrier}.index(i), count=1)")
+        printer.close()
+    printer.open("gl.warp_specialize([")
+    for group in range(groups):
+        line(f"({name}_compute, ({', '.join([str(group), *computing])})),")
+    line(f"({name}_load, ({', '.join(loading)})),")
+    printer.close()
+    warps = [str(config.num_warps)] * (groups - 1) + ["1"]
+    registers = [str(_registers(config))] * (groups - 1) + [str(_LOADING_REGISTERS)]
+    line(f"], [{', '.join(warps)}], [{', '.join(registers)}])")
+
+
+def _registers(config: Config) -> int:
+    """Registers of a multiplying thread.
+
+    A program starts with as many for all of its threads; the loading warps give theirs away.
+    """
+    multiplying = GROUPS[config.specialized] * config.num_warps
+    every = _rounded_down(_REGISTERS // 32 // (multiplying + _WARPS))
+    left = every * (multiplying + _WARPS) - _LOADING_REGISTERS * _WARPS
+    return _rounded_down(left // multiplying)
+
+
+def _rounded_down(registers: int) -> int:
+    return min(registers // _REGISTER_STEP * _REGISTER_STEP, _MOST_REGISTERS)

@@ -1,0 +1,145 @@
+"""Matrix products whose warps have different tasks, on a GPU against the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import gemm_kernels as gemm
+import kernel_contract as contract
+import numpy as np
+import pytest
+
+from jevt_kernels import aot, codegen, compat, launch, limits
+from jevt_kernels.mainloops import gemm_configs, product
+from jevt_kernels.spec import Config, KernelSpec, UnsupportedKernel
+
+BFLOAT16 = contract.BFLOAT16
+
+
+def config(kind: str, m: int, n: int, warps: int, stages: int = 3, subtiles: int = 1) -> Config:
+    return Config(
+        (("m", m), ("n", n), ("k", 64)),
+        warps,
+        stages,
+        programs=5,
+        subtiles=subtiles,
+        descriptors=True,
+        specialized=kind,
+    )
+
+
+CONFIGS = {
+    "cooperative": config("cooperative", 128, 256, 8, subtiles=4),
+    "one group": config("cooperative", 64, 64, 4, stages=4),
+    "pingpong": config("pingpong", 128, 128, 8, subtiles=4),
+    "small groups": config("pingpong", 128, 64, 4, stages=4, subtiles=2),
+}
+
+#: Rows, columns and k that fill no tile, but whose strides are multiples of 16 bytes.
+SIZES = (2, 304, 264, 200)
+
+CASES = {
+    "plain": gemm.product(SIZES, BFLOAT16),
+    "gelu": gemm.bias_gelu(SIZES),
+    "residual": gemm.bias_residual(SIZES),
+    "gradient of a gelu": gemm.dgrad_gelu(SIZES, BFLOAT16),
+    "float16": gemm.bias_gelu(SIZES, np.dtype("float16")),
+    "weight gradient": gemm.weight_gradient((1, 304, 264, 700)),
+    "transposed": gemm.product(SIZES, BFLOAT16, "bkm", "bnk", "bnm"),
+    "short k": gemm.bias_residual((1, 640, 520, 40)),
+    "every reduction": gemm.every_reduction((1, 304, 264, 200), BFLOAT16),
+}
+
+
+@pytest.fixture
+def sm_90() -> None:
+    """Skips the test on GPUs without the instructions."""
+    if compat.local_compute_capability() != 90:
+        pytest.skip("needs a GPU of compute capability 9.0")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_on_a_gpu(name: str, sm_90: None) -> None:
+    for launched in CONFIGS.values():
+        gemm.check(CASES[name], launched, launch.run)
+
+
+@pytest.mark.gpu
+def test_more_programs_than_tiles_on_a_gpu(sm_90: None) -> None:
+    for kind in ("cooperative", "pingpong"):
+        launched = dataclasses.replace(config(kind, 128, 128, 8, subtiles=2), programs=132)
+        gemm.check(CASES["gelu"], launched, launch.run)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [2, 4])
+def test_split_on_a_gpu(splits: int, sm_90: None) -> None:
+    for name in ("one group", "small groups"):
+        whole = dataclasses.replace(CONFIGS[name], splits=splits, subtiles=1)
+        gemm.check(gemm.weight_gradient((2, 304, 264, 1000)), whole, launch.run)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", ["residual", "every reduction"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_compiles_without_spills(name: str, kind: str) -> None:
+    binary = aot.compile(CASES[name], 90, config=CONFIGS[kind])
+    assert binary.spill_bytes == 0 and binary.scratch_bytes == 0
+    groups = 2 if CONFIGS[kind].specialized == "pingpong" else 1
+    # The loading warp comes with three idle ones.
+    assert binary.num_warps == groups * CONFIGS[kind].num_warps + 4
+    assert "wgmma.mma_async" in binary.ptx and "setmaxnreg" in binary.ptx
+    found = product.find(CASES[name])
+    assert binary.shared_bytes <= gemm_configs.shared_bytes(CASES[name], found, CONFIGS[kind])
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("splits", [2, 4])
+def test_parts_compile(splits: int) -> None:
+    for name in ("one group", "small groups"):
+        whole = dataclasses.replace(CONFIGS[name], splits=splits, subtiles=1)
+        binary = aot.compile(gemm.weight_gradient((2, 304, 264, 1000)), 90, config=whole)
+        assert binary.spill_bytes == 0
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_text(kind: str) -> None:
+    source = codegen.generate(CASES["gelu"], CONFIGS[kind])
+    assert "gl.warp_specialize" in source.text and len(source.descriptors) == 2
+    groups = 2 if CONFIGS[kind].specialized == "pingpong" else 1
+    assert source.text.count("bias_gelu_compute, (") == groups
+    assert source.grid == 5
+
+
+def test_only_sm_90_has_them() -> None:
+    spec = gemm.bias_gelu((1, 16384, 4096, 1024))
+    chosen = {capability: limits.default_config(spec, capability) for capability in (80, 90, 100)}
+    assert chosen[90] is not None and chosen[90].specialized == "pingpong"
+    for capability in (80, 100):
+        other = chosen[capability]
+        assert other is not None and not other.specialized
+        source = launch.source_for(spec, chosen[90])
+        with pytest.raises(UnsupportedKernel, match="capability 9.0 for warps with different"):
+            launch.check_descriptors(spec, source, capability)
+
+
+WIDE = config("cooperative", 128, 128, 8)
+
+
+@pytest.mark.parametrize(
+    ("spec", "wrong", "message"),
+    [
+        (CASES["gelu"], dataclasses.replace(WIDE, specialized="both"), "one of cooperative, pingp"),
+        (gemm.bias_gelu(SIZES, np.dtype("float32")), WIDE, "only for operands of 16 bits"),
+        (gemm.bias_gelu((2, 70, 50, 90)), WIDE, "no operand of the product can have"),
+        (gemm.bias_gelu((2, 70, 50, 96)), WIDE, "only where both operands have a descriptor"),
+        (CASES["plain"], dataclasses.replace(WIDE, splits=3), "4 steps along k cannot be split"),
+        (CASES["residual"], dataclasses.replace(WIDE, ahead=True), "load nothing ahead"),
+        (CASES["gelu"], config("cooperative", 64, 128, 8), "cannot be multiplied by 8 warps"),
+        (CASES["gelu"], dataclasses.replace(WIDE, descriptors=False), "both operands have a desc"),
+    ],
+)
+def test_wrong_configurations(spec: KernelSpec, wrong: Config, message: str) -> None:
+    with pytest.raises(UnsupportedKernel, match=message):
+        codegen.generate(spec, wrong)

@@ -92,7 +92,7 @@ def test_nvidia_backend_needs_the_mend() -> None:
 
 
 def test_mended_backend() -> None:
-    library = types.types.SimpleNamespace(cb=types.SimpleNamespace(GPUTarget=object))
+    library = types.SimpleNamespace(cb=types.SimpleNamespace(GPUTarget=object))
     compat._find_nvidia_backend(library)
     assert library.cb.GPUTarget("cuda", 90, 32).arch == 90
     assert library._TMA_TF32 == 11
@@ -109,7 +109,7 @@ def test_descriptor_metadata_is_completed() -> None:
     class Result(triton_lib.CompilationResult):
         pass
 
-    compat._complete_descriptors(types.types.SimpleNamespace(CompilationResult=Result))
+    compat._complete_descriptors(types.SimpleNamespace(CompilationResult=Result))
     meta = dict.fromkeys(triton_lib.TensorDescMeta.__required_keys__ - {"is_im2col"}, 0)
     result = Result("", "", 0, "", "", tensordesc_meta=[meta])
     assert result.tensordesc_meta[0]["is_im2col"] is False
@@ -174,7 +174,9 @@ def test_compute_capability() -> None:
 
 def test_added_warps_are_launched() -> None:
     made: list[tuple[object, ...]] = []
-    bindings = types.SimpleNamespace(TritonKernel=lambda *arguments: made.append(arguments), other=1)
+    bindings = types.SimpleNamespace(
+        TritonKernel=lambda *arguments: made.append(arguments), other=1
+    )
     library = types.SimpleNamespace(triton_kernel_call_lib=bindings)
     compat._count_warps(library)
     make = library.triton_kernel_call_lib.TritonKernel

@@ -10,12 +10,15 @@ import functools
 import math
 
 from jevt_kernels import compat, launch
-from jevt_kernels.mainloops import MAINLOOPS, gemm_configs, product
+from jevt_kernels.mainloops import MAINLOOPS, gemm_configs, pipelining, product
 from jevt_kernels.spec import Config, KernelSpec, Source, UnsupportedKernel
 
 #: 32-bit registers of a thread, of which addresses and the operands of a step take some.
 _REGISTERS = 255
 _OTHER_REGISTERS = 24
+
+#: Mainloops whose programs load blocks of rows ahead.
+_WALK_ROWS = ("rowwise", "columnwise")
 
 #: Warps of a thread block.
 _MOST_WARPS = 32
@@ -54,11 +57,15 @@ def obstacle(spec: KernelSpec, source: Source, config: Config, capability: int) 
         return str(error)
     if config.num_warps > _MOST_WARPS:
         return f"{config.num_warps} warps, a thread block has {_MOST_WARPS} at most"
+    limit = compat.shared_memory_limit(capability)
+    if spec.mainloop in _WALK_ROWS:
+        shared = pipelining.shared_bytes(spec, "row", source.config)
+        if shared > limit:
+            return f"{shared} bytes of shared memory for tiles under way, {limit} at most"
     if spec.mainloop != "gemm":
         return ""
     found = product.find(spec)
     shared = gemm_configs.shared_bytes(spec, found, config)
-    limit = compat.shared_memory_limit(capability)
     if shared > limit:
         return f"{shared} bytes of shared memory for operands and results, {limit} at most"
     held = config.block("m") * config.block("n") // (32 * config.num_warps)

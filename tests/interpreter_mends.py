@@ -7,6 +7,8 @@ They are not in the product: kernels do not need them to run, only to be compare
   even; other types are converted to and from the raw bits.
 - ``_patch_lang_tensor``: Triton 3.6 makes an integer of an array with one element, which NumPy 2.5
   refuses, for ``range`` over a loaded value.
+- ``apply_impl``: reductions by a function are made element by element, 10 000 a second. The maximum
+  and the minimum that propagate NaN are NumPy's.
 """
 
 from __future__ import annotations
@@ -20,12 +22,22 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+from jevt_kernels import device_math
+
 _BUILDER = interpreter.InterpreterBuilder
 
 _originals: dict[str, Any] = {
     "cast_impl": _BUILDER.cast_impl,
     "create_fp_to_fp": _BUILDER.create_fp_to_fp,
     "_patch_lang_tensor": interpreter._patch_lang_tensor,
+    "apply_impl": interpreter.ReduceOps.apply_impl,
+}
+
+_owners: dict[str, Any] = {
+    "cast_impl": _BUILDER,
+    "create_fp_to_fp": _BUILDER,
+    "_patch_lang_tensor": interpreter,
+    "apply_impl": interpreter.ReduceOps,
 }
 
 
@@ -68,16 +80,24 @@ def _patch_lang_tensor(tensor: Any, *scope: Any) -> None:
     tensor.__index__ = lambda self: int(self.handle.data.item())
 
 
+def _apply_impl(self: Any, operands: Any) -> Any:
+    for function, same in ((device_math.nan_max, np.max), (device_math.nan_min, np.min)):
+        if self.combine_fn is function:
+            return [self.min_max(operands[0], val_reduce_op=same)]
+    return _originals["apply_impl"](self, operands)
+
+
 _mends: dict[str, Any] = {
     "cast_impl": _cast_impl,
     "create_fp_to_fp": _create_fp_to_fp,
     "_patch_lang_tensor": _patch_lang_tensor,
+    "apply_impl": _apply_impl,
 }
 
 
 def _install(functions: dict[str, Any]) -> None:
     for name, function in functions.items():
-        setattr(interpreter if name == "_patch_lang_tensor" else _BUILDER, name, function)
+        setattr(_owners[name], name, function)
 
 
 def apply() -> None:

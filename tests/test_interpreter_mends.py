@@ -16,7 +16,10 @@ pytestmark = pytest.mark.interpret
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 FLOAT32 = np.dtype(np.float32)
-HEADER = "import triton\nimport triton.language as tl\n\n@triton.jit\n"
+HEADER = (
+    "import triton\nimport triton.language as tl\nfrom jevt_kernels import device_math as dm\n\n"
+    "@triton.jit\n"
+)
 
 
 def run(body: str, inputs: list[np.ndarray], output: TensorType) -> np.ndarray:
@@ -102,3 +105,23 @@ def test_range_over_a_loaded_value() -> None:
         ):
             run(body, [x], output)
     np.testing.assert_array_equal(run(body, [x], output), [3])
+
+
+@pytest.mark.parametrize("function", ["nan_max", "nan_min"])
+def test_reductions_that_propagate_nan(function: str) -> None:
+    """The same values as element by element."""
+    import interpreter_mends
+
+    x = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    x[0, 3], x[1, 2], x[2, 5], x[3] = np.nan, np.inf, -np.inf, -np.inf
+    body = (
+        "at = tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]\n"
+        f"most = tl.reduce(tl.load(x0 + at), 1, dm.{function}, keep_dims=True)\n"
+        "tl.store(o + tl.arange(0, 4)[:, None], most)"
+    )
+    output = TensorType((4,), FLOAT32)
+    with interpreter_mends.suspended("apply_impl"):
+        slow = run(body, [x], output)
+    np.testing.assert_array_equal(run(body, [x], output), slow)
+    assert np.isnan(slow[0])
+    assert not np.isnan(slow[1:]).any()

@@ -33,6 +33,11 @@ MAX_WHOLE = 8192
 #: the order of summation, so it does not depend on the device.
 ROW_PROGRAMS = 1056
 
+#: The same where tiles hold whole rows: fewer leave fewer partial results, and their loads, issued
+#: further ahead, keep memory busy. A layer norm's gradients [16384, 1024] in bfloat16 take 38.4 us
+#: on an H100, 40.5 with twice as many, and their second stage half the time.
+_WHOLE_ROW_PROGRAMS = 528
+
 _PER_WARP = 1024
 
 
@@ -51,7 +56,8 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
         blocks = (("row", down), ("col", across))
         warps = min(16, max(1, down * across // _PER_WARP))
         ahead = stages(spec, "row", dict(blocks), most=4 if whole else 3)
-        result.setdefault(Config(blocks, warps, ahead))
+        programs = _WHOLE_ROW_PROGRAMS if whole else 0
+        result.setdefault(Config(blocks, warps, ahead, programs))
     return tuple(result)
 
 

@@ -69,9 +69,11 @@ class Reduction:
             value = f"tl.where({mask}, {value}, {self.identity})"
         return value
 
-    def start(self) -> None:
-        """Prints the accumulator, a tile of identities."""
+    def start(self, group: int = 1) -> None:
+        """Prints the accumulator, a tile of identities, one for each ``group`` of columns."""
         shape = self.printer.view.shape(self.printer.view.names)
+        if group > 1:
+            shape = shape.replace("BLOCK_COL", f"BLOCK_COL // {group}")
         self.printer.line(
             f"{self.accumulator} = tl.full({shape}, {self.identity}, {triton_type(self.dtype)})"
         )

@@ -4,7 +4,8 @@ Three forms. *Whole*: a program instance holds whole rows on chip, so each eleme
 written once. *Looped*, for rows that do not fit: one loop over the row for each pass
 (``mainloops.passes``: a reduction that needs an earlier reduction's result comes one pass later,
 but for a softmax's sum) and one for the stores, unless these do not need what the last pass makes:
-then it stores as well. Pointwise work is repeated rather than stored.
+then it stores as well. Pointwise work is repeated rather than stored. Each loop begins where the
+one before it has ended, and tells the L2 cache which tensors a later one reads again.
 *Split*, for rows that are few and long: several kernels (``mainloops.long_rows``).
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer, power_of_two
 from jevt_kernels.mainloops import long_rows, parts, pipelining
-from jevt_kernels.mainloops.passes import passes
+from jevt_kernels.mainloops.passes import Passes, passes
 from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.reduction import before_reductions, hoist, reductions
 from jevt_kernels.mainloops.sweep import Sweep
@@ -43,6 +44,18 @@ _PROGRAMS = 1056
 #: an H100 (132), each of which holds one.
 _WALKERS = 528
 
+#: Tiles of loops that read a row more than once: columns, warps, and blocks that walk the rows. Not
+#: more rows should be under way than the L2 cache keeps. If it keeps two for each of 132
+#: multiprocessors (in 36 MB of an H100's 50), two blocks of the first are on each, by their
+#: registers; walking blocks have others, for addresses. Of longer rows each has one.
+_AGAIN = (8192, 16, 0)
+_AGAIN_LONG = (16384, 32, 132)
+_KEPT_BYTES = 36 << 20
+_UNDER_WAY = 264
+
+#: Operations of which one takes as long as loading dozens of elements.
+_HEAVY = frozenset({"threefry2x32"})
+
 #: Fewer rows than this, each too long for one block, leave most of a GPU idle: they are split.
 FEW_ROWS = 128
 
@@ -51,9 +64,10 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
     """Configurations worth trying, the preferred one first."""
     rows, columns = (spec.space.extent(spec.space.tile_axis(name)) for name in ("row", "col"))
     width = power_of_two(columns)
-    looped = [Config((("row", 1), ("col", block)), warps) for block, warps in parts.TILES]
+    tiles = [Config((("row", 1), ("col", block)), warps) for block, warps in parts.TILES]
+    looped = [*_again(spec), *tiles]
     if width > MAX_WHOLE:
-        split = [dataclasses.replace(c, splits=_splits(rows, columns, c)) for c in looped]
+        split = [dataclasses.replace(c, splits=_splits(rows, columns, c)) for c in tiles]
         return tuple(dict.fromkeys([*split, *looped] if rows < FEW_ROWS else looped))
     if width == MAX_WHOLE:
         return (*_widest(spec, rows), *looped) if held(spec) <= 1 else (*looped, _whole_row())
@@ -61,9 +75,13 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
     height = min(max(1, _PER_WARP // width), power_of_two(rows))
     blocks = (("row", height), ("col", width))
     result = [Config(blocks, warps), Config(blocks, 2 * warps)]
-    tiles, registers = _loads(spec, width // (32 * warps))
-    if tiles and height * width <= _PER_WARP and rows > 4 * _PROGRAMS:
-        ahead = (("row", 2 if tiles == 1 and width == _PER_WARP else height), ("col", width))
+    if any(isinstance(n, visitor.Compute) and n.op in _HEAVY for n in spec.tree):
+        # Arithmetic hides the loads if enough warps do it: of dropout, a residual sum and a layer
+        # norm [16384, 1024] in 61 us, 78 where a block a row loads the next one ahead.
+        return tuple(result[::-1])
+    full, registers = _loads(spec, width // (32 * warps))
+    if full and height * width <= _PER_WARP and rows > 4 * _PROGRAMS:
+        ahead = (("row", 2 if full == 1 and width == _PER_WARP else height), ("col", width))
         walking = Config(ahead, warps, pipelining.stages(spec, "row", dict(ahead)), _PROGRAMS)
         result.insert(0 if registers >= _MANY_REGISTERS else 1, walking)
     return tuple(dict.fromkeys(result))
@@ -73,13 +91,40 @@ def _widest(spec: KernelSpec, rows: int) -> tuple[Config, ...]:
     """Configurations for a row that takes a multiprocessor by itself, 64 registers of a thread.
 
     A thread block a row alternates between memory and arithmetic: 51 % of an H200's bandwidth in
-    BERT's cross entropy. Blocks that walk the rows load the next one meanwhile.
+    BERT's cross entropy. Blocks that walk the rows load the next two meanwhile, as a row's
+    arithmetic takes about as long as its loads. On an H100, [16384, 30528] in bfloat16: a cross
+    entropy and its gradient in 696 us with two rows under way, 952 with one; the gradient alone in
+    735 and 825; a softmax of [4096, 30528] in 185 and 217, and in 189 with none.
     """
     tiles, registers = _loads(spec, _PER_WARP // 32)
     whole = _whole_row()
     if tiles == 1 and registers == _PER_WARP // 32 and rows > 2 * _WALKERS:
-        return dataclasses.replace(whole, num_stages=2, programs=_WALKERS), whole
+        walking = dataclasses.replace(whole, programs=_WALKERS)
+        return (*(dataclasses.replace(walking, num_stages=n) for n in (3, 2)), walking, whole)
     return (whole,)
+
+
+def _again(spec: KernelSpec) -> tuple[Config, ...]:
+    """Configurations for rows that loops read more than once, from the L2 cache if it keeps them.
+
+    On an H100, in bfloat16, against blocks of 4096 columns and 8 warps for each row: a softmax of
+    [1024, 131072] in 207 us and 283, its gradient in 376 and 471, that of [4096, 30528] in 292 and
+    432.
+    """
+    if len(_loops(spec).reads) == 1:
+        return ()
+    columns, warps, programs = _AGAIN
+    if _UNDER_WAY * _row_bytes(spec) > _KEPT_BYTES:
+        columns, warps, programs = _AGAIN_LONG
+    return (Config((("row", 1), ("col", columns)), warps, programs=programs),)
+
+
+def _row_bytes(spec: KernelSpec) -> int:
+    """Bytes of a row of all full tensors that are read."""
+    row, col = (spec.space.tile_axis(name) for name in ("row", "col"))
+    read = {n for n in spec.tree if isinstance(n, visitor.Load)}
+    full = [n for n in read if n.index.depends_on(col) and n.index.depends_on(row)]
+    return sum(spec.inputs[n.input].dtype.itemsize for n in full) * spec.space.extent(col)
 
 
 def _whole_row() -> Config:
@@ -174,27 +219,81 @@ def _takes_registers(spec: KernelSpec, position: int, node: visitor.Node) -> boo
     return any(isinstance(spec.tree[p], visitor.Load) for p in below)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Loops:
+    """The loops over a row.
+
+    Attributes:
+      plan: its passes; each has a loop.
+      wide: stores that run along the row.
+      last: the loop that makes them, one more than there are passes if all have to be over.
+      reads: the loads of each loop.
+    """
+
+    plan: Passes
+    wide: tuple[int, ...]
+    last: int
+    reads: tuple[frozenset[visitor.Node], ...]
+
+
+def _loops(spec: KernelSpec) -> _Loops:
+    plan, col = passes(spec), spec.space.tile_axis("col")
+    wide = tuple(
+        position
+        for position, node in enumerate(spec.tree)
+        if isinstance(node, visitor.Store) and node.index.depends_on(col)
+    )
+    stored = [o for position in wide for o in visitor.operands(spec.tree[position])]
+    last = len(plan.of) - 1
+    if any(plan.known[o] > last for o in stored):
+        last = len(plan.of)
+    roots = [[visitor.operands(spec.tree[p])[0] for p in one] for one in plan.of]
+    roots += [[]] * (last + 1 - len(roots) if wide else 0)
+    if wide:
+        roots[last] = [*roots[last], *stored]
+    return _Loops(plan, wide, last, tuple(_read(spec, each) for each in roots))
+
+
+def _read(spec: KernelSpec, roots: list[int]) -> frozenset[visitor.Node]:
+    """The loads of full tiles that values are made of, given all reductions."""
+    col, found, stack = spec.space.tile_axis("col"), set[visitor.Node](), list(roots)
+    while stack:
+        node = spec.tree[stack.pop()]
+        if isinstance(node, visitor.Load) and node.index.depends_on(col):
+            found.add(node)
+        if not isinstance(node, visitor.Reduce):
+            stack.extend(visitor.operands(node))
+    return frozenset(found)
+
+
 def emit(printer: Printer) -> int:
     """Prints the body; a program instance walks one block of rows, or several."""
     space, config = printer.spec.space, printer.config
     row_blocks = blocks_along(space, config, "row")
+    looped = blocks_along(space, config, "col") > 1
     printer.constants()
     printer.line(f"pid = {printer.program_id()}")
-    if blocks_along(space, config, "col") > 1:
-        printer.tile_index("row", "pid * BLOCK_ROW")
-        _emit_looped(printer)
-        return row_blocks
-    printer.tile_index("col", "")
+    if not looped:
+        printer.tile_index("col", "")
     if not config.programs or row_blocks <= config.programs:
         printer.tile_index("row", "pid * BLOCK_ROW")
-        _emit_whole(printer)
+        _emit_rows(printer, looped)
         return row_blocks
-    hoist(printer, before_reductions(printer), "row")
+    if not looped:
+        hoist(printer, before_reductions(printer), "row")
     printer.open_loop("block", "pid", row_blocks, str(config.programs))
     printer.tile_index("row", "block * BLOCK_ROW")
-    _emit_whole(printer)
+    _emit_rows(printer, looped)
     printer.close()
     return config.programs
+
+
+def _emit_rows(printer: Printer, looped: bool) -> None:
+    """Prints what is done to a block of rows."""
+    if looped:
+        _emit_looped(printer)
+    else:
+        _emit_whole(printer)
 
 
 def _emit_whole(printer: Printer) -> None:
@@ -205,41 +304,44 @@ def _emit_whole(printer: Printer) -> None:
 
 
 def _emit_looped(printer: Printer) -> None:
-    columns = printer.spec.space.extent(printer.spec.space.tile_axis("col"))
     reductions(printer, "col")  # raises for what none knows
-    plan = passes(printer.spec)
-    stores = printer.stores()
-    narrow = [s for s in stores if not _store_follows_columns(printer, s)]
-    wide = [s for s in stores if s not in narrow]
-    last = len(plan.of) - 1
-    if any(plan.known[o] > last for o in _stored(printer, wide)):
-        last = len(plan.of)
+    loops = _loops(printer.spec)
+    plan, wide, last = loops.plan, list(loops.wide), loops.last
+    narrow = [s for s in printer.stores() if s not in wide]
     for number in range(len(plan.of)):
         sweep = Sweep(printer, plan, number)
         sweep.start()
         if number == last:
             hoist(printer, _stored(printer, wide), "col")
-        printer.open_loop("start", "0", columns, "BLOCK_COL")
-        printer.tile_index("col", "start")
+        _open_loop(printer, loops, number)
         sweep.accumulate()
         if number == last:
             printer.store_all(wide)
         printer.close()
         sweep.finish()
-    hoist(printer, _stored(printer, narrow if last < len(plan.of) else stores), "col")
+    after = narrow if last < len(plan.of) else printer.stores()
+    hoist(printer, _stored(printer, after), "col")
     printer.store_all(narrow)
     if wide and last == len(plan.of):
-        printer.open_loop("start", "0", columns, "BLOCK_COL")
-        printer.tile_index("col", "start")
+        _open_loop(printer, loops, last)
         printer.store_all(wide)
         printer.close()
 
 
+def _open_loop(printer: Printer, loops: _Loops, number: int) -> None:
+    """Starts a loop over a row: every other one backwards, from what was read last."""
+    spec, count = printer.spec, len(loops.reads)
+    columns = spec.space.extent(spec.space.tile_axis("col"))
+    last = (blocks_along(spec.space, printer.config, "col") - 1) * printer.config.block("col")
+    if count > 1:
+        later = frozenset[visitor.Node]().union(*loops.reads[number + 1 :])
+        printer.evictions = {
+            node: "evict_last" if node in later else "evict_first" for node in loops.reads[number]
+        }
+        printer.evictions |= {spec.tree[position]: "evict_first" for position in loops.wide}
+    printer.open_loop("start", "0", columns, "BLOCK_COL")
+    printer.tile_index("col", f"{last} - start" if number % 2 else "start")
+
+
 def _stored(printer: Printer, stores: list[int]) -> list[int]:
     return [o for position in stores for o in visitor.operands(printer.spec.tree[position])]
-
-
-def _store_follows_columns(printer: Printer, position: int) -> bool:
-    node = printer.spec.tree[position]
-    assert isinstance(node, visitor.Store)
-    return node.index.depends_on(printer.spec.space.tile_axis("col"))

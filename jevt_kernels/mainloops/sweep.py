@@ -1,4 +1,11 @@
-"""One pass of a loop over a row: the accumulators of its reductions along ``col``."""
+"""One pass of a loop over a row: the accumulators of its reductions along ``col``.
+
+Sums relative to a maximum so far, and the maximum, have an accumulator for each group of columns
+that a thread loads at once, as long as a thread holds so many: the sums are scaled once a group.
+Without groups, the two exponentials and selections of each element took twice the instructions, and
+the accumulators as many registers as the row's tile: 992 instructions and 73 registers against 640
+and 40 for a softmax's gradient.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +14,9 @@ from jevt_kernels.codegen import Printer
 from jevt_kernels.mainloops.passes import Online, Passes
 from jevt_kernels.mainloops.reduction import Reduction, hoist
 from jevt_kernels.visitor import Compute
+
+#: What a thread loads with one instruction at most.
+_LOADED_BYTES = 16
 
 
 class Sweep:
@@ -21,11 +31,13 @@ class Sweep:
         self.plan = plan
         self.number = number
         self.reductions = [Reduction(printer, position) for position in plan.of[number]]
+        self.group = _group(printer)
 
     def start(self) -> None:
         """Prints the accumulators, and what tiles need that is the same for all of them."""
         for reduction in self.reductions:
-            reduction.start()
+            grouped = reduction.position in self.plan.online or self._followers(reduction)
+            reduction.start(self.group if grouped else 1)
             below = visitor.ancestors(self.printer.spec.tree, reduction.node.operand)
             ready = [p for p in below if self.plan.known[p] <= self.number]
             hoist(self.printer, ready, "col")
@@ -43,18 +55,33 @@ class Sweep:
                 ("operand", reduction.position), reduction.masked(), f"x{reduction.position}_tile"
             )
             for base in dict.fromkeys(self._base(online) for _, online in followers):
-                self._accumulate_relative(reduction, value, base)
-            reduction.accumulate(value)
+                most = self._accumulate_relative(reduction, value, base)
+            if self.group > 1:
+                self.printer.line(f"{reduction.accumulator} = {most}")
+            else:
+                reduction.accumulate(value)
 
-    def _accumulate_relative(self, maximum: Reduction, value: str, base: str) -> None:
-        """Prints the update of the sums relative to a maximum, before that of the maximum."""
+    def _accumulate_relative(self, maximum: Reduction, value: str, base: str) -> str:
+        """Prints the update of the sums relative to a maximum, before that of the maximum.
+
+        Returns the name of the new maxima of groups, if there are groups.
+        """
         stem = f"{base}{maximum.position}"
-        scale, unit = f"{stem}_scale", f"{stem}_unit"
-        self.printer.line(f"{scale}, {unit} = dm.online_{base}({maximum.accumulator}, {value})")
+        most, scale, unit = f"{stem}_most", f"{stem}_scale", f"{stem}_unit"
+        old = maximum.accumulator
+        if self.group > 1:
+            made = f"{most}, {scale}, {unit} = dm.grouped_{base}({old}, {value}, {self.group})"
+        else:
+            made = f"{scale}, {unit} = dm.online_{base}({old}, {value})"
+        self.printer.line(made)
         for reduction, online in self._followers(maximum):
             if self._base(online) == base:
                 self.printer.set_value(online.exponential, unit)
-                reduction.accumulate(scale=scale)
+                share = reduction.masked()
+                if self.group > 1:
+                    share = f"dm.group_sums({share}, {self.group})"
+                reduction.accumulate(share, scale=scale)
+        return most
 
     def finish(self) -> None:
         """Prints the values."""
@@ -93,3 +120,16 @@ class Sweep:
         node = self.printer.spec.tree[online.exponential]
         assert isinstance(node, Compute)
         return node.op
+
+
+def _group(printer: Printer) -> int:
+    """Neighbouring columns that a thread loads at once; 1 if it has not so many of a tile."""
+    config, col = printer.config, printer.spec.space.tile_axis("col")
+    widths = [
+        printer.spec.inputs[node.input].dtype.itemsize
+        for node in printer.spec.tree
+        if isinstance(node, visitor.Load) and node.index.depends_on(col)
+    ]
+    group = min(8, _LOADED_BYTES // max(widths, default=_LOADED_BYTES))
+    held = config.block("row") * config.block("col") // (32 * config.num_warps)
+    return group if min(held, config.block("col")) >= group else 1

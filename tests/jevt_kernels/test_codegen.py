@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from kernel_gallery import tensor
 
-from jevt_kernels import aot, codegen
+from jevt_kernels import aot, codegen, compat
 from jevt_kernels.index_map import IndexMap
 from jevt_kernels.mainloops import MAINLOOPS
 from jevt_kernels.ops import TRITON_TYPES
@@ -38,9 +38,9 @@ def test_text(name: str, golden: Callable[[str, str], None]) -> None:
 def test_compiles_without_spills(name: str, arch: int) -> None:
     binary = aot.compile(kernel_gallery.spec(name), arch)
     assert binary.spill_bytes == 0
-    # As much as a thread block of any GPU since sm_80 has, for the widest rows; 48 KiB for others.
+    # As much as a thread block can have for the widest rows, 48 KiB for others.
     widest = binary.num_warps == 32
-    assert binary.shared_bytes <= (99 if widest else 48) * 1024
+    assert binary.shared_bytes <= (compat.shared_memory_limit(arch) if widest else 48 * 1024)
 
 
 @pytest.mark.aot

@@ -230,9 +230,9 @@ def test_loads_are_issued_ahead_where_few_blocks_fit(name: str, dtype: Any, walk
 @pytest.mark.parametrize(
     ("function", "operands", "first"),
     [
-        (softmax_of, 1, Config((("row", 1), ("col", 32768)), 32, 2, 528)),
+        (softmax_of, 1, Config((("row", 1), ("col", 32768)), 32, 3, 528)),
         (rms_norm, 2, Config((("row", 1), ("col", 32768)), 32)),
-        (gradient(softmax_of), 2, Config((("row", 1), ("col", 4096)), 8)),
+        (gradient(softmax_of), 2, Config((("row", 1), ("col", 8192)), 16)),
     ],
     ids=["loads ahead", "vectors take the room", "two tiles do not fit"],
 )

@@ -12,20 +12,22 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn, Primitive, Var, jaxpr_as_fun, new_jaxpr_eqn, no_effects
 from jax.interpreters import mlir
 
 from jevt import _jaxpr
 from jevt._context import Context
-from jevt.lowering import checking
+from jevt._jaxpr import aval
+from jevt.lowering import checking, waiting
 from jevt.lowering.alias import donated_aliases, donated_inputs, partners
 from jevt.lowering.errors import JevtWarning
 from jevt.lowering.naming import canonical, common_scope
 from jevt.partition.plan import Group, Plan
 from jevt.partition.printing import all_groups
 from jevt_kernels import interpreter, launch
-from jevt_kernels.spec import Config, KernelSpec
+from jevt_kernels.spec import Config, KernelSpec, TensorType
 
 kernel_p = Primitive("jevt_kernel")
 kernel_p.multiple_results = True
@@ -111,11 +113,11 @@ def lower(plan: Plan, context: Context, *, top: bool = True) -> tuple[Jaxpr, Pla
         bodies[key], carried_out = lower(body, context, top=False)
         nested.append((key, carried_out))
     donated = donated_inputs(plan.jaxpr, context) if top else frozenset[Var]()
+    plan = dataclasses.replace(plan, groups=waiting.in_order(plan.groups, donated))
     free = _free_at(plan, donated)
     wanted = partners(plan.jaxpr, donated)
     groups = tuple(
-        _confirm(group, plan, inputs, wanted, context)
-        for group, inputs in zip(plan.groups, free, strict=True)
+        _confirm(position, plan, inputs, wanted, context) for position, inputs in enumerate(free)
     )
     planned, plan = plan, dataclasses.replace(plan, groups=groups, nested=tuple(nested))
     if top:
@@ -144,7 +146,7 @@ def _free_at(plan: Plan, donated: frozenset[Var]) -> list[frozenset[Var]]:
 
 
 def _confirm(
-    group: Group,
+    position: int,
     plan: Plan,
     free: frozenset[Var],
     wanted: Mapping[Var, Var],
@@ -154,11 +156,16 @@ def _confirm(
 
     Final means named, and with outputs in place where they may be: what is compiled here is run.
     """
+    group = plan.groups[position]
     if group.target != "triton" or group.spec is None:
         return group
     spec = canonical(group.spec, group.jaxpr, _stacks(plan, group))
     spec = dataclasses.replace(spec, aliases=donated_aliases(spec, group.jaxpr, free, wanted))
     group = dataclasses.replace(group, spec=spec)
+    if not spec.members:
+        group = _waiting(group, plan, position)
+        spec = group.spec
+        assert spec is not None
     if context.platform != "cuda":
         return group
     try:
@@ -168,6 +175,22 @@ def _confirm(
         reason = f"kernel did not compile: {type(error).__name__}: {first_line}"
         return dataclasses.replace(group, target="xla", reason=reason, fallback=True, config=None)
     return group
+
+
+def _waiting(group: Group, plan: Plan, position: int) -> Group:
+    """The group with operands that it does not read, so that it follows those who made them."""
+    spec = group.spec
+    assert spec is not None
+    overwritten = [group.jaxpr.invars[i] for i, _ in spec.aliases]
+    operands = waiting.awaited(plan, position, overwritten)
+    if not operands:
+        return group
+    types = (TensorType(aval(v).shape, np.dtype(aval(v).dtype)) for v in operands)
+    return dataclasses.replace(
+        group,
+        spec=dataclasses.replace(spec, inputs=(*spec.inputs, *types)),
+        jaxpr=group.jaxpr.replace(invars=[*group.jaxpr.invars, *operands]),
+    )
 
 
 def _warn(planned: Plan, plan: Plan) -> None:

@@ -34,6 +34,8 @@ from jevt.partition.recompute import recompute
 from jevt.partition.refusals import Oracle
 
 ANYTHING = Oracle(lambda nodes: True, lambda nodes, stored: True)
+#: Seconds for all but the search, on a busy machine: writing a program down, greedy groups, stages.
+SLACK = 3.0
 SHAPE = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
 
 
@@ -81,21 +83,24 @@ def large(seeds: range, seconds: float = 10.0) -> Iterator[str]:
         yield outcome.status + (" above the limit" if spent > seconds else "")
 
 
-def programs(seeds: range, seconds: float = 10.0) -> Iterator[str]:
-    """Jaxprs of 20 to 500 equations: every equation once, acyclic, within the limit."""
+def programs(seeds: range, seconds: float = 1.0) -> Iterator[str]:
+    """Jaxprs of 20 to 500 equations: every equation once, acyclic, within the limit.
+
+    The limit is short, because with the default of 10 s a thousand of them take more than an hour.
+    It is the solver's; what comes before and after it is linear.
+    """
     where = dataclasses.replace(context("triton"), partition_seconds=seconds)
     for seed in seeds:
         size = round(20 * 25 ** (seed % 100 / 99))
         jaxpr, _ = trace(random_programs.dag(seed, size), SHAPE, SHAPE)
-        started = time.monotonic()
         plan = partition(jaxpr, where, workers=1)
-        spent = time.monotonic() - started
         assert sorted(p for g in plan.groups for p in g.eqns) == [*range(len(plan.jaxpr.eqns))]
         made = {*plan.jaxpr.invars, *plan.jaxpr.constvars}
         for group in plan.groups:  # in an order in which each finds what it reads
             assert made.issuperset(group.jaxpr.invars), seed
             made.update(group.jaxpr.outvars)
-        yield plan.solution.status + (" above the limit" if spent > seconds else "")
+        above = plan.solution.seconds > seconds + SLACK
+        yield plan.solution.status + (" above the limit" if above else "")
 
 
 def two_steps(seeds: range) -> Iterator[str]:

@@ -20,9 +20,10 @@ use the processors too, *CPU s* says what the work is. The solver's time limit w
 ## Plans against greedy fusion
 
 All three group the same equations, those of jevt's plan (after copies of cheap values were made),
-and all are priced by what jevt minimises: the time in which the device moves the bytes that the
-groups of fusible equations read and write, and a launch for each group. What no kernel takes is
-left out.
+and all are priced by what jevt minimises: the predicted time of their groups of fusible equations,
+each as one kernel or, where that is predicted to be faster, as XLA runs it. (The launches that jevt
+saves by merging equal updates are in this number, though the integer program does not know of
+them.) What no kernel takes is left out.
 
 - **jevt**: the plan, with the solver's status; *gap* is the distance to the proven bound.
 - **xla**: greedy producer–consumer fusion in XLA's manner: into the reader, last to first, a

@@ -11,6 +11,10 @@ because ``v`` depends on nothing but ``u``, and nothing there on ``v``. Cost: ``
 values of rows, so it must have none to store: each such value that can be there must have all its
 readers on paths to ``u``, which the group holds because it is convex.
 
+That counts traffic, and launches: ``v`` alone was one more. If arithmetic is what takes the time of
+the group that ``v`` left, moving it loses at most the traffic of what ``v`` writes and of what only
+``v`` reads; if it is what takes the time of ``u``'s group, the arithmetic of ``v`` at most.
+
 This is more than fewer nodes. A gradient that two layers share is read by a leaf and by the next
 layer; without the leaf nothing links the two layers, and the component falls apart. That is worth
 an assumption: a leaf that links its producer to nodes that can be in no group with it is joined

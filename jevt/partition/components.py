@@ -14,6 +14,7 @@ operands, and a path into it is struck out like one through an opaque node. This
 that would compute an operand inside the mainloop (a prologue), beyond the views and casts that
 :mod:`.contract` has joined to the product: for each operand at most the time of writing and reading
 it once, and nothing where it is needed elsewhere too, as by the other products of a backward pass.
+(Paths say what can share a group whatever groups cost, so this holds for any objective.)
 Nor is one number that many read, such as a global norm, a link to its maker: it would hold the
 updates of all parameters together. This loses a launch for each such number at most.
 Copies of nodes (:mod:`.copies`) are tried inside a component only.

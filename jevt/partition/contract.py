@@ -25,6 +25,9 @@ that ``s`` left, nodes smaller than its space whose only consumer was ``s`` go a
 A matrix product may be left to cuBLAS, alone. So nothing behind it joins it, and before it only
 what a kernel of ours reads in the product's stead at no cost: views, and casts to wider types.
 
+The proofs count traffic. Where arithmetic is what takes the time of one of the two groups, and not
+of the other, the moved node's arithmetic, or the traffic that it saves, is lost at most.
+
 What the proofs cannot see is a pair of views that does not compose into one index map. Therefore a
 joined node is kept only if ``build`` accepts it; otherwise its equations stay apart.
 """

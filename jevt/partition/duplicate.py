@@ -5,7 +5,8 @@ then be written to memory for one of them. An equation is copied if it reads at 
 makes at least as many bytes as it reads, and computes nothing worth mentioning: a broadcast, a
 row-major reshape, ``iota``, a cast to a wider type.
 
-No good partition is lost. Take a partition of the program without copies; put each copy into its
+No good partition is lost, but for the arithmetic of copies (a cast's), where it takes longer than a
+group's traffic. Take a partition of the program without copies; put each copy into its
 reader's group. A group that read the result from memory now reads the operand, which has no more
 bytes; a group that held the equation to write its result writes the operand, if that was not
 written anyway. Nothing becomes cyclic, because a reader ran after the operand's producer before.

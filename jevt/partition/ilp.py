@@ -386,6 +386,8 @@ class Program:
         problem, model = self.problem, self.model
         waits, self.waits = self.waits, {}
         for r, wait in waits.items():
+            if r in self.products:
+                continue  # whose lines have it
             kernel, time = self.kernel.get(r), wait + _sum(self.moved[r])
             ours, xla = (self._work(r, amounts) for amounts in problem.arithmetic())
             model.add(time >= _sum(ours))

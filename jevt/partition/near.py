@@ -12,6 +12,9 @@ the result but the operands, and writes the result, if others read it, in place 
 the result is a full tile for its reader. ``A`` stays connected: all that linked it through ``c``
 reads, or makes, the largest operand; what makes another one must do so too.
 
+That counts traffic. Where arithmetic is what takes the time of ``B``, and not of ``A``, the moved
+equations' arithmetic is lost at most.
+
 So a link between ``c`` and a node that can be in no group with any reader of ``c`` is of no use.
 What the backward pass computes again (:mod:`.recompute`) is of this kind: without those links to
 the forward pass, from which it reads, each layer's two passes fall apart.

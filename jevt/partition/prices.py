@@ -6,7 +6,8 @@ them together for any group.
 
 What is not taken apart, and so told only of the finished groups (:mod:`.targets`): that XLA can run
 a group as several kernels in a way that is no other partition, further passes over rows that do not
-fit on chip, and slices that are read twice.
+fit on chip, and slices that are read twice. And cuBLAS takes only whole nodes along: a bias that
+:mod:`.contract` has joined to what follows is not offered to it.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Prices:
       products: the matrix products, by node.
       chained: for each node, those that read what it reduces.
       copies: nodes of which several groups may have a copy.
+      exposed: see ``Launches``.
     """
 
     device: Device
@@ -74,6 +76,7 @@ class Prices:
     products: Mapping[int, Call]
     chained: Mapping[int, Sequence[int]]
     copies: frozenset[int]
+    exposed: int
 
     def unit(self, part: Sequence[int], tensors: Sequence[Traffic]) -> float:
         """Microseconds of a component's unit of time."""
@@ -85,8 +88,8 @@ class Prices:
         """What launches cost."""
         device = self.device
         xla = round(device.xla_launch_us / unit)
-        ours, exposed = round(device.triton_launch_us / unit), round(100 * device.exposed_epilogue)
-        return Launches(ours, xla if self.chooses else None, xla, exposed)
+        ours = round(device.triton_launch_us / unit)
+        return Launches(ours, xla if self.chooses else None, xla, self.exposed)
 
     def moving(self, tensors: Sequence[Traffic], unit: float) -> tuple[Traffic, ...]:
         """Tensors by the time that they take to move, no less than 1."""
@@ -139,12 +142,14 @@ def prices(graph: Graph, single: Reading, context: Context) -> Prices:
         Times() if node.opaque else _times(graph, single, node, device) for node in graph.nodes
     ]
     found = {
-        index: _product(graph, single, index, device, chooses)
+        index: _product(graph, single, index, context)
         for index, node in enumerate(graph.nodes)
         if node.kind == "contraction"
     }
     chained = _chained(graph, single)
-    return Prices(device, chooses, times, found, chained, copies.candidates(graph))
+    # A compilation that measures tries what may be slower, as `targets` does with the groups.
+    exposed = round(100 * device.exposed_epilogue / targets.unsure(context))
+    return Prices(device, chooses, times, found, chained, copies.candidates(graph), exposed)
 
 
 def _times(graph: Graph, single: Reading, node: Node, device: Device) -> Times:
@@ -188,12 +193,13 @@ def _chained(graph: Graph, single: Reading) -> dict[int, list[int]]:
     return result
 
 
-def _product(graph: Graph, single: Reading, node: int, device: Device, chooses: bool) -> Call:
+def _product(graph: Graph, single: Reading, node: int, context: Context) -> Call:
+    device = context.device
     (position,) = (p for p in graph.nodes[node].eqns if single.nodes[p].kind == "contraction")
     eqn = graph.jaxpr.eqns[position]
     moved = sum(nbytes(v.aval) for v in (*eqn.invars, *eqn.outvars))
-    calls = tuple(_calls(graph, single, node, device)) if chooses else ()
-    return Call(products.mainloop_us(eqn, device), moved, calls)
+    calls = tuple(_calls(graph, single, node, device)) if targets.chooses(context) else ()
+    return Call(products.mainloop_us(eqn, device) / targets.unsure(context), moved, calls)
 
 
 def _calls(

@@ -248,7 +248,7 @@ class Problem:
             ours = max(moved, -(-(hidden + epilogue) // 100)) + launch.ours
             parts = sum(w.parts[2] for w in works)
             ours += parts + launch.stage * (parts > 0)
-            least = launch.least + max(moved, work, sum(w.xla for w in works))
+            least = launch.least + moved
             calls = [time for nodes, time in product.calls if nodes == tuple(group)]
             return min([ours, *(max(time, least) for time in calls)])
         whole = any(w.rows for w in works)

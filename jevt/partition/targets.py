@@ -74,7 +74,7 @@ def choose(
     kernel = dataclasses.replace(group, target="triton", predicted_us=predicted, config=config)
     if (measured := known.settled(kernel, context)) is not None:
         return measured
-    if context.backend == "auto" and predicted > xla * _unsure(context):
+    if context.backend == "auto" and predicted > xla * unsure(context):
         reason = f"cost model: {predicted:.1f} µs as a kernel, {xla:.1f} µs as XLA fuses it"
         return dataclasses.replace(group, reason=reason)
     return kernel
@@ -179,7 +179,7 @@ def _config(spec: KernelSpec, context: Context) -> Config | None:
     return limits.default_config(tuning.anonymous(spec), context.device.compute_capability)
 
 
-def _unsure(context: Context) -> float:
+def unsure(context: Context) -> float:
     """By how much a kernel may be predicted to be slower; what is tried can be measured."""
     return _TRIED if context.tune else 1.0
 

@@ -163,9 +163,7 @@ def _confirm(
     spec = dataclasses.replace(spec, aliases=donated_aliases(spec, group.jaxpr, free, wanted))
     group = dataclasses.replace(group, spec=spec)
     if not spec.members:
-        group = _waiting(group, plan, position)
-        spec = group.spec
-        assert spec is not None
+        group, spec = _waiting(group, spec, plan, position)
     if context.platform != "cuda":
         return group
     try:
@@ -177,20 +175,14 @@ def _confirm(
     return group
 
 
-def _waiting(group: Group, plan: Plan, position: int) -> Group:
+def _waiting(group: Group, spec: KernelSpec, plan: Plan, position: int) -> tuple[Group, KernelSpec]:
     """The group with operands that it does not read, so that it follows those who made them."""
-    spec = group.spec
-    assert spec is not None
     overwritten = [group.jaxpr.invars[i] for i, _ in spec.aliases]
     operands = waiting.awaited(plan, position, overwritten)
-    if not operands:
-        return group
     types = (TensorType(aval(v).shape, np.dtype(aval(v).dtype)) for v in operands)
-    return dataclasses.replace(
-        group,
-        spec=dataclasses.replace(spec, inputs=(*spec.inputs, *types)),
-        jaxpr=group.jaxpr.replace(invars=[*group.jaxpr.invars, *operands]),
-    )
+    spec = dataclasses.replace(spec, inputs=(*spec.inputs, *types))
+    jaxpr = group.jaxpr.replace(invars=[*group.jaxpr.invars, *operands])
+    return dataclasses.replace(group, spec=spec, jaxpr=jaxpr), spec
 
 
 def _warn(planned: Plan, plan: Plan) -> None:

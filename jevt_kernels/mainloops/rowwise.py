@@ -47,9 +47,12 @@ _WALKERS = 528
 #: Tiles of loops that read a row more than once: columns, warps, and blocks that walk the rows. Not
 #: more rows should be under way than the L2 cache keeps. If it keeps two for each of 132
 #: multiprocessors (in 36 MB of an H100's 50), two blocks of the first are on each, by their
-#: registers; walking blocks have others, for addresses. Of longer rows each has one.
+#: registers; walking blocks have others, for addresses. Of longer rows each has one, whose threads
+#: have 64 registers: room for three tiles or sums of 16 elements a thread, 8 if they are wide.
 _AGAIN = (8192, 16, 0)
 _AGAIN_LONG = (16384, 32, 132)
+_AGAIN_LONG_AND_WIDE = (8192, 32, 132)
+_MOST_TILES = 3
 _KEPT_BYTES = 36 << 20
 _UNDER_WAY = 264
 
@@ -111,11 +114,15 @@ def _again(spec: KernelSpec) -> tuple[Config, ...]:
     [1024, 131072] in 207 us and 283, its gradient in 376 and 471, that of [4096, 30528] in 292 and
     432.
     """
-    if len(_loops(spec).reads) == 1:
+    loops = _loops(spec)
+    if len(loops.reads) < 2 or loops.tiles > _MOST_TILES:
         return ()
-    columns, warps, programs = _AGAIN
+    tile = _AGAIN
     if _UNDER_WAY * _row_bytes(spec) > _KEPT_BYTES:
-        columns, warps, programs = _AGAIN_LONG
+        loads = frozenset[visitor.Load]().union(*loops.reads)
+        wide = any(spec.inputs[load.input].dtype.itemsize > 2 for load in loads)
+        tile = _AGAIN_LONG_AND_WIDE if wide else _AGAIN_LONG
+    columns, warps, programs = tile
     return (Config((("row", 1), ("col", columns)), warps, programs=programs),)
 
 
@@ -233,7 +240,17 @@ class _Loops:
     plan: Passes
     wide: tuple[int, ...]
     last: int
-    reads: tuple[frozenset[visitor.Node], ...]
+    reads: tuple[frozenset[visitor.Load], ...]
+
+    @property
+    def tiles(self) -> int:
+        """Full tiles of a loop, most of them: what it loads, and sums that are not in groups."""
+        maxima = {online.maximum for online in self.plan.online.values()}
+        sums = [
+            sum(p not in self.plan.online and p not in maxima for p in one) for one in self.plan.of
+        ]
+        sums += [0] * (len(self.reads) - len(sums))
+        return max((len(r) + s for r, s in zip(self.reads, sums, strict=True)), default=0)
 
 
 def _loops(spec: KernelSpec) -> _Loops:
@@ -254,9 +271,9 @@ def _loops(spec: KernelSpec) -> _Loops:
     return _Loops(plan, wide, last, tuple(_read(spec, each) for each in roots))
 
 
-def _read(spec: KernelSpec, roots: list[int]) -> frozenset[visitor.Node]:
+def _read(spec: KernelSpec, roots: list[int]) -> frozenset[visitor.Load]:
     """The loads of full tiles that values are made of, given all reductions."""
-    col, found, stack = spec.space.tile_axis("col"), set[visitor.Node](), list(roots)
+    col, found, stack = spec.space.tile_axis("col"), set[visitor.Load](), list(roots)
     while stack:
         node = spec.tree[stack.pop()]
         if isinstance(node, visitor.Load) and node.index.depends_on(col):
@@ -334,11 +351,10 @@ def _open_loop(printer: Printer, loops: _Loops, number: int) -> None:
     columns = spec.space.extent(spec.space.tile_axis("col"))
     last = (blocks_along(spec.space, printer.config, "col") - 1) * printer.config.block("col")
     if count > 1:
-        later = frozenset[visitor.Node]().union(*loops.reads[number + 1 :])
-        printer.evictions = {
-            node: "evict_last" if node in later else "evict_first" for node in loops.reads[number]
-        }
-        printer.evictions |= {spec.tree[position]: "evict_first" for position in loops.wide}
+        later = frozenset[visitor.Load]().union(*loops.reads[number + 1 :])
+        printer.evictions = {spec.tree[position]: "evict_first" for position in loops.wide}
+        for load in loops.reads[number]:
+            printer.evictions[load] = "evict_last" if load in later else "evict_first"
     printer.open_loop("start", "0", columns, "BLOCK_COL")
     printer.tile_index("col", f"{last} - start" if number % 2 else "start")
 

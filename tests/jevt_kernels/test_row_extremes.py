@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jevt_kernels import codegen, interpreter
+from jevt_kernels import aot, codegen, interpreter
 from jevt_kernels.mainloops import rowwise
 from jevt_kernels.spec import Config
 
@@ -175,15 +175,28 @@ def test_what_is_read_again_stays_in_the_cache() -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "config"),
+    ("columns", "dtype", "config"),
     [
-        (40000, Config((("row", 1), ("col", 8192)), 16)),
-        (131072, Config((("row", 1), ("col", 16384)), 32, programs=132)),
+        (40000, BFLOAT16, Config((("row", 1), ("col", 8192)), 16)),
+        (131072, BFLOAT16, Config((("row", 1), ("col", 16384)), 32, programs=132)),
+        (131072, np.float32, Config((("row", 1), ("col", 8192)), 32, programs=132)),
     ],
 )
-def test_rows_under_way_fit_into_the_cache(columns: int, config: Config) -> None:
-    rows = jax.ShapeDtypeStruct((1024, columns), BFLOAT16)
+def test_rows_under_way_fit_into_the_cache(columns: int, dtype: Any, config: Config) -> None:
+    rows = jax.ShapeDtypeStruct((1024, columns), dtype)
     assert codegen.generate(contract.build(softmax, rows)).config == config
-    # What is read once has nothing to keep.
+    # What is read once has nothing to keep, and many sums leave no registers for large tiles.
     sums = contract.build(lambda x: x.astype(jnp.float32).sum(1), rows)
-    assert codegen.generate(sums).config.block("col") == 4096
+    several = contract.build(layer_norm_gradient, rows, rows)
+    for spec in (sums, several):
+        assert codegen.generate(spec).config.block("col") == 4096
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("columns", [50000, 131072])
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("name", ["softmax", "softmax, gradient", "cross entropy"])
+def test_nothing_is_spilled(name: str, dtype: Any, columns: int) -> None:
+    rows = [jax.ShapeDtypeStruct((1024, columns), dtype)] * (1 + (name in TWO))
+    binary = aot.compile(contract.build(FUNCTIONS[name], *rows), 90)
+    assert binary.spill_bytes == 0

@@ -38,7 +38,7 @@ from jevt.passes._rewrite import map_bodies, once, rebuild, substitute
 from jevt.passes._rules import Graph
 from jevt.passes.attention.region import Program
 from jevt.passes.raising import cross_entropies
-from jevt.passes.raising.cross_entropies import Logits
+from jevt.passes.raising.cross_entropies import Logits, Rewrite
 from jevt.primitives.softmax import softmax_statistics_p
 
 type Note = Callable[[str], None]
@@ -69,7 +69,9 @@ def _run(jaxpr: Jaxpr, body: Callable[[Jaxpr], Jaxpr], counts: list[int]) -> Jax
         forward = cross_entropies.losses(logits)
         counts[0] += bool(forward)
         counts[1] += bool(forward) and cross_entropies.has_gradient(logits)
-        rewrites = [cross_entropies.picked(logits, position) for position in forward]
+        rewrites: list[Rewrite | None] = []
+        for position in forward:
+            rewrites += cross_entropies.picked(logits, position)
         for position in logits.sums():
             rewrites.append(cross_entropies.weighted(logits, position))
             rewrites += cross_entropies.multiples_of_labels(logits, position)

@@ -24,6 +24,7 @@ from jevt.passes.raising import smoothed_labels
 from jevt.passes.raising.cones import size
 from jevt.passes.raising.norms import same_mesh
 from jevt.passes.raising.rows import along, of_row
+from jevt.passes.raising.write import cast
 from jevt.passes.raising.write import number as literal
 from jevt.passes.reductions.known import known_sum
 from jevt.passes.reductions.tools import is_wide
@@ -202,10 +203,11 @@ def has_gradient(logits: Logits) -> bool:
     return any(True for _ in logits.readers_of_multiples())
 
 
-def picked(logits: Logits, position: int) -> Rewrite | None:
-    """The rewrite of a sum that picks an element of the logarithm of the softmax.
+def picked(logits: Logits, position: int) -> Iterator[Rewrite]:
+    """The rewrites of a sum that picks an element of the logarithm of the softmax.
 
-    Where no position of the row is the label, the sum is 0 and stays so.
+    Where no position of the row is the label, the sum is 0 and stays so. A program that has NaN
+    there chooses between it and x rather than the loss: ptxas has registers for that.
     """
     program = logits.program
     eqn = program.eqns[position]
@@ -213,10 +215,10 @@ def picked(logits: Logits, position: int) -> Rewrite | None:
     assert product is not None
     index = next((i for i, a in enumerate(product.invars) if logits.is_log_softmax(a)), None)
     if index is None or len(logits.axes) != 1:
-        return None
+        return
     label = _label(logits, _mask(program, product, index))
     if label is None or not same_mesh(logits.x, label, *product.invars):
-        return None
+        return
     logarithm = program.definition(product.invars[index])
     assert logarithm is not None
     log_total = logits.behind(logarithm.invars[1])
@@ -230,11 +232,37 @@ def picked(logits: Logits, position: int) -> Rewrite | None:
         operands[index] = read(graph.env, logits.x)
         terms = graph.emit(product.primitive, *operands, **product.params)
         target = graph.emit(p.reduce_sum_p, terms, **eqn.params)
-        shifted = graph.emit(p.sub_p, target, read(graph.env, logits.maximum))
-        loss = graph.emit(p.sub_p, shifted, read(graph.env, log_total))
-        graph.env[out] = loss if guarded else _where_hit(loss, read(graph.env, label), last, graph)
+        hit: Atom | None = None
+        if guarded:
+            targets.append(target)
+        else:
+            hit = _inside(read(graph.env, label), target, last, graph)
+        if hit is None or product.primitive is p.select_n_p:
+            loss = less_normaliser(target, graph)
+            nothing = graph.broadcast(literal(0.0, loss, graph), shape_of(loss), ())
+            graph.env[out] = loss if hit is None else graph.emit(p.select_n_p, hit, nothing, loss)
+        else:
+            graph.env[out] = less_normaliser(target, graph, cast(hit, target, graph))
 
-    return Rewrite(position, write)
+    def less_normaliser(target: Atom, graph: Graph, times: Atom | None = None) -> Atom:
+        for row in (logits.maximum, log_total):
+            value = read(graph.env, row)
+            value = value if times is None else graph.mul(value, times)
+            target = graph.emit(p.sub_p, target, value)
+        return target
+
+    def write_guard(guard: JaxprEqn, graph: Graph) -> None:
+        which, other, _ = (read(graph.env, a) for a in guard.invars)
+        target = graph.emit(p.select_n_p, which, other, targets[0])
+        graph.env[guard.outvars[0]] = less_normaliser(target, graph)
+
+    targets: list[Atom] = []
+    yield Rewrite(position, write)
+    for reader in program.readers.get(out, ()) if guarded else ():
+        guard = program.eqns[reader]
+        other = number(program, guard.invars[1])
+        if other is not None and math.isnan(other):
+            yield Rewrite(reader, functools.partial(write_guard, guard))
 
 
 def weighted(logits: Logits, position: int) -> Rewrite | None:
@@ -319,16 +347,14 @@ def _is_guarded(program: Program, out: Var, label: Atom, last: int) -> bool:
     return out not in program.outputs and all(map(is_guard, program.readers.get(out, ())))
 
 
-def _where_hit(loss: Atom, label: Atom, last: int, graph: Graph) -> Atom:
-    """The loss where the label is between 0 and the last, 0 elsewhere."""
+def _inside(label: Atom, loss: Atom, last: int, graph: Graph) -> Atom:
+    """Whether the label of each loss is between 0 and the last."""
     row = graph.reshape(label, shape_of(loss))
-    inside = graph.emit(
+    return graph.emit(
         p.and_p,
         graph.emit(p.ge_p, row, literal(0, row, graph)),
         graph.emit(p.le_p, row, literal(last, row, graph)),
     )
-    nothing = graph.broadcast(literal(0.0, loss, graph), shape_of(loss), ())
-    return graph.emit(p.select_n_p, inside, nothing, loss)
 
 
 def _mask(program: Program, product: JaxprEqn, index: int) -> Atom | None:

@@ -13,6 +13,7 @@ mend                          where               without it
 :func:`_keep_environment`     always              importing jax-triton unsets ``TRITON_CACHE_DIR``
 :func:`backend_options`       Triton >= 3.9       PTX that CUDA 12 rejects; a warning a process
 :func:`_check_shared_memory`  always              a kernel that wants too much aborts the program
+:func:`_compile_gluon`        always              Gluon's kernels get other layouts, and spill
 :func:`_count_warps`          always              a warp-specialised kernel lacks the added warps
 ============================  ==================  =================================================
 """
@@ -178,6 +179,7 @@ def import_jax_triton() -> ModuleType:
         ) from None
     _find_nvidia_backend(library)
     _check_shared_memory(library)
+    _compile_gluon(library)
     _count_warps(library)
     if version < (3, 8):
         _complete_descriptors(library)
@@ -265,6 +267,40 @@ def _check_shared_memory(library: Any) -> None:
         return result
 
     library.compile_ttir_to_ptx_inplace = compile_and_check
+
+
+def _compile_gluon(library: Any) -> None:
+    """Has Gluon's kernels compiled by Gluon's passes.
+
+    jax-triton runs Triton's on them, which choose layouts anew: correct, but such kernels were
+    seen to spill two thousand bytes and to take eight times as long.
+    """
+    compile_ptx = library.compile_ttir_to_ptx_inplace
+
+    def compile_by_kind(module: Any, backend: Any, options: Any, capability: int) -> Any:
+        # Triton's own modules know of warps only after the passes that are left out here.
+        if module.get_int_attr("ttg.num-warps") is not None:
+            backend = _GluonBackend(backend)
+        return compile_ptx(module, backend, options, capability)
+
+    library.compile_ttir_to_ptx_inplace = compile_by_kind
+
+
+class _GluonBackend:
+    """Triton's NVIDIA backend with Gluon's passes in the place of Triton's."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def make_ttir(self, module: Any, *arguments: Any) -> Any:
+        del arguments
+        return module
+
+    def make_ttgir(self, module: Any, *arguments: Any) -> Any:
+        return self._backend.gluon_to_ttgir(module, *arguments)
 
 
 def _count_warps(library: Any) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
+from typing import Any
 
 import gemm_kernels as gemm
+import jax
 import kernel_contract as contract
 import numpy as np
 import pytest
@@ -101,6 +105,35 @@ def test_parts_compile(splits: int) -> None:
         whole = dataclasses.replace(CONFIGS[name], splits=splits, subtiles=1)
         binary = aot.compile(gemm.weight_gradient((2, 304, 264, 1000)), 90, config=whole)
         assert binary.spill_bytes == 0
+
+
+@pytest.mark.cuda_lowering
+@pytest.mark.parametrize("kind", ["cooperative", "pingpong"])
+def test_jax_compiles_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """jax-triton would run Triton's own passes on such kernels, and change their layouts."""
+    compat.import_jax_triton()
+    library = importlib.import_module("jax_triton.triton_lib")
+    compiled: list[str] = []
+    compile_ptx = library.compile_ttir_to_ptx_inplace
+
+    def record(*arguments: Any) -> Any:
+        result = compile_ptx(*arguments)
+        compiled.append(result.binary)
+        return result
+
+    monkeypatch.setattr(library, "compile_ttir_to_ptx_inplace", record)
+    # A kernel of its own, which nothing has compiled before.
+    spec = dataclasses.replace(CASES["short k"], name=f"compiled_by_jax_{kind}")
+    call = functools.partial(launch.call, spec, config=CONFIGS[kind], compute_capability=90)
+    jax.jit(call).trace(*gemm.operands(spec)).lower(lowering_platforms=("cuda",))
+
+    def code(ptx: str) -> list[str]:
+        lines = (line.split("//")[0].strip() for line in ptx.splitlines())
+        return [line for line in lines if line and not line.startswith((".loc", ".file"))]
+
+    assert [code(ptx) for ptx in compiled] == [
+        code(aot.compile(spec, 90, config=CONFIGS[kind]).ptx)
+    ]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -239,7 +239,8 @@ def random_problem(
 def _prices(rng, reads, free, multiply, direct):
     """Launches, and what nodes cost beside traffic: no less in a larger group than in a smaller."""
     ours = rng.choice((10, 100))
-    launch = Launches(ours, rng.choice((None, ours // 2, ours)), ours // 2, rng.choice((70, 100, 125)))
+    exposed = rng.choice((70, 100, 125))
+    launch = Launches(ours, rng.choice((None, ours // 2, ours)), ours // 2, exposed)
     works, products = [], []
     for v, alone in enumerate(free):
         plain = alone or v in multiply

@@ -59,10 +59,14 @@ def duplicated(seeds: range) -> Iterator[str]:
     for seed in seeds:
         problem = random_problem(seed, (4, 5, 6)[seed % 3], copies=3, products=seed % 2)
         outcome = solve.solve(problem, ANYTHING, solve.Limits(60.0))
-        assert outcome.status in ("optimal", "trivial"), seed
         assert problem.valid(outcome.groups), seed
         assert outcome.cost == problem.cost(outcome.groups), seed
-        assert outcome.cost == brute_force(problem, lambda nodes: True), seed
+        expected = brute_force(problem, lambda nodes: True)
+        assert outcome.bound <= expected <= outcome.cost, seed
+        if outcome.status not in ("optimal", "trivial"):
+            yield "not proven"
+            continue
+        assert outcome.cost == expected, seed
         yield "with copies" if sum(map(len, outcome.groups)) > problem.size else "without"
 
 

@@ -14,6 +14,6 @@ def test_against_oracles(name):
     words = collections.Counter(part(range(COUNTS[name])))
     assert words.total() == COUNTS[name]
     if name == "duplicated":
-        assert words["with copies"] > 2
+        assert words["with copies"] > 1
     if name == "two_steps":
         assert words["equal"] > 30

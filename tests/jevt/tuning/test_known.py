@@ -53,7 +53,9 @@ def second(group):
 
 
 def same(one, two):
-    return dataclasses.replace(one, jaxpr=two.jaxpr) == two
+    """Whether groups are the same but for the names of their kernels."""
+    renamed = dataclasses.replace(one.spec, name=two.spec.name)
+    return dataclasses.replace(one, jaxpr=two.jaxpr, spec=renamed) == two
 
 
 def test_a_measured_loss_leaves_a_group_to_xla():
@@ -166,9 +168,13 @@ def parts(plan):
     return [(g.kind, g.target) for g in plan.groups]
 
 
+def relu_layer(x, w, b):
+    return jnp.maximum(x @ w + b, 0)
+
+
 def test_what_is_to_be_measured_is_planned_though_predicted_to_be_slower():
-    assert parts(planned(gelu_layer, *LAYER)) == [("gemm", "xla"), ("pointwise", "triton")]
-    assert parts(planned(gelu_layer, *LAYER, tune=True)) == [("gemm", "triton")]
+    assert parts(planned(relu_layer, *LAYER)) == [("gemm", "xla")]
+    assert parts(planned(relu_layer, *LAYER, tune=True)) == [("gemm", "triton")]
     assert parts(planned(doubled, X)) == [("pointwise", "xla")]
     assert parts(planned(doubled, X, tune=True)) == [("pointwise", "triton")]
 

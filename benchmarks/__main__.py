@@ -1,5 +1,5 @@
 """``python -m benchmarks``: whole steps (the default), ``kernels``, ``passes``, ``partition``,
-``report``."""
+``report``, ``merge``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def main(arguments: list[str]) -> int:
         "passes": _run_passes,
         "partition": _run_partition,
         "report": cli.run_report,
+        "merge": cli.run_merge,
     }
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])

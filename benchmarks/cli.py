@@ -1,4 +1,4 @@
-"""The command lines of the three subcommands."""
+"""The command lines of the subcommands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks import registry, variants
 from benchmarks.console import KERNEL_COLUMNS, STEP_COLUMNS, text_table
 from benchmarks.machine import ROOT
+from benchmarks.merging import merge
 from benchmarks.options import ATTENTIONS, Options
 from benchmarks.plan import Plan
 from benchmarks.results import Header, ResultFile
@@ -129,6 +130,23 @@ def run_report(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     for path in render.render(args.results, args.readme, args.figures or args.results):
         print(path)
+    return 0
+
+
+def run_merge(arguments: Sequence[str]) -> int:
+    """``python -m benchmarks merge``: writes a later run's rows into an earlier run's file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks merge", description=run_merge.__doc__
+    )
+    parser.add_argument("earlier", type=Path, help="the file that is rewritten")
+    parser.add_argument("later", type=Path, help="the file of the later run")
+    parser.add_argument("--commit", help="commit of the later run, where that did not know it")
+    args = parser.parse_args(arguments)
+    try:
+        rows = merge(args.earlier, args.later, args.commit)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{args.earlier}: {len(rows)} rows")
     return 0
 
 

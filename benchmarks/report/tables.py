@@ -18,7 +18,11 @@ def provenance(results: Results) -> str:
     """The line above a table: device, commit, date, versions."""
     head = results.header
     versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
-    return f"{head['device']}, commit {head['commit']}, {head['date'][:10]}; {versions}."
+    text = f"{head['device']}, commit {head['commit']}, {head['date'][:10]}; {versions}."
+    if kept := [row for row in results.rows if "at commit " in row.get("note", "")]:
+        names = dict.fromkeys(row.get("workload", row.get("suite")) for row in kept)
+        text += f" Of an earlier commit, told in a row's note: {', '.join(names)}."
+    return text
 
 
 def step_summary(results: Results) -> str:

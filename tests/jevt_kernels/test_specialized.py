@@ -107,6 +107,54 @@ def test_parts_compile(splits: int) -> None:
         assert binary.spill_bytes == 0
 
 
+#: Operations of a product, and of 32-bit integers, with their number of operands.
+_FLOAT_OPERATIONS = {
+    **dict.fromkeys(
+        """
+        abs acos acosh asin asinh atan atanh cbrt ceil cos cosh erf erf_inv erfc exp exp2 expm1
+        floor is_finite lgamma log log1p log1p_of_unit log2 logistic neg one_minus_square round_away
+        round_even round_to_bfloat16 rsqrt sign sin sinh sqrt square tan tanh
+        """.split(),  # noqa: SIM905
+        1,
+    ),
+    **dict.fromkeys("add atan2 div eq lt logistic_of max min mul nextafter pow rem sub".split(), 2),  # noqa: SIM905
+    "clamp": 3,
+}
+_INTEGER_OPERATIONS = {
+    **dict.fromkeys(
+        """
+        add and div max min mul or rem shift_left shift_right_arithmetic shift_right_logical sub xor
+        """.split(),  # noqa: SIM905
+        2,
+    ),
+    **dict.fromkeys(("neg", "not", "sign"), 1),
+}
+_COMPARISONS = ("eq", "is_finite", "lt")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("part", range(4))
+def test_every_operation_compiles(part: int) -> None:
+    """Gluon's types know layouts, so that what Triton compiles need not be a kernel of Gluon's."""
+    integer, boolean = np.dtype("int32"), np.dtype(bool)
+    b = gemm.tree(1, 64, 128, 64)
+    value = b.contract(b.load("bmk", BFLOAT16), b.load("kn", BFLOAT16))
+    number = b.load("bmn", integer)
+    cases = [(op, count, value, gemm.FLOAT) for op, count in _FLOAT_OPERATIONS.items()]
+    cases += [(op, count, number, integer) for op, count in _INTEGER_OPERATIONS.items()]
+    for op, count, operand, dtype in cases[part::4]:
+        result = boolean if op in _COMPARISONS else dtype
+        b.store(b.compute(op, *[operand] * count, dtype=result), "bmn", result)
+    chosen = b.compute("select_n", b.load("bmn", boolean), value, b.load("n", gemm.FLOAT))
+    b.store(b.compute("integer_pow", chosen, b.constant(-3)), "nbm", gemm.FLOAT)
+    for dtype in (integer, np.dtype("uint8"), np.dtype("float16"), boolean):
+        b.store(b.compute("convert", value, dtype=dtype), "bmn", dtype)
+    for op in ("sum", "prod", "max", "min"):
+        b.store(b.reduce(value, "n", op), "bm", gemm.FLOAT)
+    binary = aot.compile(b.spec("operations"), 90, config=CONFIGS["one group"])
+    assert "wgmma.mma_async" in binary.ptx
+
+
 @pytest.mark.cuda_lowering
 @pytest.mark.parametrize("kind", ["cooperative", "pingpong"])
 def test_jax_compiles_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:

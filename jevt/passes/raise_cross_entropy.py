@@ -37,7 +37,7 @@ from jevt.passes import canonicalize
 from jevt.passes._rewrite import map_bodies, once, rebuild, substitute
 from jevt.passes._rules import Graph
 from jevt.passes.attention.region import Program
-from jevt.passes.raising import cross_entropies
+from jevt.passes.raising import cross_entropies, cross_entropy_gradients
 from jevt.passes.raising.cross_entropies import Logits, Rewrite
 from jevt.primitives.softmax import softmax_statistics_p
 
@@ -54,7 +54,7 @@ def run(jaxpr: Jaxpr, note: Note = lambda _: None) -> Jaxpr:
     counts = [0, 0]
     body = once(lambda inner: _run(inner, body, counts))
     result = body(jaxpr)
-    if counts[0]:
+    if any(counts):
         note(f"cross entropy: {counts[0]} forward, {counts[1]} backward")
     return result
 
@@ -68,7 +68,10 @@ def _run(jaxpr: Jaxpr, body: Callable[[Jaxpr], Jaxpr], counts: list[int]) -> Jax
         logits = Logits(program, eqn)
         forward = cross_entropies.losses(logits)
         counts[0] += bool(forward)
-        counts[1] += bool(forward) and cross_entropies.has_gradient(logits)
+        if forward:
+            counts[1] += cross_entropies.has_gradient(logits)
+        else:
+            counts[1] += cross_entropy_gradients.is_alone(logits)
         rewrites: list[Rewrite | None] = []
         for position in forward:
             rewrites += cross_entropies.picked(logits, position)

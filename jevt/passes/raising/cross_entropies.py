@@ -30,7 +30,7 @@ from jevt.passes.reductions.known import known_sum
 from jevt.passes.reductions.tools import is_wide
 from jevt.primitives.norms import kept
 
-_ADDITIONS = frozenset({p.add_p, p.add_jaxvals_p, p.sub_p})
+ADDITIONS = frozenset({p.add_p, p.add_jaxvals_p, p.sub_p})
 
 #: Equations between the target's x and the loss: guards, signs, views.
 _MANY = 10
@@ -124,7 +124,7 @@ class Logits:
                     if self.multiple(value) is not None:
                         found.update(self.program.readers.get(value, ()))
         for position in sorted(found):
-            if self.program.eqns[position].primitive in _ADDITIONS:
+            if self.program.eqns[position].primitive in ADDITIONS:
                 yield position
 
     def sums(self) -> Iterator[int]:
@@ -189,7 +189,7 @@ def _is_loss(logits: Logits, eqn: JaxprEqn) -> bool:
     while stack and len(seen) <= _MANY:
         for position in logits.program.readers.get(stack.pop(), ()):
             reader = logits.program.eqns[position]
-            if reader.primitive in _ADDITIONS and any(map(logits.is_normaliser, reader.invars)):
+            if reader.primitive in ADDITIONS and any(map(logits.is_normaliser, reader.invars)):
                 return True
             if is_known(reader) and reader.primitive is not p.reduce_sum_p:
                 new = [v for v in reader.outvars if v not in seen and size(v) < size(logits.x)]
@@ -216,7 +216,7 @@ def picked(logits: Logits, position: int) -> Iterator[Rewrite]:
     index = next((i for i, a in enumerate(product.invars) if logits.is_log_softmax(a)), None)
     if index is None or len(logits.axes) != 1:
         return
-    label = _label(logits, _mask(program, product, index))
+    label = label_of(logits, mask_of(program, product, index))
     if label is None or not same_mesh(logits.x, label, *product.invars):
         return
     logarithm = program.definition(product.invars[index])
@@ -357,7 +357,7 @@ def _inside(label: Atom, loss: Atom, last: int, graph: Graph) -> Atom:
     )
 
 
-def _mask(program: Program, product: JaxprEqn, index: int) -> Atom | None:
+def mask_of(program: Program, product: JaxprEqn, index: int) -> Atom | None:
     """The mask of a sum of masked values, None if it is another one."""
     if product.primitive is p.select_n_p:
         mask, other = product.invars[0], product.invars[3 - index]
@@ -369,7 +369,7 @@ def _mask(program: Program, product: JaxprEqn, index: int) -> Atom | None:
     return eqn.invars[0]
 
 
-def _label(logits: Logits, mask: Atom | None) -> Atom | None:
+def label_of(logits: Logits, mask: Atom | None) -> Atom | None:
     """The label of a mask that is true where the position is a row's label, if it is one."""
     eqn = logits.program.definition(mask) if mask is not None else None
     if mask is None or eqn is None or eqn.primitive is not p.eq_p:

@@ -51,6 +51,20 @@ def test_spellings(name):
     assert relative_norm(evaluate(plain, *args), want) < 1e-6
 
 
+@pytest.mark.parametrize("name", CROSS_ENTROPY)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_gradient_alone_is_noted(name, sign):
+    """As a lazy loss leaves it that nobody reads; and beside another gradient of the logits."""
+    loss = CROSS_ENTROPY[name]
+
+    def whole(x, labels):
+        return sign * loss(x, labels).mean() + jnp.cos(x).sum()
+
+    result, notes = with_cross_entropies(canonical(jax.grad(whole), *operands()))
+    assert notes == ["cross entropy: 0 forward, 1 backward"]
+    assert count(result, "softmax_statistics") == 1
+
+
 @pytest.mark.parametrize("name", PICKED)
 def test_a_target_is_picked_before_the_total_is_known(name):
     """No sum over the row depends on a sum over the row; the loss keeps its bits."""
@@ -219,11 +233,34 @@ def q_value(x, labels):
     return jnp.sin(jnp.take_along_axis(x, labels[:, None], -1)[:, 0]) * jax.nn.softmax(x)[:, 0]
 
 
+def target_and_logsumexp(x, labels):
+    """Both are differentiated, by different numbers a row."""
+    return jax.nn.logsumexp(x, -1) - jnp.sin(jnp.take_along_axis(x, labels[:, None], -1)[:, 0])
+
+
+def target_added(x, labels):
+    return jax.nn.logsumexp(x, -1) + jnp.take_along_axis(x, labels[:, None], -1)[:, 0]
+
+
+def other_positions(x, labels):
+    """What is subtracted is no row's label."""
+    hot = jnp.arange(8) == labels[:, None] * jnp.arange(8)
+    return jax.nn.logsumexp(x, -1) - jnp.where(hot, x, 0).sum(-1)
+
+
 @pytest.mark.parametrize("loss", [entropy, q_value])
 def test_look_alikes(loss):
     args = operands()
     jaxpr = canonical(step_of(loss), *args)
     assert with_cross_entropies(jaxpr)[1] == []
+
+
+@pytest.mark.parametrize(
+    "loss", [entropy, q_value, target_and_logsumexp, target_added, other_positions]
+)
+def test_gradients_of_look_alikes(loss):
+    gradient = jax.grad(lambda x, labels: loss(x, labels).mean())
+    assert with_cross_entropies(canonical(gradient, *operands()))[1] == []
 
 
 def test_other_labels_stay():

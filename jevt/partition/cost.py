@@ -25,6 +25,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from jevt._context import Device
 from jevt.partition import graph as graphs
+from jevt_kernels.codegen import power_of_two
 from jevt_kernels.mainloops import columnwise, rowwise
 from jevt_kernels.spec import KernelSpec
 from jevt_kernels.tuning import Calibration
@@ -86,8 +87,9 @@ OPERATIONS = {
     "div": 4, "sqrt": 4, "rsqrt": 4, "rem": 8,
 }  # fmt: skip
 
-#: Elements and columns of the tile with which a kernel of ours walks rows that it reduces along.
-_TILE, _ACROSS = 4096, 64
+#: Elements and columns of the tile with which a kernel of ours walks rows that it reduces along;
+#: elements of one that holds whole rows.
+_TILE, _ACROSS, _WHOLE_TILE = 4096, 64, 1024
 
 #: Columns from which on a kernel that reduces along rows is as fast as with many.
 _FULL_COLUMNS = 16
@@ -194,9 +196,12 @@ def parts_bytes(reduction: JaxprEqn, whole: bool = False) -> int:
     """
     columns = max(1, graphs.elements(reduction.outvars[0].aval))
     rows = graphs.elements(reduction.invars[0].aval) // columns
-    across = columns if whole else min(_ACROSS, columns)
-    blocks = -(-rows // max(1, _TILE // across))
-    programs = min(blocks, max(1, columnwise.ROW_PROGRAMS // -(-columns // across)))
+    width = power_of_two(columns)
+    across, tile, most = min(_ACROSS, width), _TILE, columnwise.ROW_PROGRAMS
+    if whole:
+        across, tile, most = width, _WHOLE_TILE, columnwise.WHOLE_ROW_PROGRAMS
+    blocks = -(-rows // max(1, tile // across))
+    programs = min(blocks, max(1, most // -(-columns // across)))
     return 2 * 4 * programs * columns if programs > 1 else 0
 
 

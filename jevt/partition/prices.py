@@ -6,7 +6,8 @@ them together for any group.
 
 What is not taken apart, and so told only of the finished groups (:mod:`.targets`): that XLA can run
 a group as several kernels in a way that is no other partition, further passes over rows that do not
-fit on chip, and slices that are read twice. And cuBLAS takes only whole nodes along: a bias that
+fit on chip, slices that are read twice, and that sums of few columns leave fewer parts where the
+kernel holds whole rows. And cuBLAS takes only whole nodes along: a bias that
 :mod:`.contract` has joined to what follows is not offered to it.
 """
 
@@ -168,6 +169,7 @@ def _times(graph: Graph, single: Reading, node: Node, device: Device) -> Times:
         sum(cost.parts_bytes(e, whole) for e in along) / device.bytes_per_us + slower
         for whole in (False, True)
     )
+    long = max(short, long)  # a larger group costs no less
     beside = sum(products.parts_bytes(graph.jaxpr.eqns[p]) for p in reducing)
     parts = short, long, beside / device.bytes_per_us
     more = max(0, kernels - 1) * device.xla_launch_us

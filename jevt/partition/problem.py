@@ -87,7 +87,7 @@ class Work:
       more: launches beyond one that XLA takes for the node alone.
       sums: it reduces along rows.
       parts: partial results that a kernel of ours leaves of what it reduces: along rows, the same
-        where the kernel holds whole rows, and beside a matrix product.
+        where the kernel holds whole rows, which is no less, and beside a matrix product.
       rows: it reduces rows.
     """
 

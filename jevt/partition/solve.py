@@ -143,6 +143,7 @@ def _improve(
 
 def _pruned(problem: Problem, program: ilp.Program, groups: Grouping) -> Grouping:
     """The groups without copies that nobody reads, as a solution short of the optimum may have."""
+    groups = _writers_first(problem, groups)
     ranks = order.schedule(groups, program.successors)
     if len(ranks) < len(groups):
         return groups
@@ -156,6 +157,19 @@ def _pruned(problem: Problem, program: ilp.Program, groups: Grouping) -> Groupin
             if len(held) > 1 and not kept and consumers[node].isdisjoint(groups[index]):
                 groups[index].remove(node)
     return [group for group in groups if group]
+
+
+def _writers_first(problem: Problem, groups: Grouping) -> Grouping:
+    """The groups sorted such that a copy without a reader in its group is the one that is written.
+
+    The first to run writes, and of those that can run the first in this order does so first.
+    """
+    consumers = problem.consumers() if problem.copies else []
+
+    def writes(group: list[int]) -> bool:
+        return any(node in group and consumers[node].isdisjoint(group) for node in problem.copies)
+
+    return sorted(groups, key=lambda group: (not writes(group), group))
 
 
 def _hasty(problem: Problem, cut: Refusal) -> bool:
@@ -185,7 +199,7 @@ def _mend(
     for split in pieces:
         for piece in split if len(split) > 1 else ():
             program.split(piece)
-    connected = sorted(piece for split in pieces for piece in split)
+    connected = _writers_first(problem, [piece for split in pieces for piece in split])
     ranks = order.schedule(connected, program.successors)
     if problem.busy(connected):
         program.arithmetic()

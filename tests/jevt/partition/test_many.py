@@ -4,6 +4,9 @@ import collections
 
 import many_partitions
 import pytest
+from partitions import brute_force, random_problem
+
+from jevt.partition import solve
 
 COUNTS = {"exhaustive": 12, "duplicated": 60, "large": 15, "programs": 12, "two_steps": 40}
 
@@ -17,3 +20,13 @@ def test_against_oracles(name):
         assert words["with copies"] > 1
     if name == "two_steps":
         assert words["equal"] > 30
+
+
+@pytest.mark.parametrize("seed", [627, 1028])
+def test_groups_with_copies_that_once_were_not_the_cheapest(seed):
+    """In 1028, a group with a copy that nobody in it reads has to run before the copy's readers."""
+    problem = random_problem(seed, (4, 5, 6)[seed % 3], copies=3, products=seed % 2)
+    outcome = solve.solve(problem, many_partitions.ANYTHING, solve.Limits(60.0))
+    assert outcome.status == "optimal"
+    assert outcome.cost == outcome.bound == problem.cost(outcome.groups)
+    assert outcome.cost == brute_force(problem, lambda nodes: True)

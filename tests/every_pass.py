@@ -129,8 +129,14 @@ def check(name: str) -> Found:
         want, tolerance = exact, 1.1 * step.error(want, exact)
     found = Found(0, 0.0, "none")
     for pass_name, jaxpr in each_pass(step.jaxpr):
+        where = f"{name} after {pass_name}"
+        try:
+            jax.extend.core.check_jaxpr(jaxpr)
+        except Exception as error:
+            raise AssertionError(f"{where} is ill-typed") from error
+        assert jaxpr.out_avals == step.jaxpr.out_avals, where
         error = step.error(step.outputs(jaxpr), want)
-        assert error < tolerance, f"{name} after {pass_name}: {error:.1e}, not {tolerance:.1e}"
+        assert error < tolerance, f"{where}: {error:.1e}, not {tolerance:.1e}"
         error, after = max((found.error, found.after), (error, pass_name), key=lambda p: p[0])
         found = Found(found.changed + 1, error, after)
     return found
@@ -165,8 +171,6 @@ def each_pass(jaxpr: Jaxpr) -> Iterator[tuple[str, Jaxpr]]:
         before, jaxpr = jaxpr, graph_pass(jaxpr)
         if jaxpr is before or str(jaxpr) == str(before):
             continue
-        jax.extend.core.check_jaxpr(jaxpr)
-        assert jaxpr.out_avals == before.out_avals, f"after {name}"
         yield f"{name} ({place})", jaxpr
 
 

@@ -99,7 +99,10 @@ def times(problem, factor):
 
 
 def test_products_of_that_size_are_solved_right():
-    """The lines of a product have factors of a hundred; CP-SAT 9.15 solves seed 6 wrongly from 2^34 on."""
+    """The lines of a product have factors of a hundred.
+
+    From 2^34 on, CP-SAT 9.15 solves seed 6 wrongly.
+    """
     for seed in range(20):
         problem = random_problem(seed, (4, 5, 6)[seed % 3], products=1 + seed % 2)
         long = times(problem, (1 << 27) // together(problem))

@@ -37,7 +37,7 @@ type Outputs = Sequence[np.ndarray]
 
 WORKLOADS = (*registry.MODELS, "gcn-bcoo")
 #: Of each output. Whole steps together are below 1e-5 (``tests/jevt/passes/test_models.py``), but
-#: a bias in front of a norm has a gradient that is little more than rounding.
+#: one rounding of a scale near 1 is more than that of its change.
 TOLERANCE = 1e-4
 #: Passes that let small arrays be, as those of these models are, unless they are told.
 FROM_A_SIZE_ON = ("segment_sums", "row_products")

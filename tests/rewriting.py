@@ -111,12 +111,13 @@ def near(got, want, tolerance: float = 1e-5, *, kinds: bool = True):
 
 
 def relative_norm(got, want) -> float:
-    """The largest distance of two lists of arrays, in the norm and by it."""
+    """The largest distance of two lists of arrays, in the norm and by it; NaN is infinitely far."""
     worst = 0.0
     for a, b in zip(got, want, strict=True):
         a, b = (np.asarray(v).astype(np.float64) for v in (a, b))
         norm = np.linalg.norm(b)
-        worst = max(worst, float(np.linalg.norm(a - b) / norm) if norm else float(np.abs(a).max()))
+        distance = float(np.linalg.norm(a - b) / norm) if norm else float(np.abs(a).max(initial=0))
+        worst = max(worst, distance if np.isfinite(distance) else np.inf)
     return worst
 
 

@@ -67,7 +67,7 @@ def shift_right_arithmetic(x, amount, bits: tl.constexpr):
 @triton.jit
 def sign(x):
     """-1, 0 or 1; of a float, NaN and signed zeros pass through."""
-    one = (x == x).to(x.dtype)
+    one = (x == x).to(x.dtype)  # tl.full would need a layout in Gluon
     return tl.where(x > 0, one, tl.where(x < 0, 0 - one, x))
 
 
@@ -75,7 +75,7 @@ def sign(x):
 def integer_pow(x, exponent: tl.constexpr):
     """``x ** exponent`` by repeated squaring."""
     magnitude: tl.constexpr = exponent if exponent >= 0 else -exponent
-    result = ((x == x) | (x != x)).to(x.dtype)
+    result = ((x == x) | (x != x)).to(x.dtype)  # 1: tl.full would need a layout in Gluon
     square = x
     for bit in tl.static_range(0, 32):
         if (magnitude >> bit) & 1:

@@ -108,10 +108,15 @@ class IndexPrinter:
         yield
         self._scopes.pop()
 
-    def text(self) -> str:
-        inputs = [f"x{i}" for i in range(len(self.spec.inputs))]
+    @property
+    def pointers(self) -> tuple[list[str], list[str]]:
+        """The names of the inputs, and of the outputs that have no input's buffer."""
         aliased = {output for _, output in self.spec.aliases}
         outputs = [f"y{o}" for o in range(len(self.spec.outputs)) if o not in aliased]
+        return [f"x{i}" for i in range(len(self.spec.inputs))], outputs
+
+    def text(self) -> str:
+        inputs, outputs = self.pointers
         comment = "".join(f"# {line}".rstrip() + "\n" for line in self.spec.comment.splitlines())
         descriptors = [descriptor.name for descriptor in self.descriptors]
         parameters = self.parameters or inputs + descriptors + outputs

@@ -21,7 +21,7 @@ node depends on follows from its index map and operands (:func:`dependencies`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -197,15 +197,22 @@ def reading(node: Node, renamed: Mapping[int, int]) -> Node:
             return node
 
 
-def ancestors(tree: Tree, position: int) -> tuple[int, ...]:
-    """A node and those that its value is made of, ascending."""
+def ancestors(tree: Sequence[Node], *roots: int, known: tuple[type, ...] = ()) -> tuple[int, ...]:
+    """Nodes and those that their values are made of, ascending.
+
+    Args:
+      tree: the nodes.
+      roots: positions.
+      known: kinds of nodes that are among the result, but not what they are made of.
+    """
     found: set[int] = set()
-    stack = [position]
+    stack = list(roots)
     while stack:
         here = stack.pop()
         if here not in found:
             found.add(here)
-            stack.extend(operands(tree[here]))
+            if not isinstance(tree[here], known):
+                stack.extend(operands(tree[here]))
     return tuple(sorted(found))
 
 

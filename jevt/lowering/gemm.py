@@ -67,14 +67,7 @@ def _product(group: Resolved) -> visitor.Contract:
 
 def _cone(group: Resolved, position: int) -> set[int]:
     """The node and all that it is made of."""
-    found: set[int] = set()
-    stack = [position]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(visitor.operands(group.nodes[node]))
-    return found
+    return set(visitor.ancestors(group.nodes, position))
 
 
 def _axes(group: Resolved, cones: tuple[set[int], set[int]]) -> _Axes:

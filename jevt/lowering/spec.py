@@ -128,20 +128,12 @@ def _tensor(var: Var | Literal) -> TensorType:
 
 def _compact(nodes: list[visitor.Node]) -> visitor.Tree:
     """Merges equal nodes and drops what no store needs."""
-    needed: set[int] = set()
-    stack = [i for i, node in enumerate(nodes) if isinstance(node, visitor.Store)]
-    while stack:
-        position = stack.pop()
-        if position not in needed:
-            needed.add(position)
-            stack.extend(visitor.operands(nodes[position]))
+    stores = (i for i, node in enumerate(nodes) if isinstance(node, visitor.Store))
     renamed: dict[int, int] = {}
     seen: dict[tuple[str, visitor.Node], int] = {}
     result: list[visitor.Node] = []
-    for position, node in enumerate(nodes):
-        if position not in needed:
-            continue
-        node = visitor.reading(node, renamed)
+    for position in visitor.ancestors(nodes, *stores):
+        node = visitor.reading(nodes[position], renamed)
         # repr tells 0.0 from -0.0 and 1 from True, which compare equal.
         key = (repr(node), node)
         if key not in seen:

@@ -65,7 +65,7 @@ def emit(printer: Printer) -> int:
     if printer.config.specialized:
         return specialized.emit(printer, found, described)
     printer.constants()
-    tiles = gemm_tiles.number(printer, found)
+    tiles = gemm_tiles.number(found, printer.config)
     programs = printer.config.programs
     if 0 < programs < tiles:
         if printer.wide:

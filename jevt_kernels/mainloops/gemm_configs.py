@@ -10,14 +10,11 @@ import numpy as np
 
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer, power_of_two
-from jevt_kernels.mainloops import gemm_epilogue, product, specialized, split
+from jevt_kernels.mainloops import gemm_epilogue, gemm_tiles, product, specialized, split
 from jevt_kernels.mainloops.descriptors import describe
-from jevt_kernels.mainloops.gemm_preferences import preferred
+from jevt_kernels.mainloops.gemm_preferences import MULTIPROCESSORS, preferred
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.spec import Config, KernelSpec
-
-#: Multiprocessors of the GPU that the model has in mind, an H100.
-MULTIPROCESSORS = 132
 
 #: Multiply-adds per second of one of its multiprocessors with 16-bit operands, as tiles attain it.
 _RATE = 2.6e12
@@ -138,7 +135,7 @@ def _with_descriptors(
             variants.append(dataclasses.replace(config, descriptors=True))
             programs = MULTIPROCESSORS * _resident(spec, found, config)
             room = (alive + sums) * _held(config) <= _REGISTERS * config.subtiles
-            if room and programs < _programs(found, config):
+            if room and programs < gemm_tiles.number(found, config):
                 variants.append(dataclasses.replace(variants[-1], programs=programs))
         yield from reversed(variants) if _on_tensor_cores(found) else variants
 
@@ -263,20 +260,12 @@ def _resident(spec: KernelSpec, found: Product, config: Config) -> int:
     return 1 if _held(config) >= _MANY else max(1, min(fitting, 2))
 
 
-def _programs(found: Product, config: Config) -> int:
-    """The number of tiles, those of each split counted."""
-    rows, columns = (
-        -(-extent // config.block(name)) for name, extent in (("m", found.m), ("n", found.n))
-    )
-    return found.batch * rows * columns * config.splits
-
-
 def _seconds(found: Product, config: Config, plain: bool) -> float:
     """The time that the model gives a configuration; only comparisons mean something."""
     m, n = config.block("m"), config.block("n")
     length = max(1, -(-found.k // config.splits))
     rate = _RATE / (1 + _READS * (1 / m + 1 / n))
-    rounds = -(-_programs(found, config) // MULTIPROCESSORS)
+    rounds = -(-gemm_tiles.number(found, config) // MULTIPROCESSORS)
     element = _PLAIN_ELEMENT if plain or config.splits > 1 else _ELEMENT
     if _held(config) < _MANY:
         element /= 3

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 
 from jevt_kernels import visitor
-from jevt_kernels.mainloops import product
+from jevt_kernels.mainloops import gemm_tiles, product
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.spec import Config, KernelSpec
 
@@ -34,14 +34,17 @@ _LONG_OPERATIONS = frozenset(
     """.split()  # noqa: SIM905
 )
 
+#: Of an H100.
+MULTIPROCESSORS = 132
+
 #: Programs that walk the tiles of a product: two for each multiprocessor.
-_WALKING = 264
+_WALKING = 2 * MULTIPROCESSORS
 
 #: From here on the loop is long enough to hide the epilogue of a kernel that waits for memory.
 _LONG_K = 256
 
 #: Fewer tiles leave multiprocessors idle, and are better divided otherwise.
-_LEAST_TILES = 264
+_LEAST_TILES = 2 * MULTIPROCESSORS
 
 
 def preferred(spec: KernelSpec, found: Product, alive: int, plain: bool) -> tuple[Config, ...]:
@@ -54,7 +57,7 @@ def preferred(spec: KernelSpec, found: Product, alive: int, plain: bool) -> tupl
       plain: whether the product is only stored.
 
     Returns:
-      None at all where nothing like it was measured: operands that are not of 16 bits, few tiles.
+      Empty where nothing like it was measured: operands that are not of 16 bits, few tiles.
     """
     if found.dtype.itemsize != 2:
         return ()
@@ -86,35 +89,34 @@ def preferred(spec: KernelSpec, found: Product, alive: int, plain: bool) -> tupl
 
 
 def _many_tiles(found: Product, config: Config) -> bool:
-    rows, columns = (
-        -(-extent // config.block(name)) for name, extent in (("m", found.m), ("n", found.n))
-    )
-    fits = found.n >= config.block("n") and found.m >= config.block("m")
-    return fits and found.batch * rows * columns >= _LEAST_TILES
+    return _fits(found, config) and gemm_tiles.number(found, config) >= _LEAST_TILES
+
+
+def _fits(found: Product, config: Config) -> bool:
+    return found.n >= config.block("n") and found.m >= config.block("m")
 
 
 def _plain(found: Product) -> tuple[Config, ...]:
     """Large tiles, split along ``k`` where they are few."""
-    config = _config(128, 256, 8, 3, programs=_WALKING // 2, subtiles=2)
+    config = _config(128, 256, 8, 3, programs=MULTIPROCESSORS, subtiles=2)
     config = dataclasses.replace(config, specialized="cooperative")
-    if found.m < config.block("m") or found.n < config.block("n"):
+    if not _fits(found, config):
         return ()
-    tiles = found.batch * -(-found.m // config.block("m")) * -(-found.n // config.block("n"))
-    if tiles >= _WALKING // 2:
+    if gemm_tiles.number(found, config) >= MULTIPROCESSORS:
         small = dataclasses.replace(_pingpong(128, 4, 2), group=16)
         return config, dataclasses.replace(config, group=16), small
     square = dataclasses.replace(
         config, blocks=(("m", 128), ("n", 128), ("k", 64)), num_stages=4, subtiles=1, programs=0
     )
-    tiles = found.batch * -(-found.m // 128) * -(-found.n // 128)
+    tiles = gemm_tiles.number(found, square)
     steps = -(-found.k // 64)
-    splits = [s for s in (16, 8, 4, 2) if steps % s == 0 and tiles * s <= _WALKING // 2]
+    splits = [s for s in (16, 8, 4, 2) if steps % s == 0 and tiles * s <= MULTIPROCESSORS]
     return tuple(dataclasses.replace(square, splits=s) for s in splits[:2])
 
 
 def _pingpong(columns: int, warps: int, subtiles: int) -> Config:
     """Two groups of warps that take turns with tiles of 128 rows, one program a multiprocessor."""
-    config = _config(128, columns, warps, 4, programs=_WALKING // 2, subtiles=subtiles)
+    config = _config(128, columns, warps, 4, programs=MULTIPROCESSORS, subtiles=subtiles)
     return dataclasses.replace(config, specialized="pingpong")
 
 

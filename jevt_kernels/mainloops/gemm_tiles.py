@@ -5,12 +5,13 @@ from __future__ import annotations
 from jevt_kernels.codegen import Printer
 from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.product import Product
+from jevt_kernels.spec import Config
 
 
-def number(printer: Printer, found: Product) -> int:
+def number(found: Product, config: Config) -> int:
     """The number of tiles, those of each split and batch counted."""
-    rows, columns = (blocks_along(printer.spec.space, printer.config, axis) for axis in ("m", "n"))
-    return found.batch * printer.config.splits * rows * columns
+    rows, columns = -(-found.m // config.block("m")), -(-found.n // config.block("n"))
+    return found.batch * config.splits * rows * columns
 
 
 def coordinates(printer: Printer, found: Product) -> None:

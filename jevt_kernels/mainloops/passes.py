@@ -158,15 +158,8 @@ class _Reading:
 
     def _reductions_of(self, position: int) -> set[int]:
         """The reductions that a value is made of directly."""
-        found: set[int] = set()
-        stack = [position]
-        while stack:
-            here = stack.pop()
-            if isinstance(self.tree[here], Reduce):
-                found.add(here)
-            else:
-                stack.extend(visitor.operands(self.tree[here]))
-        return found
+        made = visitor.ancestors(self.tree, position, known=(Reduce,))
+        return {p for p in made if isinstance(self.tree[p], Reduce)}
 
     def _is_zero(self, position: int) -> bool:
         node = self.tree[position]

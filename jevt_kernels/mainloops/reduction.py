@@ -198,17 +198,9 @@ def hoist(printer: Printer, roots: list[int], axis: str) -> None:
     Results of reductions and products count as known: whoever calls this has printed those it
     needs, or prints them inside the loop together with what depends on them.
     """
-    needed: set[int] = set()
-    stack = list(roots)
-    while stack:
-        position = stack.pop()
-        if position not in needed:
-            needed.add(position)
-            if not isinstance(printer.spec.tree[position], visitor.Reduce | visitor.Contract):
-                stack.extend(visitor.operands(printer.spec.tree[position]))
-    for position in sorted(needed):
+    known = (visitor.Reduce, visitor.Contract)
+    for position in visitor.ancestors(printer.spec.tree, *roots, known=known):
         node = printer.spec.tree[position]
         fixed = axis not in printer.dependencies[position]
-        known = isinstance(node, visitor.Constant | visitor.Reduce | visitor.Contract)
-        if fixed and not known:
+        if fixed and not isinstance(node, (visitor.Constant, *known)):
             printer.value(position)

@@ -273,14 +273,12 @@ def _loops(spec: KernelSpec) -> _Loops:
 
 def _read(spec: KernelSpec, roots: list[int]) -> frozenset[visitor.Load]:
     """The loads of full tiles that values are made of, given all reductions."""
-    col, found, stack = spec.space.tile_axis("col"), set[visitor.Load](), list(roots)
-    while stack:
-        node = spec.tree[stack.pop()]
+    col, read = spec.space.tile_axis("col"), set[visitor.Load]()
+    for position in visitor.ancestors(spec.tree, *roots, known=(visitor.Reduce,)):
+        node = spec.tree[position]
         if isinstance(node, visitor.Load) and node.index.depends_on(col):
-            found.add(node)
-        if not isinstance(node, visitor.Reduce):
-            stack.extend(visitor.operands(node))
-    return frozenset(found)
+            read.add(node)
+    return frozenset(read)
 
 
 def emit(printer: Printer) -> int:

@@ -51,14 +51,12 @@ def emit(printer: Printer, found: Product, described: dict[str, Described]) -> i
     """Prints the functions of the two kinds of warps, and the kernel that starts them."""
     _check(printer, found, described)
     spec, config = printer.spec, printer.config
-    tiles = gemm_tiles.number(printer, found)
+    tiles = gemm_tiles.number(found, config)
     programs = min(config.programs or tiles, tiles)
-    pointers = [f"x{i}" for i in range(len(spec.inputs))]
-    aliased = {output for _, output in spec.aliases}
-    pointers += [f"y{o}" for o in range(len(spec.outputs)) if o not in aliased]
+    inputs, outputs = printer.pointers
     buffers = [f"{name}_tiles" for name in _OPERANDS]
     loading = [*(f"{name}_desc" for name in _OPERANDS), *buffers, *_BARRIERS[:2]]
-    computing = [*pointers, *buffers, *_BARRIERS]
+    computing = [*inputs, *outputs, *buffers, *_BARRIERS]
     with printer.function(f"{spec.name}_load", loading):
         _load(printer, found, described, tiles, programs)
     with printer.function(f"{spec.name}_compute", ["group: tl.constexpr", *computing]):

@@ -142,14 +142,9 @@ def _second(
 
 def _above(spec: KernelSpec, found: Product) -> frozenset[int]:
     """Positions of the nodes that stores are made of, down to the product."""
-    result: set[int] = set()
-    stack = [i for i, node in enumerate(spec.tree) if isinstance(node, Store)]
-    while stack:
-        position = stack.pop()
-        if position != found.position and position not in result:
-            result.add(position)
-            stack.extend(visitor.operands(spec.tree[position]))
-    return frozenset(result)
+    stores = (i for i, node in enumerate(spec.tree) if isinstance(node, Store))
+    made = visitor.ancestors(spec.tree, *stores, known=(visitor.Contract,))
+    return frozenset(made) - {found.position}
 
 
 def _needed(nodes: list[Node]) -> tuple[tuple[int, ...], visitor.Tree]:

@@ -27,6 +27,7 @@ import importlib.metadata
 import inspect
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -47,6 +48,10 @@ _PTX_VERSION_CAPABILITY = 121
 
 # CUDA's code for float32 that TMA rounds to tf32 (CU_TENSOR_MAP_DATA_TYPE_TFLOAT32).
 _TMA_TF32 = 11
+
+#: Held while modules of Triton are imported: they import each other in circles, in which two
+#: threads that import two of them are caught.
+importing = threading.RLock()
 
 
 class UnsupportedDevice(RuntimeError):
@@ -166,7 +171,7 @@ def import_jax_triton() -> ModuleType:
     """
     version = triton_version()
     try:
-        with _keep_environment("TRITON_CACHE_DIR"):
+        with importing, _keep_environment("TRITON_CACHE_DIR"):
             jax_triton = importlib.import_module("jax_triton")
             library = importlib.import_module("jax_triton.triton_lib")
     except ModuleNotFoundError as error:
@@ -195,16 +200,18 @@ def shared_layout(block: Sequence[int], dtype: str) -> Any:
       block: shape of the tile.
       dtype: Triton's abbreviation of its type, "bf16".
     """
-    language: Any = importlib.import_module("triton.experimental.gluon.language")
+    with importing:
+        language: Any = importlib.import_module("triton.experimental.gluon.language")
     types = {"bf16": language.bfloat16, "fp16": language.float16}
     return language.NVMMASharedLayout.get_default_for(list(block), types[dtype])
 
 
 def ast_source(kernel: Any) -> Any:
     """The class of Triton's sources of a kernel's kind: Triton's own, or Gluon's."""
-    if kernel.is_gluon():
-        return importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
-    return importlib.import_module("triton.compiler").ASTSource
+    with importing:
+        if kernel.is_gluon():
+            return importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
+        return importlib.import_module("triton.compiler").ASTSource
 
 
 def _find_nvidia_backend(library: Any) -> None:

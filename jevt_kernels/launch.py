@@ -140,7 +140,8 @@ def load(source: Source) -> Any:
     )
     module = ModuleType(f"jevt_kernel_{source.entry}_{digest}")
     module.__file__ = filename
-    exec(compile(source.text, filename, "exec"), module.__dict__)  # noqa: S102
+    with compat.importing:
+        exec(compile(source.text, filename, "exec"), module.__dict__)  # noqa: S102
     try:
         return module.__dict__[source.entry]
     except KeyError:

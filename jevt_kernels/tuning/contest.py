@@ -2,7 +2,8 @@
 
 A candidate that fails, to compile or to run, is skipped with its reason. What is measured in one
 turn is measured again in the next, as long as it is not far behind, so that a drift of the clock
-meets all alike.
+meets all alike. The first turn warms up (memory is allocated, an idle clock rises) and decides
+nothing: it was ten times too long for whoever came first.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from jevt_kernels.tuning.space import describe
 #: Programs compiled at a time; Triton and XLA let go of Python's lock while they compile.
 _THREADS = 8
 
-_TURNS = 3
+#: Turns, of which the first does not count.
+_TURNS = 4
 
-#: A candidate that is so many times slower than the best gets no second turn.
+#: A candidate that is so many times slower than the best in one turn gets no further one.
 _FAR = 1.5
 
 #: Characters of an error's first line that are kept.
@@ -112,7 +114,7 @@ def contest(
     for turn in range(_TURNS):
         best = min(times.values(), default=0.0)
         for config, program in ready.items():
-            far = turn > 0 and config is not None and times.get(config, 0.0) > _FAR * best
+            far = config is not None and times.get(config, 0.0) > _FAR * best
             if far or config in errors:
                 continue
             try:
@@ -120,7 +122,8 @@ def contest(
             except Exception as error:  # noqa: BLE001 - the driver raises whatever it likes
                 errors[config] = first_line(error)
             else:
-                times[config] = min(seconds, times.get(config, seconds))
+                if turn > 0:
+                    times[config] = min(seconds, times.get(config, seconds))
     trials = [
         Trial(config, None, errors[config])
         if config in errors

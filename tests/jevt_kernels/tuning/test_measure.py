@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 
 import gemm_kernels
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from tuning_bench import FakeBench
 
-from jevt_kernels import segment_sum
+from jevt_kernels import launch, segment_sum
 from jevt_kernels.by_hand import GemmTree
 from jevt_kernels.reference import reference
 from jevt_kernels.spec import TensorType
@@ -48,8 +49,16 @@ def test_the_fastest_is_taken_beside_xla():
     assert result.record.about == "gemm 1x96x80x64"
     assert [t.config for t in result.trials] == [CHOSEN[i] for i in (1, 2, 0)] + [None, CHOSEN[3]]
     assert sorted(map(repr, bench.prepared)) == sorted(map(repr, (*CHOSEN, None)))
-    # what is far behind gets one turn, XLA and the others three
-    assert [bench.timed.count(c) for c in (*CHOSEN, None)] == [3, 3, 3, 1, 3]
+    # what is far behind counts in one turn, XLA and the others in three; the first warms up
+    assert [bench.timed.count(c) for c in (*CHOSEN, None)] == [4, 4, 4, 2, 4]
+
+
+def test_whoever_comes_first_pays_for_nothing():
+    bench = FakeBench(lambda config: 900.0 if len(bench.timed) == 1 else 7.0)
+    functions = {config: functools.partial(launch.call, SPEC, config=config) for config in CHOSEN}
+    ran = contest(functions, bench, bench.work(SPEC.inputs, SPEC.outputs, 0.0, False), LIMITS)
+    assert [trial.us for trial, _ in ran] == [pytest.approx(7)] * len(CHOSEN)
+    assert bench.timed.count(CHOSEN[0]) == bench.timed.count(CHOSEN[1])
 
 
 def test_candidates_that_fail_are_skipped_with_their_reason():

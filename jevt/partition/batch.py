@@ -26,7 +26,7 @@ from jevt.partition.refusals import Oracle
 from jevt.partition.solve import Limits, Outcome, solve
 
 #: Deterministic seconds for all components of a program; for one of them at least and at most.
-_ALL, _LEAST, _MOST = 5.0, 0.05, 1.0
+_ALL, _LEAST, _MOST = 7.0, 0.05, 1.2
 #: Of them, what is kept for components that have to be solved again, and for bodies of loops.
 _LATER = 0.5
 #: More workers than this are of no use to the few components that differ.

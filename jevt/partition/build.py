@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
+from jax import lax
 from jax.extend.core import Jaxpr, Var
 
 from jevt import _jaxpr
@@ -59,13 +60,25 @@ def part(graph: Graph, positions: Iterable[int], stored: Iterable[Var] = ()) -> 
 
     ``stored`` are outputs too. Whether ``build`` takes them says whether they can be *part* of a
     kernel: smaller results may need what else is in it, a reduction that gives the kernel its rows
-    or a reader that hides them.
+    or a reader that hides them. If nothing is left of what a matrix product makes, the largest of
+    that are outputs too, because without the product it would be another kernel.
     """
     eqns = [graph.jaxpr.eqns[p] for p in sorted(positions)]
     defined = {v for e in eqns for v in e.outvars}
     read = {v: None for e in eqns for v in e.invars if isinstance(v, Var)}
     inputs = [v for v in read if v not in defined]
     ends = [v for e in eqns for v in e.outvars if v not in read and v in graph.uses]
-    largest = max((elements(v.aval) for v in ends), default=0)
-    outputs = {v for v in ends if elements(v.aval) == largest}.union(stored)
+    outputs = {*_largest(ends), *stored}
+    multiplied: set[Var] = set()
+    for e in eqns:
+        product = e.primitive is lax.dot_general_p
+        if product or any(isinstance(v, Var) and v in multiplied for v in e.invars):
+            multiplied.update(e.outvars)
+    if outputs.isdisjoint(multiplied):
+        outputs.update(_largest([v for v in ends if v in multiplied]))
     return _jaxpr.make(inputs, [v for e in eqns for v in e.outvars if v in outputs], eqns)
+
+
+def _largest(found: Sequence[Var]) -> Iterable[Var]:
+    most = max((elements(v.aval) for v in found), default=0)
+    return (v for v in found if elements(v.aval) == most)

@@ -560,9 +560,11 @@ class Program:
 
     def refused(self, cut: Refusal) -> None:
         for r in self.nodes if cut.rest else (self.problem.name(cut.nodes),):
-            if not all((v, r) in self.inside for v in cut.nodes):
+            another = r in self.products and r not in cut.nodes
+            if another or not all((v, r) in self.inside for v in cut.nodes):
                 continue
             together = [~self.inside[v, r] for v in cut.nodes]
+            together += [x for v in cut.unless for x in self._inside(v, r)]
             if not cut.rest:
                 others = sorted(set(self.nodes).difference(cut.nodes))
                 self.model.add_bool_or(*together, *(x for v in others for x in self._inside(v, r)))

@@ -2,15 +2,24 @@
 
 A refused group by itself forbids only itself, and the program would come back with the same group
 but for a node. So the refusal is explained first: which of the results that leave the group are at
-fault, if not all sets with these nodes are refused, and which of its nodes. It is assumed that a
-group that holds a refused set and stores the same results is refused too.
+fault, if not all sets with these nodes are refused, and which of its nodes.
+
+It is assumed that a group that holds a refused set and stores the same results is refused too. Two
+ways are known in which that is wrong, and seen to. A matrix product is another mainloop: beside it
+there may be values of rows and sums along rows that no kernel without one stores together. So a
+refusal of nodes without a product says nothing of groups with one, and the product of a group stays
+in what explains it. And a node may relate the axes of others. Two nodes that only exchange values
+of rows share no columns, and two that read a tensor which is an operand of the product as well load
+it along axes of their own; what lies between them, or makes that tensor beside them, gives both the
+same. So it is asked whether one or two nodes that link several of a refused set would help, and the
+refusal does not count where they do.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from jevt.partition.problem import Problem, components
 
@@ -52,11 +61,14 @@ class Refusal:
     Attributes:
       nodes: local nodes, ascending.
       stored: positions in ``Problem.tensors``; empty if the nodes never fit one group.
+      unless: nodes with any of which they may be in one all the same.
       rest: whether that holds whatever else is in the group; if not, these are not exactly a group.
+        Of nodes without a matrix product it is only said of groups without one.
     """
 
     nodes: tuple[int, ...]
     stored: tuple[int, ...] = ()
+    unless: tuple[int, ...] = ()
     rest: bool = True
 
 
@@ -69,15 +81,14 @@ def explain(
 ) -> list[Refusal]:
     """Refusals that a refused group breaks, which stores ``kept``, with few nodes each."""
     if not oracle.holds(group, ()):
-        return [Refusal(_core(oracle, group, (), frozenset(), links))]
+        return [_refusal(problem, oracle, group, (), links)]
     result: list[Refusal] = []
     for stored in _at_fault(oracle, group, kept):
-        makers = frozenset(n for t in stored if (n := problem.tensors[t].producer) is not None)
-        core = _core(oracle, group, stored, makers, links)
-        inside = set(core) - set(problem.copies)
+        cut = _refusal(problem, oracle, group, stored, links)
+        inside = set(cut.nodes) - set(problem.copies)
         readers = (set(problem.tensors[t].consumers) - inside for t in stored)
         if math.prod(max(1, len(some)) for some in readers) <= _WAYS:
-            result.append(Refusal(core, stored))
+            result.append(cut)
     return result or [Refusal(tuple(group), rest=False)]
 
 
@@ -107,20 +118,60 @@ def _at_fault(
     return [tuple(few)]
 
 
+def _refusal(
+    problem: Problem,
+    oracle: Oracle,
+    group: Sequence[int],
+    stored: tuple[int, ...],
+    links: Sequence[set[int]],
+) -> Refusal:
+    """The refusal of a group that stores these tensors, with few nodes, that the group breaks."""
+    kept = {n for t in stored if (n := problem.tensors[t].producer) is not None}
+    kept.update(p.node for p in problem.products if p.node in group)
+    while True:
+        core = _core(oracle, group, stored, kept, links)
+        helpers = _helpers(oracle, core, stored, links)
+        present = [helper for helper in helpers if helper.issubset(group)]
+        if not present:
+            unless = {min(helper.difference(group)) for helper in helpers}
+            return Refusal(core, stored, tuple(sorted(unless)))
+        kept.update(*present)
+
+
+def _helpers(
+    oracle: Oracle, nodes: Sequence[int], stored: Sequence[int], links: Sequence[set[int]]
+) -> list[set[int]]:
+    """Other nodes, one or two, with which refused nodes are taken.
+
+    Only those are asked about that link several of the nodes.
+    """
+    inside = set(nodes)
+    near = {n: links[n] & inside for node in nodes for n in links[node] - inside}
+
+    def taken(*others: int) -> bool:
+        linked = set[int]().union(*(near[n] for n in others))
+        return len(linked) > 1 and oracle.holds(sorted((*nodes, *others)), stored)
+
+    single = {n for n in sorted(near) if taken(n)}
+    rest = sorted(near.keys() - single)
+    pairs = [{a, b} for a in rest for b in rest if a < b and b in links[a] and taken(a, b)]
+    return [*({n} for n in sorted(single)), *pairs]
+
+
 def _core(
     oracle: Oracle,
     group: Sequence[int],
     stored: Sequence[int],
-    makers: frozenset[int],
+    kept: Collection[int],
     links: Sequence[set[int]],
 ) -> tuple[int, ...]:
-    """Few nodes that are refused already, by deleting ever smaller pieces; ``makers`` stay."""
+    """Few nodes that are refused already, by deleting ever smaller pieces; ``kept`` stay."""
     core = list(group)
     piece = len(core) // 2
     while piece:
         index = 0
         while index < len(core):
-            gone = set(core[index : index + piece]) - makers
+            gone = set(core[index : index + piece]).difference(kept)
             rest = [n for n in core if n not in gone]
             # Pieces that do not touch would be refused for that alone.
             touching = len(rest) > 1 and len(components(rest, links)) == 1

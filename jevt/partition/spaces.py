@@ -12,7 +12,7 @@ from typing import Literal
 
 from jax.extend.core import Var
 
-from jevt.partition.graph import Graph, Node, elements
+from jevt.partition.graph import Graph, Node, elements, shrinks
 from jevt.partition.problem import Label
 from jevt.partition.reach import Links
 from jevt_kernels.mainloops import columnwise
@@ -101,7 +101,13 @@ def late_rows(label: Label) -> bool:
 def _reads_sums(graph: Graph, node: Node) -> bool:
     """Whether one of a node's equations reads what another has reduced."""
     eqns = [graph.jaxpr.eqns[p] for p in node.eqns]
-    sums = {v for e in eqns for v in e.outvars if elements(v.aval) < node.size}
+    sums = {
+        v
+        for e in eqns
+        for v in e.outvars
+        for a in e.invars
+        if isinstance(a, Var) and elements(a.aval) > elements(v.aval) and not shrinks(e, a)
+    }
     return any(v in sums for e in eqns for v in e.invars if isinstance(v, Var))
 
 

@@ -32,3 +32,11 @@ def test_groups_with_copies_that_once_were_not_the_cheapest(seed):
     assert outcome.status == "optimal"
     assert outcome.cost == outcome.bound == problem.cost(outcome.groups)
     assert outcome.cost == brute_force(problem, lambda nodes: True)
+
+
+@pytest.mark.parametrize("seed", [914, 1656, 2195, 2910, 3295, 4398, 4874, 4995])
+def test_two_steps_that_once_lost_something(seed):
+    """A part of a group had been refused for what the rest of the group would have put right; in
+    1656, a reduction had lost its place beside a product for making its operand of values of rows.
+    """
+    assert [*many_partitions.two_steps(range(seed, seed + 1))] == ["equal"]

@@ -22,7 +22,7 @@ class Case:
     Attributes:
       name: unique in its suite, as ``<family>-<shape>-<dtype>``.
       fun: the function; the variants ``jax`` and ``jevt`` run it under ``jax.jit`` and
-        ``jevt.jit``, and float32 arguments make it its own reference.
+        ``jevt.jit``, and float32 arguments make it its own reference, if it has no other.
       args: seed -> arguments, made on the device.
       bytes: least traffic to and from memory, each argument and result once.
       flops: FLOPs, where they and not the bytes bound the case; 0 otherwise.
@@ -31,6 +31,7 @@ class Case:
       batches: sets of arguments to rotate through; together several times the L2 cache.
       kernel: makes the kernel, a ``jevt_kernels.KernelSpec``, that the variant ``jevt`` runs in its
         fastest configuration instead of compiling ``fun``.
+      reference: computes the same from float32 arguments where ``fun`` would take too much memory.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Case:
     peers: Mapping[str, Callable[..., Tree]] = field(default_factory=dict)
     batches: int = 3
     kernel: Callable[[], Any] | None = None
+    reference: Callable[..., Tree] | None = None
 
 
 Builder = Callable[[Size], Sequence[Case]]

@@ -38,6 +38,7 @@ def case(
     shape: tuple[int, ...],
     *draws: Draw,
     flops: int = 0,
+    reference: Callable[..., Tree] | None = None,
 ) -> Case:
     """A case in bfloat16 whose arguments are drawn from keys of their own."""
 
@@ -47,7 +48,9 @@ def case(
 
     large = math.prod(shape) >= 1 << 27
     name = f"{family}-{'x'.join(map(str, shape))}-bfloat16"
-    return Case(name, function, args, moved(function, args), flops, batches=2 if large else 4)
+    batches = 2 if large else 4
+    size = moved(function, args)
+    return Case(name, function, args, size, flops, batches=batches, reference=reference)
 
 
 def moved(function: Callable[..., Tree], args: Callable[[int], tuple[Any, ...]]) -> int:

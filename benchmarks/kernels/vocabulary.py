@@ -4,7 +4,8 @@ A layer of logits and a cross entropy, forward and backward, are three products 
 their gradient, between them. ``linear-cross-entropy`` is written as models write it, and it is up
 to the compiler whether the logits exist as a whole; ``-in-chunks`` is the loop over chunks of
 tokens that a user writes where they must not. At the first size both fit into a GPU's memory with
-ease; at the second jevt chooses chunks by itself.
+ease; at the second jevt chooses chunks by itself. The float32 reference goes by chunks: whole, its
+logits and their gradient at the second size take 8.4 GB each, several times over.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _LAYERS: dict[Size, Sequence[tuple[int, int, int]]] = {
 #: (tokens, words, features).
 _EMBEDDINGS = {"full": ((16384, 30528, 1024),), "smoke": ((32, 50, 16),)}
 #: Tokens of a chunk.
-_CHUNK = {"full": 4096, "smoke": 8}
+CHUNK = {"full": 4096, "smoke": 8}
 
 
 def linear_cross_entropy(hidden: jax.Array, weights: jax.Array, labels: jax.Array) -> Tree:
@@ -74,7 +75,7 @@ def embedding_gradient(tokens: jax.Array, dy: jax.Array, words: int) -> jax.Arra
 def vocabulary(size: Size) -> list[Case]:
     """Linear layers with their cross entropies, in one and by chunks; gradients of embeddings."""
     made = []
-    in_chunks = functools.partial(linear_cross_entropy_in_chunks, chunk=_CHUNK[size])
+    in_chunks = functools.partial(linear_cross_entropy_in_chunks, chunk=CHUNK[size])
     for tokens, features, words in _LAYERS[size]:
         operands = (
             normal((tokens, features)),
@@ -86,7 +87,7 @@ def vocabulary(size: Size) -> list[Case]:
             ("linear-cross-entropy-in-chunks", in_chunks),
         ):
             shape, flops = (tokens, features, words), 6 * tokens * features * words
-            made.append(case(name, function, shape, *operands, flops=flops))
+            made.append(case(name, function, shape, *operands, flops=flops, reference=in_chunks))
     for tokens, words, features in _EMBEDDINGS[size]:
         gradient = functools.partial(embedding_gradient, words=words)
         shape = (tokens, words, features)

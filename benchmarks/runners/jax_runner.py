@@ -170,10 +170,10 @@ def _case(job: Job) -> Case:
 
 
 def _case_reference(job: Job) -> Tree:
-    """The case's function in float32 under ``jax.jit``, on the first arguments."""
+    """The case's reference in float32 under ``jax.jit``, on the first arguments."""
     case = _case(job)
     with jax.default_matmul_precision("highest"):
-        return jax.jit(case.fun)(*cast_floats(case.args(SEED), jnp.float32))
+        return jax.jit(case.reference or case.fun)(*cast_floats(case.args(SEED), jnp.float32))
 
 
 def _worst(results: Tree, reference: Tree) -> accuracy.Error:

@@ -3,11 +3,13 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 from partitions import context
 
 from benchmarks.kernels import optimizers, vocabulary
 from benchmarks.kernels.case import cases
+from benchmarks.workload import cast_floats
 from jevt import pipeline
 from jevt.partition import partition
 
@@ -77,6 +79,17 @@ def test_logits_by_chunks(name, loops):
         math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars if v.aval.shape
     )
     assert (largest == tokens * words) == (not loops)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("linear")])
+def test_reference_never_has_all_logits(name):
+    case = CASES[name]
+    arguments = jax.eval_shape(lambda: cast_floats(case.args(0), jnp.float32))
+    assert jax.eval_shape(case.reference, *arguments) == jax.eval_shape(case.fun, *arguments)
+    tokens, _, words = map(int, name.split("-")[-2].split("x"))
+    text = str(jax.make_jaxpr(case.reference)(*arguments))
+    assert f"f32[{vocabulary.CHUNK['full']},{words}]" in text
+    assert f"[{tokens},{words}]" not in text
 
 
 def test_gradient_of_an_embedding_is_a_sum_of_segments():

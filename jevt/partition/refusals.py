@@ -129,7 +129,7 @@ def _refusal(
     kept = {n for t in stored if (n := problem.tensors[t].producer) is not None}
     kept.update(p.node for p in problem.products if p.node in group)
     while True:
-        core = _core(oracle, group, stored, kept, links)
+        core = _core(problem, oracle, group, stored, kept, links)
         helpers = _helpers(oracle, core, stored, links)
         present = [helper for helper in helpers if helper.issubset(group)]
         if not present:
@@ -143,22 +143,23 @@ def _helpers(
 ) -> list[set[int]]:
     """Other nodes, one or two, with which refused nodes are taken.
 
-    Only those are asked about that link several of the nodes.
+    Only those are asked about that are linked to the nodes, two to several of them.
     """
     inside = set(nodes)
     near = {n: links[n] & inside for node in nodes for n in links[node] - inside}
 
     def taken(*others: int) -> bool:
-        linked = set[int]().union(*(near[n] for n in others))
-        return len(linked) > 1 and oracle.holds(sorted((*nodes, *others)), stored)
+        return oracle.holds(sorted((*nodes, *others)), stored)
 
     single = {n for n in sorted(near) if taken(n)}
     rest = sorted(near.keys() - single)
-    pairs = [{a, b} for a in rest for b in rest if a < b and b in links[a] and taken(a, b)]
+    linked = ((a, b) for a in rest for b in rest if a < b and b in links[a])
+    pairs = [{a, b} for a, b in linked if len(near[a] | near[b]) > 1 and taken(a, b)]
     return [*({n} for n in sorted(single)), *pairs]
 
 
 def _core(
+    problem: Problem,
     oracle: Oracle,
     group: Sequence[int],
     stored: Sequence[int],
@@ -167,14 +168,21 @@ def _core(
 ) -> tuple[int, ...]:
     """Few nodes that are refused already, by deleting ever smaller pieces; ``kept`` stay."""
     core = list(group)
+    values = [set[int]() for _ in range(problem.size)]
+    for a, b in problem.edges:
+        values[a].add(b)
+        values[b].add(a)
+    most = len(components(group, values))
     piece = len(core) // 2
     while piece:
         index = 0
         while index < len(core):
             gone = set(core[index : index + piece]).difference(kept)
             rest = [n for n in core if n not in gone]
-            # Pieces that do not touch would be refused for that alone.
+            # Pieces that do not touch would be refused for that alone, and at times those that only
+            # read the same.
             touching = len(rest) > 1 and len(components(rest, links)) == 1
+            touching = touching and len(components(rest, values)) <= most
             if gone and touching and not oracle.holds(rest, stored):
                 core = rest
             else:

@@ -128,7 +128,7 @@ def _improve(
             if proven:
                 bound = max(bound, answer.bound)
             mended, cuts = _mend(problem, oracle, program, answer.groups, links)
-            proven = proven and not any(_hasty(problem, cut) for cut in cuts)
+            proven = proven and not any(_hasty(problem, cut, links) for cut in cuts)
             best = min(best, mended, key=problem.cost)
             if problem.cost(best) <= max(bound, answer.bound):
                 stopped = ""
@@ -172,14 +172,16 @@ def _writers_first(problem: Problem, groups: Grouping) -> Grouping:
     return sorted(groups, key=lambda group: (not writes(group), group))
 
 
-def _hasty(problem: Problem, cut: Refusal) -> bool:
+def _hasty(problem: Problem, cut: Refusal, links: list[set[int]]) -> bool:
     """Whether a cut may remove a grouping that is valid.
 
     A group that is refused with one choice of what it stores is cut with all, if its nodes have
-    copies.
+    copies. And a part of a node in ``Problem.assumed``, alone, could be with the nodes of a cut or
+    help them.
     """
     whole = not cut.rest and any(node in cut.nodes for node in problem.copies)
-    return whole or not problem.assumed.isdisjoint(cut.nodes)
+    near = set(cut.nodes).union(*(links[node] for node in cut.nodes))
+    return whole or not problem.assumed.isdisjoint(near)
 
 
 def _mend(

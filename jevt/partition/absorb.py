@@ -11,9 +11,15 @@ because ``v`` depends on nothing but ``u``, and nothing there on ``v``. Cost: ``
 values of rows, so it must have none to store: each such value that can be there must have all its
 readers on paths to ``u``, which the group holds because it is convex.
 
-That counts traffic, and launches: ``v`` alone was one more. If arithmetic is what takes the time of
-the group that ``v`` left, moving it loses at most the traffic of what ``v`` writes and of what only
-``v`` reads; if it is what takes the time of ``u``'s group, the arithmetic of ``v`` at most.
+That counts traffic, and launches: ``v`` alone was one more. A group around a matrix product has
+other prices: part of its traffic is hidden, and what it reduces takes a second stage. So where a
+``v`` may be with other readers of ``t``, and with a product, it stays as it is. It is joined all
+the same if it moves no more than the hundredth part of a launch, or if it is a sum along rows that
+holds two components together (see below). Then there may be lost at most: a second stage that the
+readers' group has in any case and ``u``'s does not; the same and the difference of launches if
+``u``'s group was sums, which XLA runs as one kernel only while they are all that it writes; and,
+where arithmetic is what takes the time of ``u``'s group, the arithmetic of ``v``. No bound counts
+this.
 
 This is more than fewer nodes. A gradient that two layers share is read by a leaf and by the next
 layer; without the leaf nothing links the two layers, and the component falls apart. That is worth
@@ -45,12 +51,22 @@ def absorb(
     parts: Sequence[Sequence[int]],
     links: Links,
     accepts: Callable[[tuple[int, ...]], bool],
+    launch: int,
 ) -> Graph:
-    """The graph with leaves joined to their producers; the same object if there is none to join."""
+    """The graph with leaves joined to their producers; the same object if there is none to join.
+
+    Args:
+      graph: nodes and tensors.
+      reach: what depends on what.
+      parts: the components.
+      links: pairs that may share a group.
+      accepts: whether the equations at these positions can be one kernel.
+      launch: bytes that a launch is worth.
+    """
     home: dict[int, int] = {}
     changed: dict[int, Node] = {}
     for part in parts:
-        pieces = _Part(graph, reach, links, part)
+        pieces = _Part(graph, reach, links, part, launch // 100)
         for leaf in part:
             producer = _producer(graph, links, leaf, pieces.inside)
             if producer is None or reach.below[leaf] & pieces.inside != 1 << leaf:
@@ -87,8 +103,10 @@ def allowance(graph: Graph, launch: int) -> int:
 class _Part:
     """What there is to know of a component before its leaves are joined."""
 
-    def __init__(self, graph: Graph, reach: Reach, links: Links, part: Sequence[int]) -> None:
-        self.graph, self.reach, self.links = graph, reach, links
+    def __init__(
+        self, graph: Graph, reach: Reach, links: Links, part: Sequence[int], slack: int
+    ) -> None:
+        self.graph, self.reach, self.links, self.slack = graph, reach, links, slack
         self.inside = sum(1 << n for n in part)
         self.labels = labels_of(graph, part)
         self.separated = reach.separated(graph, part)
@@ -100,6 +118,8 @@ class _Part:
         spaces = _strongest(self._labels(sum(self.places[producer])))
         near = mates(producer, self.separated, self.links)
         bridge = not near.issuperset(self.links.adjacent[leaf])
+        if self._priced_otherwise(leaf) and not (bridge and self.graph.nodes[leaf].ends):
+            return ""
         if any(label.late for label in held):
             with_sums = {dataclasses.replace(x, late=not x.product) for x in spaces}
             short = all(late_rows(x) for x in spaces if x.cols and not x.late)
@@ -110,6 +130,18 @@ class _Part:
         elif spaces <= held:
             return "join"
         return "loosen" if bridge else ""
+
+    def _priced_otherwise(self, leaf: int) -> bool:
+        """Whether a leaf may be with other readers, and a product with one of them."""
+        graph, node = self.graph, self.graph.nodes[leaf]
+        if len(self.links.adjacent[leaf]) == 1:
+            return False
+        touched = (graph.tensors[t] for t in (*graph.reads[leaf], *graph.writes[leaf]))
+        moved = sum(t.nbytes for t in touched if t.producer in (None, leaf) and t.size > 1)
+        if not node.cols and moved <= self.slack:
+            return False
+        kinds = (graph.nodes[n].kind for n in mates(leaf, self.separated, self.links))
+        return "contraction" in kinds
 
     def _labels(self, mask: int) -> set[Label]:
         return {self.labels[bit] for bit in bits(mask)}

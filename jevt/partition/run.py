@@ -93,7 +93,7 @@ class _Run:
         # 2. components that no good group crosses, each solved
         reach = Reach.of(graph)
         parts, links = split(graph, reach, launch)
-        fewer = absorb(graph, reach, parts, links, accepts)
+        fewer = absorb(graph, reach, parts, links, accepts, launch)
         if fewer is not graph:
             graph, reach = fewer, Reach.of(fewer)
             parts, links = split(graph, reach, launch)

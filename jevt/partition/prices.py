@@ -7,8 +7,9 @@ them together for any group.
 What is not taken apart, and so told only of the finished groups (:mod:`.targets`): that XLA can run
 a group as several kernels in a way that is no other partition, further passes over rows that do not
 fit on chip, slices that are read twice, and that sums of few columns leave fewer parts where the
-kernel holds whole rows. And cuBLAS takes only whole nodes along: a bias that
-:mod:`.contract` has joined to what follows is not offered to it.
+kernel holds whole rows. And cuBLAS takes only whole nodes along: a bias that :mod:`.contract` has
+joined to what follows is not offered to it. That costs nothing but reading the bias: what follows
+is a kernel in any case, and reads the product's result with the bias or without.
 """
 
 from __future__ import annotations

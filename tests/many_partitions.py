@@ -34,7 +34,7 @@ from jevt.partition.recompute import recompute
 from jevt.partition.refusals import Oracle
 
 ANYTHING = Oracle(lambda nodes: True, lambda nodes, stored: True)
-#: Seconds for all but the search, on a busy machine: writing a program down, greedy groups, stages.
+#: Seconds for all but the search: writing a program down, greedy groups, stages.
 SLACK = 3.0
 SHAPE = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
 
@@ -71,16 +71,19 @@ def duplicated(seeds: range) -> Iterator[str]:
 
 
 def large(seeds: range, seconds: float = 10.0) -> Iterator[str]:
-    """20 to 500 nodes in one component: acyclic, never above the limit, never worse than greedy."""
+    """20 to 500 nodes in one component: acyclic, never above the limit, never worse than greedy.
+
+    What counts is the processor's time: others may use it meanwhile.
+    """
     for seed in seeds:
         size = round(20 * 25 ** (seed % 100 / 99))
         problem = random_problem(
             seed, size, near=(6, 12, size)[seed % 3], products=size // 20, copies=size // 10
         )
-        started = time.monotonic()
-        limits = solve.Limits(work=0.2, deadline=started + seconds)
+        started = time.process_time()
+        limits = solve.Limits(work=0.2, deadline=time.monotonic() + seconds)
         outcome = solve.solve(problem, ANYTHING, limits)
-        spent = time.monotonic() - started
+        spent = time.process_time() - started
         assert problem.valid(outcome.groups), seed
         assert outcome.bound <= outcome.cost == problem.cost(outcome.groups), seed
         assert outcome.cost <= problem.cost([[n] for n in range(size)]), seed
@@ -91,19 +94,22 @@ def programs(seeds: range, seconds: float = 1.0) -> Iterator[str]:
     """Jaxprs of 20 to 500 equations: every equation once, acyclic, within the limit.
 
     The limit is short, because with the default of 10 s a thousand of them take more than an hour.
-    It is the solver's; what comes before and after it is linear.
+    It is the solver's; what comes before and after it is linear. What counts is the processor's
+    time: others may use it meanwhile.
     """
     where = dataclasses.replace(context("triton"), partition_seconds=seconds)
     for seed in seeds:
         size = round(20 * 25 ** (seed % 100 / 99))
         jaxpr, _ = trace(random_programs.dag(seed, size), SHAPE, SHAPE)
+        started = time.process_time()
         plan = partition(jaxpr, where, workers=1)
+        spent = time.process_time() - started
         assert sorted(p for g in plan.groups for p in g.eqns) == [*range(len(plan.jaxpr.eqns))]
         made = {*plan.jaxpr.invars, *plan.jaxpr.constvars}
         for group in plan.groups:  # in an order in which each finds what it reads
             assert made.issuperset(group.jaxpr.invars), seed
             made.update(group.jaxpr.outvars)
-        above = plan.solution.seconds > seconds + SLACK
+        above = spent > seconds + SLACK
         yield plan.solution.status + (" above the limit" if above else "")
 
 

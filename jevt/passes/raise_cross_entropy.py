@@ -72,7 +72,7 @@ def _run(jaxpr: Jaxpr, body: Callable[[Jaxpr], Jaxpr], counts: list[int]) -> Jax
             counts[1] += cross_entropies.has_gradient(logits)
         else:
             counts[1] += cross_entropy_gradients.is_alone(logits)
-        rewrites: list[Rewrite | None] = []
+        rewrites: list[Rewrite | None] = [*cross_entropy_gradients.multiples_of_labels(logits)]
         for position in forward:
             rewrites += cross_entropies.picked(logits, position)
         for position in logits.sums():

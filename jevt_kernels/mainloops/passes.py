@@ -58,12 +58,17 @@ class Passes:
     known: tuple[int, ...]
 
 
-def passes(spec: KernelSpec, over: str = "col") -> Passes:
+def passes(spec: KernelSpec, over: str = "col", free: Collection[int] = ()) -> Passes:
     """The passes that the reductions along ``over`` need.
 
     Reductions along other axes take no part: nothing in the tree may read them.
+
+    Args:
+      spec: the kernel.
+      over: a tile axis.
+      free: reductions that need no pass of their own once their operand could be computed.
     """
-    reading = _Reading(spec, over)
+    reading = _Reading(spec, over, free)
     for position in range(len(spec.tree)):
         reading.add(position)
     of: dict[int, list[int]] = collections.defaultdict(list)
@@ -80,10 +85,11 @@ class _Reading:
       number: the pass of each reduction.
     """
 
-    def __init__(self, spec: KernelSpec, over: str) -> None:
+    def __init__(self, spec: KernelSpec, over: str, free: Collection[int]) -> None:
         self.tree = spec.tree
         self.inputs = spec.inputs
         self.over = over
+        self.free = free
         self.dependencies = visitor.dependencies(spec.tree, spec.space)
         self.known: list[int] = []
         self.number: dict[int, int] = {}
@@ -92,7 +98,7 @@ class _Reading:
     def add(self, position: int) -> None:
         node = self.tree[position]
         before = max((self.known[o] for o in visitor.operands(node)), default=0)
-        if isinstance(node, Reduce) and node.over == self.over:
+        if isinstance(node, Reduce) and node.over == self.over and position not in self.free:
             found = self._online(position, node)
             if found is not None:
                 self.online[position] = found

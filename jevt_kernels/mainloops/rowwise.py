@@ -6,19 +6,23 @@ written once. *Looped*, for rows that do not fit: one loop over the row for each
 but for a softmax's sum) and one for the stores, unless these do not need what the last pass makes:
 then it stores as well. Pointwise work is repeated rather than stored. Each loop begins where the
 one before it has ended, and tells the L2 cache which tensors a later one reads again.
-*Split*, for rows that are few and long: several kernels (``mainloops.long_rows``).
+*Split*, for rows that are few and long: several kernels (``mainloops.long_rows``). In the others,
+a sum in which one element counts loads it (``mainloops.picks``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer, power_of_two
 from jevt_kernels.mainloops import long_rows, parts, pipelining
+from jevt_kernels.mainloops.again import print_stores
 from jevt_kernels.mainloops.passes import Passes, passes
+from jevt_kernels.mainloops.picks import Pick, picks, print_pick
 from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.reduction import before_reductions, hoist, reductions
 from jevt_kernels.mainloops.sweep import Sweep
@@ -201,13 +205,20 @@ def _in_turn(spec: KernelSpec) -> list[int]:
 
 def held(spec: KernelSpec) -> int:
     """Full tiles, most of them at a time, that a whole row's program keeps through a reduction."""
-    turn = {position: number for number, position in enumerate(_in_turn(spec))}
+    picked = picks(spec)
+    made = [position for position in _in_turn(spec) if position not in picked]
+    turn = {position: number for number, position in enumerate(made)}
     col, varies = len(turn), visitor.dependencies(spec.tree, spec.space)
     first = [col] * len(spec.tree)
     last = [0] * len(spec.tree)
+    stores = (p for p, node in enumerate(spec.tree) if isinstance(node, visitor.Store))
+    read = {*made, *stores}
     for position in reversed(range(len(spec.tree))):
+        if position in picked or position not in read:
+            continue
         at = turn.get(position, first[position])
         for operand in visitor.operands(spec.tree[position]):
+            read.add(operand)
             first[operand] = min(first[operand], at)
             last[operand] = max(last[operand], at)
     kept = [
@@ -254,7 +265,7 @@ class _Loops:
 
 
 def _loops(spec: KernelSpec) -> _Loops:
-    plan, col = passes(spec), spec.space.tile_axis("col")
+    plan, col = passes(spec, free=picks(spec)), spec.space.tile_axis("col")
     wide = tuple(
         position
         for position, node in enumerate(spec.tree)
@@ -313,9 +324,16 @@ def _emit_rows(printer: Printer, looped: bool) -> None:
 
 def _emit_whole(printer: Printer) -> None:
     found = {reduction.position: reduction for reduction in reductions(printer, "col")}
-    for position in _in_turn(printer.spec):
-        found[position].finish(found[position].masked())
-    printer.store_all(printer.stores())
+    picked = picks(printer.spec)
+    for position in sorted(_in_turn(printer.spec), key=lambda p: (printer.levels[p], p in picked)):
+        if position in picked:
+            print_pick(printer, picked[position])
+        else:
+            found[position].finish(found[position].masked())
+    if printer.config.block("col") == MAX_WHOLE:
+        print_stores(printer, picked)
+    else:
+        printer.store_all(printer.stores())
 
 
 def _emit_looped(printer: Printer) -> None:
@@ -323,7 +341,9 @@ def _emit_looped(printer: Printer) -> None:
     loops = _loops(printer.spec)
     plan, wide, last = loops.plan, list(loops.wide), loops.last
     narrow = [s for s in printer.stores() if s not in wide]
+    picked = picks(printer.spec).values()
     for number in range(len(plan.of)):
+        _print_picks(printer, [p for p in picked if plan.known[p.position] == number])
         sweep = Sweep(printer, plan, number)
         sweep.start()
         if number == last:
@@ -334,6 +354,7 @@ def _emit_looped(printer: Printer) -> None:
             printer.store_all(wide)
         printer.close()
         sweep.finish()
+    _print_picks(printer, [p for p in picked if plan.known[p.position] == len(plan.of)])
     after = narrow if last < len(plan.of) else printer.stores()
     hoist(printer, _stored(printer, after), "col")
     printer.store_all(narrow)
@@ -341,6 +362,11 @@ def _emit_looped(printer: Printer) -> None:
         _open_loop(printer, loops, last)
         printer.store_all(wide)
         printer.close()
+
+
+def _print_picks(printer: Printer, picked: Sequence[Pick]) -> None:
+    for pick in picked:
+        print_pick(printer, pick)
 
 
 def _open_loop(printer: Printer, loops: _Loops, number: int) -> None:

@@ -10,7 +10,7 @@ from partitions import context
 import jevt
 from jevt import pipeline
 from jevt.partition import partition
-from jevt_kernels import aot
+from jevt_kernels import aot, visitor
 
 TOKENS, VOCABULARY = 16384, 30528
 LOGITS = jax.ShapeDtypeStruct((TOKENS, VOCABULARY), jnp.bfloat16)
@@ -171,3 +171,51 @@ def test_compiled_for_30528_words(arch):
         assert binary.spill_bytes == 0, name
         walking.append(binary.num_warps == 32 and binary.shared_bytes > 2 * VOCABULARY)
     assert any(walking) and not walking[-1]
+
+
+def by_hand_with_z_loss(logits, labels):
+    return by_hand(logits, labels) + 1e-4 * jnp.square(logsumexp(logits)).mean()
+
+
+def one_hot_with_z_loss(logits, labels):
+    return one_hot(logits, labels) + 1e-4 * jnp.square(logsumexp(logits)).mean()
+
+
+def logsumexp(logits):
+    return jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("read", [True, False], ids=["loss read", "gradient alone"])
+@pytest.mark.parametrize(
+    ("loss", "whole"),
+    [
+        (by_hand, True),
+        (one_hot, True),
+        (smoothed, True),
+        (with_z_loss, True),
+        (by_hand_with_z_loss, False),
+        (one_hot_with_z_loss, False),
+    ],
+)
+def test_every_spelling_keeps_to_its_registers(loss, whole, read):
+    """A row is held by 1024 threads of 64 registers, or walked through where two would have to."""
+    differentiate = jax.value_and_grad if read else jax.grad
+    groups = planned(differentiate(loss), LOGITS, LABELS)
+    (spec,) = (g.spec for g in groups if g.spec.outputs[-1].shape == LOGITS.shape)
+    binary = aot.compile(spec, 90)
+    assert binary.spill_bytes == 0
+    assert (binary.num_warps == 32 and binary.registers == 64) == whole
+
+
+def test_smoothed_labels_of_a_gradient_alone_are_a_choice():
+    """Between two numbers: as arithmetic on a mask they take registers of a whole row."""
+    groups = planned(jax.grad(smoothed), LOGITS, LABELS)
+    (spec,) = (g.spec for g in groups if g.spec.outputs[-1].shape == LOGITS.shape)
+    varies = visitor.dependencies(spec.tree, spec.space)
+    ops = [n.op for n, v in zip(spec.tree, varies, strict=True) if "col" in v and is_compute(n)]
+    assert sorted(ops) == ["add", "convert", "convert", "eq", "exp", "mul", "select_n", "sub"]
+
+
+def is_compute(node):
+    return isinstance(node, visitor.Compute)

@@ -316,10 +316,11 @@ def multiples_of_labels(logits: Logits, position: int) -> Iterator[Rewrite]:
         if smoothed_labels.find(program, labels) is None:
             continue
         for reader, choice in smoothed_labels.multiples(program, labels):
-            yield Rewrite(reader, functools.partial(_write_choice, program.eqns[reader], choice))
+            yield Rewrite(reader, functools.partial(write_choice, program.eqns[reader], choice))
 
 
-def _write_choice(eqn: JaxprEqn, choice: smoothed_labels.Choice, graph: Graph) -> None:
+def write_choice(eqn: JaxprEqn, choice: smoothed_labels.Choice, graph: Graph) -> None:
+    """Writes a choice in place of the equation that computes it."""
     (out,) = eqn.outvars
     like = next(a for a in eqn.invars if shape_of(a) == shape_of(out))
     graph.env[out] = choice.write(read(graph.env, like), graph)

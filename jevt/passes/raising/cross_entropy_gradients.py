@@ -8,6 +8,7 @@ target's x is told by its k, in which there is no g.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 from jax.extend.core import primitives as p
@@ -16,7 +17,14 @@ from jevt._jaxpr import Atom
 from jevt.passes._facts import kind, shape_of
 from jevt.passes.attention.region import Program, number
 from jevt.passes.raising import smoothed_labels
-from jevt.passes.raising.cross_entropies import ADDITIONS, Logits, label_of, mask_of
+from jevt.passes.raising.cross_entropies import (
+    ADDITIONS,
+    Logits,
+    Rewrite,
+    label_of,
+    mask_of,
+    write_choice,
+)
 
 #: A number times a value, or the number alone.
 type _Term = tuple[Atom | None, float]
@@ -38,6 +46,19 @@ def is_alone(logits: Logits) -> bool:
         ):
             return True
     return False
+
+
+def multiples_of_labels(logits: Logits) -> Iterator[Rewrite]:
+    """The rewrites of multiples of smoothed labels that are added to those of the softmax."""
+    program = logits.program
+    for position in logits.readers_of_multiples():
+        for addend, _ in _addends(program, _whole_sum(program, position)):
+            eqn, choice = program.definition(addend), smoothed_labels.find(program, addend)
+            if eqn is None or choice is None or label_of(logits, choice.mask) is None:
+                continue
+            if eqn.primitive is not p.convert_element_type_p:
+                write = functools.partial(write_choice, eqn, choice)
+                yield Rewrite(program.maker[eqn.outvars[0]], write)
 
 
 def _whole_sum(program: Program, position: int) -> Atom:

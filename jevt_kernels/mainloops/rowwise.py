@@ -12,6 +12,7 @@ a sum in which one element counts loads it (``mainloops.picks``).
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 
@@ -49,16 +50,29 @@ _PROGRAMS = 1056
 _WALKERS = 528
 
 #: Tiles of loops that read a row more than once: columns, warps, and blocks that walk the rows. Not
-#: more rows should be under way than the L2 cache keeps. If it keeps two for each of 132
-#: multiprocessors (in 36 MB of an H100's 50), two blocks of the first are on each, by their
-#: registers; walking blocks have others, for addresses. Of longer rows each has one, whose threads
-#: have 64 registers: room for three tiles or sums of 16 elements a thread, 8 if they are wide.
+#: more rows should be under way than the L2 cache keeps, 36 MB of an H100's 50. If it keeps two for
+#: each of 132 multiprocessors, two blocks of the first are on each, by their registers; but three
+#: if they take few, and where it does not keep three, the threads of the second are as many as fit
+#: on one, twice. Walking blocks have other registers, for addresses. Of longer rows each
+#: multiprocessor has one, whose threads have 64 registers: room for three tiles or sums of 16
+#: elements a thread, 8 if they are wide.
 _AGAIN = (8192, 16, 0)
+_AGAIN_IN_TWO = (8192, 32, 0)
 _AGAIN_LONG = (16384, 32, 132)
 _AGAIN_LONG_AND_WIDE = (8192, 32, 132)
 _MOST_TILES = 3
 _KEPT_BYTES = 36 << 20
-_UNDER_WAY = 264
+_MULTIPROCESSORS = 132
+
+#: Tiles of which three blocks may fit on a multiprocessor.
+_FEW_TILES = 2
+
+#: Parts of the multiprocessors on which longer rows may be under way: fewer than all, so that the
+#: L2 cache keeps them, with loads issued ahead to keep memory busy.
+_SHARES = (1, 3 / 4, 1 / 2)
+
+#: Warps of loops that are on a multiprocessor, by their registers.
+_WARPS = 48
 
 #: Operations of which one takes as long as loading dozens of elements.
 _HEAVY = frozenset({"threefry2x32"})
@@ -72,12 +86,14 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
     rows, columns = (spec.space.extent(spec.space.tile_axis(name)) for name in ("row", "col"))
     width = power_of_two(columns)
     tiles = [Config((("row", 1), ("col", block)), warps) for block, warps in parts.TILES]
-    looped = [*_again(spec), *tiles]
+    looped = [*_again(spec, rows), *tiles]
     if width > MAX_WHOLE:
         split = [dataclasses.replace(c, splits=_splits(rows, columns, c)) for c in tiles]
         return tuple(dict.fromkeys([*split, *looped] if rows < FEW_ROWS else looped))
     if width == MAX_WHOLE:
-        return (*_widest(spec, rows), *looped) if held(spec) <= 1 else (*looped, _whole_row())
+        one = held(spec) <= 1
+        found = (*_widest(spec, rows), *looped) if one else (*looped, _whole_row())
+        return tuple(dict.fromkeys(found))
     warps = max(1, width // _PER_WARP)
     height = min(max(1, _PER_WARP // width), power_of_two(rows))
     blocks = (("row", height), ("col", width))
@@ -111,23 +127,40 @@ def _widest(spec: KernelSpec, rows: int) -> tuple[Config, ...]:
     return (whole,)
 
 
-def _again(spec: KernelSpec) -> tuple[Config, ...]:
+def _again(spec: KernelSpec, rows: int) -> tuple[Config, ...]:
     """Configurations for rows that loops read more than once, from the L2 cache if it keeps them.
 
     On an H100, in bfloat16, against blocks of 4096 columns and 8 warps for each row: a softmax of
-    [1024, 131072] in 207 us and 283, its gradient in 376 and 471, that of [4096, 30528] in 292 and
-    432.
+    [1024, 131072] in 207 us and 283, its gradient in 376 and 471, that of [4096, 30528] in 269 and
+    432 (320 with 16 warps).
     """
     loops = _loops(spec)
     if len(loops.reads) < 2 or loops.tiles > _MOST_TILES:
         return ()
-    tile = _AGAIN
-    if _UNDER_WAY * _row_bytes(spec) > _KEPT_BYTES:
-        loads = frozenset[visitor.Load]().union(*loops.reads)
-        wide = any(spec.inputs[load.input].dtype.itemsize > 2 for load in loads)
-        tile = _AGAIN_LONG_AND_WIDE if wide else _AGAIN_LONG
-    columns, warps, programs = tile
-    return (Config((("row", 1), ("col", columns)), warps, programs=programs),)
+    size = _row_bytes(spec)
+    if 2 * _MULTIPROCESSORS * size <= _KEPT_BYTES:
+        tiles = [_AGAIN, _AGAIN_IN_TWO]
+        if loops.tiles <= _FEW_TILES and 3 * _MULTIPROCESSORS * size > _KEPT_BYTES:
+            tiles.reverse()
+        return tuple(_looped(*tile) for tile in tiles)
+    loads = frozenset[visitor.Load]().union(*loops.reads)
+    wide = any(spec.inputs[load.input].dtype.itemsize > 2 for load in loads)
+    columns, warps, programs = _AGAIN_LONG_AND_WIDE if wide else _AGAIN_LONG
+    result = [_looped(columns, warps, programs)]
+    for share in _SHARES if rows >= FEW_ROWS else ():
+        walkers = _evenly(rows, round(share * _MULTIPROCESSORS))
+        result += [_looped(columns, warps, walkers, stages) for stages in (1, 2)]
+        result += [_looped(8192, warps, walkers, 3)]
+    return tuple(dict.fromkeys(result))
+
+
+def _looped(columns: int, warps: int, programs: int, stages: int = 1) -> Config:
+    return Config((("row", 1), ("col", columns)), warps, stages, programs)
+
+
+def _evenly(rows: int, most: int) -> int:
+    """Programs, at most so many, of which none walks fewer rows than it has to."""
+    return -(-rows // -(-rows // most))
 
 
 def _row_bytes(spec: KernelSpec) -> int:
@@ -159,17 +192,23 @@ def stages(spec: KernelSpec, config: Config) -> Stages | None:
 def traffic(spec: KernelSpec) -> tuple[int, int]:
     """Bytes that a kernel moves in its preferred configuration, and how many launches do so.
 
-    The launches that combine parts of rows are not among them: they move next to nothing.
+    A loop that reads a row again finds in the L2 cache what that keeps of the rows under way. The
+    launches that combine parts of rows are not among them: they move next to nothing.
     """
     preferred = configs(spec)[0]
-    columns = spec.space.extent(spec.space.tile_axis("col"))
-    if columns <= MAX_WHOLE or stages(spec, dataclasses.replace(preferred, splits=2)) is None:
-        return sum(operand.nbytes for operand in (*spec.inputs, *spec.outputs)), 1
-    # A loop makes the same passes; nothing but partial results is written between its own.
-    steps = long_rows.stages(spec, preferred.splits).steps
-    moved = sum(operand.nbytes for s in steps for operand in (*s.spec.inputs, *s.spec.outputs))
-    over_rows = [s for s in steps if s.spec.mainloop != "rowwise"]
-    return moved, len(over_rows) if preferred.splits > 1 else 1
+    rows, columns = (spec.space.extent(spec.space.tile_axis(name)) for name in ("row", "col"))
+    once = sum(operand.nbytes for operand in (*spec.inputs, *spec.outputs))
+    if columns <= MAX_WHOLE or not any(isinstance(n, visitor.Reduce) for n in spec.tree):
+        return once, 1
+    if preferred.splits > 1:
+        steps = long_rows.stages(spec, preferred.splits).steps
+        moved = sum(operand.nbytes for s in steps for operand in (*s.spec.inputs, *s.spec.outputs))
+        return moved, sum(s.spec.mainloop != "rowwise" for s in steps)
+    blocks = preferred.programs or _MULTIPROCESSORS * _WARPS // preferred.num_warps
+    kept = min(1.0, _KEPT_BYTES / (min(rows, blocks) * max(1, _row_bytes(spec))))
+    reads = collections.Counter(load.input for each in _loops(spec).reads for load in each)
+    again = sum((count - 1) * spec.inputs[input_].nbytes for input_, count in reads.items())
+    return once + round((1 - kept) * again), 1
 
 
 def _loads(spec: KernelSpec, per_thread: int) -> tuple[int, int]:

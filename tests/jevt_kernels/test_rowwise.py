@@ -58,6 +58,13 @@ def softmax_of(x: Any) -> Any:
     return jax.nn.softmax(x)
 
 
+def softmax_gradient(x: Any, dy: Any) -> Any:
+    """Given the scores, as the passes write it: two sums that one pass makes."""
+    unit = jnp.exp(x - x.max(1, keepdims=True))
+    total = unit.sum(1, keepdims=True)
+    return unit / total * (dy - (unit * dy).sum(1, keepdims=True) / total)
+
+
 def cross_entropy(logits: Any, one_hot: Any) -> Any:
     return -(jax.nn.log_softmax(logits) * one_hot).sum(-1)
 
@@ -232,7 +239,7 @@ def test_loads_are_issued_ahead_where_few_blocks_fit(name: str, dtype: Any, walk
     [
         (softmax_of, 1, Config((("row", 1), ("col", 32768)), 32, 3, 528)),
         (rms_norm, 2, Config((("row", 1), ("col", 32768)), 32)),
-        (gradient(softmax_of), 2, Config((("row", 1), ("col", 8192)), 16)),
+        (softmax_gradient, 2, Config((("row", 1), ("col", 8192)), 32)),
     ],
     ids=["loads ahead", "vectors take the room", "two tiles do not fit"],
 )
@@ -243,6 +250,42 @@ def test_the_widest_rows(function: Callable[..., Any], operands: int, first: Con
     assert codegen.generate(contract.build(function, *arguments)).config == first
     few = jax.ShapeDtypeStruct((132, 30528), contract.BFLOAT16)
     assert codegen.generate(contract.build(softmax_of, few)).config.programs == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "function", "operands", "again"),
+    [
+        (4096, 30528, softmax_gradient, 2, 0.0),
+        (1024, 131072, softmax_of, 1, 0.0),
+        (1024, 131072, softmax_gradient, 2, 0.4545),
+        (40, 131072, softmax_of, 1, 1.0),
+        (1024, 131072, lambda x: x.sum(1), 1, 0.0),
+    ],
+    ids=["whole", "kept", "half of it kept", "in parts", "once"],
+)
+def test_what_is_read_again_from_memory(
+    rows: int, columns: int, function: Callable[..., Any], operands: int, again: float
+) -> None:
+    """Not what the L2 cache keeps: 36 MiB of the rows that 132 blocks walk through."""
+    x = jax.ShapeDtypeStruct((rows, columns), contract.BFLOAT16)
+    spec = contract.build(function, *[x] * operands)
+    moved, launches = rowwise.traffic(spec)
+    read = 2 * rows * columns * operands
+    once = sum(operand.nbytes for operand in (*spec.inputs, *spec.outputs))
+    assert moved - once == pytest.approx(again * read, rel=2e-3)
+    assert launches == (2 if rows < rowwise.FEW_ROWS else 1)
+
+
+def test_fewer_long_rows_under_way_are_offered() -> None:
+    """Of which each program walks as many, and fewer so that the L2 cache keeps them."""
+    x = jax.ShapeDtypeStruct((1024, 131072), contract.BFLOAT16)
+    configs = rowwise.configs(contract.build(softmax_gradient, x, x))
+    assert len(set(configs)) == len(configs)
+    assert configs[0].programs == 132
+    assert {c.programs for c in configs} == {132, 128, 94, 64, 0}
+    assert {c.num_stages for c in configs if c.programs == 64} == {1, 2, 3}
+    few = jax.ShapeDtypeStruct((8, 131072), contract.BFLOAT16)
+    assert {c.programs for c in rowwise.configs(contract.build(softmax_of, few))} == {132, 0}
 
 
 def test_what_does_not_vary_along_rows_is_loaded_once() -> None:

@@ -125,11 +125,11 @@ def test_an_absent_gpu_is_taken_for_an_h100(monkeypatch):
 
 @pytest.mark.parametrize(
     ("rows", "columns", "passes", "launches"),
-    [(16384, 1024, 2, 1), (1024, 131072, 3, 1), (8, 16777216, 3, 2)],
-    ids=["on chip", "in a loop", "in parts"],
+    [(16384, 1024, 2, 1), (1024, 131072, 2, 1), (512, 1 << 20, 2.8636, 1), (8, 1 << 24, 3, 2)],
+    ids=["on chip", "in a loop", "in a loop beyond the cache", "in parts"],
 )
 def test_long_rows_are_read_twice(rows, columns, passes, launches):
-    """A softmax that one pass reads and another reads and writes."""
+    """A softmax that one pass reads and another reads and writes, unless the L2 keeps it."""
     x = jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16)
     spec = lowering.build(trace(jax.nn.softmax, x)[0], "softmax")
     again = (passes - 2) * 2 * rows * columns / H100.bytes_per_us

@@ -29,7 +29,8 @@ The identities; A are the summed axes, n the number of summed elements, c is con
     Σ_A transpose x   = transpose Σ_A' x,   Σ_A rev x ≈ rev Σ_A x
     Σ_i (A·B)_ij      ≈ (Σ_i A)·B                    for an axis i of one operand alone
 
-and those of ``products.py`` and ``picks.py``, on sums of products, and of ``ties.py``.
+and those of ``products.py`` and ``picks.py``, on sums of products, of ``choices.py``, and of
+``ties.py``.
 
     before  { lambda ; a:f32[8,5] b:i32[8]. let
                 c:bool[8,5] = eq (iota[dimension=1]) (broadcast_in_dim b)
@@ -51,6 +52,7 @@ from jax.extend.core import primitives as p
 from jevt.passes._rules import Rules, merged, rewrite
 from jevt.passes.canonical import arithmetic, views
 from jevt.passes.reductions import ties
+from jevt.passes.reductions.choices import chosen
 from jevt.passes.reductions.known import eliminated
 from jevt.passes.reductions.picks import picked
 from jevt.passes.reductions.smaller import (
@@ -73,6 +75,7 @@ RULES: Rules = merged(
             scaled,
             contracted,
             nested,
+            chosen,
         ),
         p.reduce_max_p: (unit_axes,),
         p.reduce_min_p: (unit_axes,),

@@ -36,6 +36,13 @@ def _sum(x, *axes):
     return lax.reduce_sum(x, axes)
 
 
+def _safe_norm(x):
+    """With a gradient where it is 0, as optax has it."""
+    is_zero = jnp.sqrt(_sum(jnp.square(x), 1)) <= 0
+    norm = jnp.sqrt(_sum(jnp.square(jnp.where(is_zero[:, None], 1, x)), 1))
+    return jnp.where(is_zero, 0, norm)
+
+
 # name -> (reductions that are left, function, arguments)
 CASES = {
     "of_uniform": (0, lambda x: _sum(jnp.full((40, 40), 2.5, x.dtype), 0) * x[0, 0], X),
@@ -83,6 +90,17 @@ CASES = {
     "nested": (1, lambda x: _sum(_sum(x, 0), 0), CUBE),
     "transposed": (1, lambda x: _sum(lax.transpose(x, (2, 0, 1)), 0), CUBE),
     "expanded": (1, lambda x: _sum(lax.reshape(x, (2, 1, 3, 1, 4)), 2), CUBE),
+    "norm_of_what_is_chosen": (1, _safe_norm, X * (ROW > 0)[:, None]),
+    "chosen_for_a_row": (
+        1,
+        lambda x, r: _sum(lax.select(_rows(r) > 0, jnp.full_like(x, 2.5), x), 1),
+        *(X, ROW),
+    ),
+    "chosen_for_all": (
+        1,
+        lambda x, r: _sum(jnp.square(jnp.where(r[0] > 0, x, 3)), 0, 1),
+        *(X, ROW),
+    ),
 }
 
 
@@ -145,6 +163,9 @@ LEFT_ALONE = {
     "rows_then_total": lambda x: _sum(_sum(x, 1), 0),
     "of_other_mean": lambda x: _sum(lax.sub(x, lax.broadcast_in_dim(_sum(x, 0), (6, 8), (1,))), 1),
     "reordering_reshape": lambda x: _sum(lax.reshape(x, (8, 6)), 1),
+    "chosen_for_an_element": lambda x: _sum(jnp.where(x > 0, x, np.float32(1)), 1),
+    "chosen_of_two": lambda x: _sum(jnp.where(x[:, :1] > 0, x, jnp.exp(x)), 1),
+    "chosen_and_not_squared": lambda x: _sum(jnp.exp(jnp.where(x[:, :1] > 0, x, 1)), 1),
 }
 
 

@@ -1,0 +1,48 @@
+"""Sums of what is chosen for all summed elements at once.
+
+    Σ_A (c ? x : v)    = c ? Σ_A x  : n·v            where c is constant along A, and v is a number
+    Σ_A (c ? x : v)²   = c ? Σ_A x² : n·v²
+
+So is the norm that has a gradient at 0 spelled, as optax's trust ratio has it for each parameter:
+Σ (‖x‖ > 0 ? x : 1)², which needs ‖x‖ first, and would take another pass over x.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from jax.extend.core import JaxprEqn
+from jax.extend.core import primitives as p
+
+from jevt._jaxpr import Atom
+from jevt.passes._facts import kind, shape_of
+from jevt.passes._rules import Graph
+from jevt.passes.reductions.tools import axes_of, constant_along, multiple, spread, without
+
+
+def chosen(eqn: JaxprEqn, graph: Graph) -> Atom | None:
+    """The choice between two sums."""
+    (operand,) = eqn.invars
+    shape, axes = shape_of(operand), axes_of(eqn)
+    power = graph.definition(operand, p.square_p)
+    choice = graph.definition(operand if power is None else power.invars[0], p.select_n_p)
+    if choice is None or len(choice.invars) != 3 or kind(operand.aval) != "f":
+        return None
+    which, *cases = choice.invars
+    values = [graph.constant(case) for case in cases]
+    condition = constant_along(which, shape, axes, graph)
+    if condition is None or [value is None for value in values].count(True) != 1:
+        return None
+    count, kept = math.prod(shape[axis] for axis in axes), without(shape, axes)
+    sums: list[Atom] = []
+    for case, value in zip(cases, values, strict=True):
+        if value is None:
+            of = case if power is None else graph.emit(p.square_p, case, **power.params)
+            sums.append(graph.emit(p.reduce_sum_p, of, **eqn.params))
+            continue
+        total = multiple(value if power is None else np.square(value), count)
+        if total is None:
+            return None
+        sums.append(graph.full(graph.literal(total, operand.aval), kept))
+    return graph.emit(p.select_n_p, spread(condition(), kept, graph), *sums)

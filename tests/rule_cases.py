@@ -33,6 +33,11 @@ def _repeated(row, x, axis):
     return lax.broadcast_in_dim(row, x.shape, kept)
 
 
+def _chosen(x, axis, value):
+    """A number in some rows along the axis."""
+    return lax.select(_repeated(_row(x, axis) > 1, x, axis), x, _uniform(x, value))
+
+
 def _expanded(row, axis):
     return lax.expand_dims(row, (axis,))
 
@@ -317,6 +322,10 @@ ROUNDED: dict[str, dict[str, Case]] = {
         "batch": lambda x, _: _sum(jnp.einsum("bi,bj->bij", _matrix(x), _matrix(lax.sin(x))), 1),
     },
     "smaller.nested": {"": lambda x, _: _sum(_sum(jnp.stack([x, lax.sin(x)]), 0), 0)},
+    "choices.chosen": {
+        "": lambda x, a: lax.reduce_sum(_chosen(x, a, 1.5), (a,)),
+        "squares": lambda x, a: lax.reduce_sum(lax.square(_chosen(x, a, 1.0)), (a,)),
+    },
     "ties._equal_terms": {"": lambda x, a: jax.vjp(lambda v: _softmax(v, a), x)[1](lax.sin(x))},
     "ties._share": {"": lambda x, a: jax.vjp(lambda v: _softmax(v, a), x)[1](lax.sin(x))},
     "ties._spread": {"": lambda x, a: jax.vjp(lambda v: _softmax(v, a), x)[1](lax.sin(x))},

@@ -69,7 +69,9 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from time import monotonic
 
 from ortools.sat.python import cp_model
 
@@ -107,11 +109,24 @@ class Answer:
     spent: float
 
 
-class Program:
-    """The CP-SAT model of a problem; can be solved again after more cuts."""
+class OutOfTime(Exception):
+    """The deadline has passed while a program was being written down."""
 
-    def __init__(self, problem: Problem) -> None:
+
+class Program:
+    """The CP-SAT model of a problem; can be solved again after more cuts.
+
+    Args:
+      problem: one component.
+      deadline: by ``time.monotonic``, for writing the program down.
+
+    Raises:
+      OutOfTime: it has passed.
+    """
+
+    def __init__(self, problem: Problem, deadline: float = math.inf) -> None:
         self.problem = problem
+        self.deadline = deadline
         self.model = cp_model.CpModel()
         self.successors = problem.successors()
         self.links = problem.links()
@@ -146,9 +161,16 @@ class Program:
     def nodes(self) -> range:
         return range(self.problem.size)
 
+    def timed(self) -> Iterator[int]:
+        """The nodes, as long as there is time."""
+        for node in self.nodes:
+            if monotonic() > self.deadline:
+                raise OutOfTime
+            yield node
+
     def one_group(self) -> None:
         model = self.model
-        for r in self.nodes:
+        for r in self.timed():
             allowed = apart.members(self.problem, r, self.never[r])
             self.around.append(connect.Surroundings.of(r, allowed, self.links))
             for v in sorted(self.around[r].via):
@@ -185,7 +207,7 @@ class Program:
                 model.add_bool_or(~x, *served)
 
     def apart(self) -> None:
-        for a in self.nodes:
+        for a in self.timed():
             for b in range(a + 1, self.problem.size):
                 if self.never[a] >> b & 1:
                     for r in self.names[a]:
@@ -193,10 +215,11 @@ class Program:
                             self.model.add_at_most_one(self.inside[a, r], self.inside[b, r])
 
     def connected(self) -> None:
-        for (v, r), inside in self.inside.items():
-            if v != r:
-                self.model.add_implication(inside, self.inside[self.around[r].via[v], r])
-                self._separate([v], r)
+        for r in self.timed():
+            for v, nearest in sorted(self.around[r].via.items()):
+                if v != r:
+                    self.model.add_implication(self.inside[v, r], self.inside[nearest, r])
+                    self._separate([v], r)
 
     def split(self, piece: Sequence[int]) -> None:
         """Lets no node of ``piece`` be with a first node outside it unless what links them is."""
@@ -212,7 +235,7 @@ class Program:
                 self.model.add_bool_or(~inside, *joined)
 
     def convex(self) -> None:
-        for u in self.nodes:
+        for u in self.timed():
             for w in self.successors[u]:
                 for v in range(w + 1, self.problem.size):
                     if not self.below[w] >> v & 1:
@@ -225,7 +248,7 @@ class Program:
                             self.model.add_bool_or(~self.inside[u, r], ~self.inside[v, r], *unless)
 
     def cuts(self) -> None:
-        for u in self.nodes:
+        for u in self.timed():
             for v in self.successors[u]:
                 if self.never[u] >> v & 1:
                     self.cut[u, v] = None
@@ -270,7 +293,7 @@ class Program:
         if plain and all(firm >> plain[0] & 1 for firm in problem.firm):
             return
         consumers = problem.consumers()
-        for r in self.nodes:
+        for r in self.timed():
             space = {label: model.new_bool_var(f"space_{r}_{label}") for label in labels}
             model.add_exactly_one(space.values())
             products = [x for p in problem.products for x in self._inside(p.node, r)]
@@ -366,7 +389,7 @@ class Program:
         most = sum(w.ours + w.xla for w in problem.works) + sum(t.nbytes for t in problem.tensors)
         most += sum(p.mainloop + sum(time for _, time in p.calls) for p in problem.products)
         most = 2 * launch.exposed * most // 100 + most
-        for r in self.nodes:
+        for r in self.timed():
             terms.append((launch.least, self.inside[r, r]))
             terms += [(-launch.least, alone) for v, alone in self.alone.items() if v == r]
             kernel = self.kernel.get(r)
@@ -505,7 +528,7 @@ class Program:
             for v in (*tensor.consumers, *([] if tensor.producer is None else [tensor.producer]))
         )
         crowded = {v for v, count in touched.items() if count > problem.operands}
-        for r in self.nodes:
+        for r in self.timed():
             if any((v, r) in self.inside for v in crowded):
                 continue  # such a node may be alone
             uses: list[cp_model.IntVar] = []

@@ -114,8 +114,9 @@ def _improve(
     program: ilp.Program | None = None
     links = problem.links()
     while rounds < _ROUNDS and work < limits.work:
-        if program is None and time.monotonic() < limits.deadline:
-            program = ilp.Program(problem)
+        if program is None:
+            with contextlib.suppress(ilp.OutOfTime):
+                program = ilp.Program(problem, limits.deadline)
         seconds = limits.deadline - time.monotonic()
         if program is None or seconds <= 0:
             stopped = "clock"

@@ -1,12 +1,14 @@
 """The integer program and the greedy partitioner against brute force."""
 
 import itertools
+import math
 import random
 import time
 
+import pytest
 from partitions import brute_force, random_problem
 
-from jevt.partition import greedy, solve
+from jevt.partition import greedy, ilp, solve
 from jevt.partition.problem import Label, Launches, Problem, Traffic, Work
 from jevt.partition.refusals import Oracle
 
@@ -140,3 +142,17 @@ def test_no_time_left_gives_a_valid_grouping():
     assert (outcome.status, outcome.stopped) == ("greedy", "clock")
     assert problem.valid(outcome.groups)
     assert outcome.bound <= outcome.cost == problem.cost(outcome.groups)
+
+
+def test_a_program_is_not_written_down_beyond_the_limit(monkeypatch):
+    """Each look at the clock takes a second, and there is one for each of the nodes."""
+    problem = random_problem(3, 200, near=12, products=10, copies=20)
+    clock = itertools.count()
+    monkeypatch.setattr(ilp, "monotonic", lambda: float(next(clock)))
+    with pytest.raises(ilp.OutOfTime):
+        ilp.Program(problem, deadline=300.0)
+    assert next(clock) == 302
+    monkeypatch.setattr(ilp, "monotonic", lambda: math.inf)
+    outcome = solve.solve(problem, ANYTHING, solve.Limits(deadline=time.monotonic() + 60.0))
+    assert (outcome.status, outcome.stopped, outcome.rounds) == ("greedy", "clock", 0)
+    assert problem.valid(outcome.groups)

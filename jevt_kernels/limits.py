@@ -10,7 +10,7 @@ import functools
 import math
 
 from jevt_kernels import compat, launch
-from jevt_kernels.mainloops import MAINLOOPS, gemm_configs, pipelining, product
+from jevt_kernels.mainloops import MAINLOOPS, gemm_configs, gemm_tiles, pipelining, product
 from jevt_kernels.spec import Config, KernelSpec, Source, UnsupportedKernel
 
 #: 32-bit registers of a thread, of which addresses and the operands of a step take some.
@@ -68,8 +68,7 @@ def obstacle(spec: KernelSpec, source: Source, config: Config, capability: int) 
     shared = gemm_configs.shared_bytes(spec, found, config)
     if shared > limit:
         return f"{shared} bytes of shared memory for operands and results, {limit} at most"
-    held = config.block("m") * config.block("n") // (32 * config.num_warps)
-    registers = held * math.ceil(found.node.dtype.itemsize / 4)
+    registers = gemm_tiles.held(config) * math.ceil(found.node.dtype.itemsize / 4)
     if registers > _REGISTERS - _OTHER_REGISTERS:
         return f"{registers} registers a thread for the result, {_REGISTERS} at most for all"
     return ""

@@ -210,9 +210,9 @@ class IndexPrinter:
             variable = self.view.variable(name)
             self.line(f"{variable}_ok = {variable} < {self.spec.space.extent(tile_axis)}")
 
-    def constants(self) -> None:
-        """Prints the tile sizes."""
-        for name, block in self.config.blocks:
+    def constants(self, **others: int) -> None:
+        """Prints the tile sizes, some of them others than the configuration's."""
+        for name, block in {**dict(self.config.blocks), **others}.items():
             self.line(f"BLOCK_{name.upper()}: tl.constexpr = {block}")
 
     def program_id(self) -> str:

@@ -36,7 +36,7 @@ class Config:
 
     Attributes:
       blocks: tile sizes by tile-axis name, powers of two.
-      num_warps: warps in a thread block.
+      num_warps: warps in a thread block; of a specialized kernel, in a group of them.
       num_stages: software-pipelining depth of loops: the loads of so many steps are under way.
       programs: most program instances of a kernel that can walk several tiles in each; 0 for one
         tile an instance.

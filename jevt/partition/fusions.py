@@ -22,7 +22,12 @@ OPERATIONS = cost.OPERATIONS | {"erfc": 120}
 _XLA_ALONG_ROWS = 0.75
 
 
-def xla_us(jaxpr: Jaxpr, device: Device, reductions: Collection[int]) -> float:
+def xla_us(
+    jaxpr: Jaxpr,
+    device: Device,
+    reductions: Collection[int],
+    merged: Collection[Var] = (),
+) -> float:
     """XLA's own fusion of the same equations.
 
     XLA fuses pointwise producers into their consumers, repeating them where there are several, and
@@ -33,9 +38,13 @@ def xla_us(jaxpr: Jaxpr, device: Device, reductions: Collection[int]) -> float:
     gradient that it sums a second pass. A matrix product is a call of cuBLAS; its operands and its
     result go through memory.
 
-    ``reductions`` are the positions of the equations that reduce.
+    Args:
+      jaxpr: the group.
+      device: that runs it.
+      reductions: positions of the equations that reduce.
+      merged: results of products whose calls run others, too, and so take nothing along.
     """
-    calls = _called(jaxpr)
+    calls = _called(jaxpr, merged)
     total = sum(products.cublas_us(jaxpr.eqns[call[0]], device) for call in calls)
     for kernel in _kernels(jaxpr, reductions, calls):
         traffic = sum(cost.fetched(kernel.eqns, v) for v in kernel.operands)
@@ -51,10 +60,10 @@ def kernels(jaxpr: Jaxpr, reductions: Collection[int]) -> int:
     return len(_kernels(jaxpr, reductions, _called(jaxpr)))
 
 
-def _called(jaxpr: Jaxpr) -> list[list[int]]:
+def _called(jaxpr: Jaxpr, merged: Collection[Var] = ()) -> list[list[int]]:
     """Positions of the equations that each call of cuBLAS runs, the product's first."""
     return [
-        products.folded(jaxpr, p)
+        [p] if eqn.outvars[0] in merged else products.folded(jaxpr, p)
         for p, eqn in enumerate(jaxpr.eqns)
         if eqn.primitive.name == "dot_general"
     ]

@@ -21,6 +21,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from jevt import _jaxpr
 from jevt.lowering.errors import NotFusible
+from jevt.partition import siblings
 
 type NodeKind = Literal["pointwise", "view", "reduction", "contraction", "source", "opaque"]
 
@@ -134,6 +135,11 @@ class Reading:
     def uses(self) -> dict[Var, set[int | None]]:
         """Positions of the equations that read a variable; None stands for the jaxpr's output."""
         return uses(self.jaxpr)
+
+    @functools.cached_property
+    def merged(self) -> frozenset[Var]:
+        """Results of matrix products that XLA multiplies together."""
+        return siblings.merged(self.jaxpr)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer, power_of_two
-from jevt_kernels.mainloops import gemm_epilogue, gemm_tiles, product, specialized, split
+from jevt_kernels.mainloops import gemm_tiles, product, specialized, split
 from jevt_kernels.mainloops.descriptors import describe
 from jevt_kernels.mainloops.gemm_preferences import MULTIPROCESSORS, preferred
 from jevt_kernels.mainloops.product import Product
@@ -69,6 +69,13 @@ _PLAIN_TILES = ((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 3), (64, 32, 4, 3
 _SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = 64
 
+#: Bytes of shared memory that an element takes at most on its way between the layouts of the
+#: product and of the epilogue where warps have different tasks; one of 32 bits goes in two steps.
+_PASSING_BYTES = 2
+
+#: Bytes of shared memory of a group of warps for sums, beyond those that pass between layouts.
+_SUMS_BYTES = 1024
+
 
 def configs(spec: KernelSpec) -> tuple[Config, ...]:
     """Configurations worth trying, the preferred one first.
@@ -84,7 +91,7 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
     seconds: dict[Config, float] = {}
     largest = _largest_tile(spec, found)
     for config in _tiles(spec, found):
-        held = _held(config)
+        held = gemm_tiles.held(config)
         if config.block("m") * config.block("n") > largest:
             continue
         candidates = [config] if held < _MANY or (plain and loaded) else []
@@ -134,7 +141,7 @@ def _with_descriptors(
         if described and not Printer(spec, config).wide:
             variants.append(dataclasses.replace(config, descriptors=True))
             programs = MULTIPROCESSORS * _resident(spec, found, config)
-            room = (alive + sums) * _held(config) <= _REGISTERS * config.subtiles
+            room = (alive + sums) * gemm_tiles.held(config) <= _REGISTERS * config.subtiles
             if room and programs < gemm_tiles.number(found, config):
                 variants.append(dataclasses.replace(variants[-1], programs=programs))
         yield from reversed(variants) if _on_tensor_cores(found) else variants
@@ -159,10 +166,13 @@ def shared_bytes(spec: KernelSpec, found: Product, config: Config) -> int:
     m, n, k = (config.block(name) for name in ("m", "n", "k"))
     operands = (m + n) * k * found.dtype.itemsize * config.num_stages + _BARRIER_BYTES
     if config.specialized:
+        operands = specialized.ring_bytes(found, config) + 4 * _BARRIER_BYTES
+        if config.splits > 1:
+            return operands  # nothing passes between layouts
         groups = specialized.GROUPS[config.specialized]
-        short = config.splits == 1 and gemm_epilogue.rounded(spec.tree, found)
-        width = 2 if short else 4
-        return operands + groups * (m * n * width // config.subtiles + _BARRIER_BYTES)
+        passing = groups * m * n * _PASSING_BYTES // config.subtiles
+        sums = any(isinstance(node, visitor.Reduce) for node in spec.tree)
+        return operands + passing + sums * groups * gemm_tiles.members(config) * _SUMS_BYTES
     return operands + (_passing_bytes(spec, found, config) if config.programs else 0)
 
 
@@ -227,11 +237,6 @@ def _vector_bytes(spec: KernelSpec, found: Product) -> int:
     return min(widths)
 
 
-def _held(config: Config) -> int:
-    """Elements of the result in a thread's registers."""
-    return config.block("m") * config.block("n") // (32 * config.num_warps)
-
-
 def _alive(spec: KernelSpec, found: Product) -> int:
     """Values of a tile of the result that the epilogue keeps at once, at most."""
     dependencies = visitor.dependencies(spec.tree, spec.space)
@@ -248,7 +253,7 @@ def _without_spills(alive: int, seconds: dict[Config, float]) -> dict[Config, fl
     fitting = {
         config: cost
         for config, cost in seconds.items()
-        if config.splits > 1 or alive * _held(config) <= _REGISTERS * config.subtiles
+        if config.splits > 1 or alive * gemm_tiles.held(config) <= _REGISTERS * config.subtiles
     }
     return fitting or seconds
 
@@ -257,7 +262,7 @@ def _resident(spec: KernelSpec, found: Product, config: Config) -> int:
     """Programs that fit on a multiprocessor when each walks several tiles."""
     walking = dataclasses.replace(config, programs=1)
     fitting = _SHARED_BYTES // shared_bytes(spec, found, walking)
-    return 1 if _held(config) >= _MANY else max(1, min(fitting, 2))
+    return 1 if gemm_tiles.held(config) >= _MANY else max(1, min(fitting, 2))
 
 
 def _seconds(found: Product, config: Config, plain: bool) -> float:
@@ -267,7 +272,7 @@ def _seconds(found: Product, config: Config, plain: bool) -> float:
     rate = _RATE / (1 + _READS * (1 / m + 1 / n))
     rounds = -(-gemm_tiles.number(found, config) // MULTIPROCESSORS)
     element = _PLAIN_ELEMENT if plain or config.splits > 1 else _ELEMENT
-    if _held(config) < _MANY:
+    if gemm_tiles.held(config) < _MANY:
         element /= 3
     seconds = rounds * (m * n * (length / rate + element) + _PROGRAM)
     if config.splits > 1:

@@ -6,13 +6,13 @@ import numpy as np
 
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer
-from jevt_kernels.mainloops import product
+from jevt_kernels.mainloops import gemm_tiles, product
 from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.mainloops.reduction import Reduction, hoist, store_partial
 from jevt_kernels.mainloops.schedule import schedule
 from jevt_kernels.ops import TRITON_TYPES, is_float, triton_type
-from jevt_kernels.spec import Partial, UnsupportedKernel
+from jevt_kernels.spec import KernelSpec, Partial, UnsupportedKernel
 from jevt_kernels.view import View, dimension
 from jevt_kernels.visitor import Compute
 
@@ -28,14 +28,12 @@ def emit(printer: Printer, found: Product, layout: str = "") -> None:
     Args:
       printer: of the kernel, without a view of the result.
       found: its product.
-      layout: in Gluon: the name of the layout in which values of a part of the tile are computed,
-        which is not that of ``acc``.
+      layout: in Gluon: the name of the layout in which values of a part of the tile are computed.
+        It is that of ``acc`` only where ``k`` is split.
     """
     tree, subtiles = printer.spec.tree, printer.config.subtiles
     if printer.config.splits > 1:
         with printer.viewing(RESULT.in_layout(layout)):
-            if layout:
-                printer.line(f"acc = gl.convert_layout(acc, {layout})")
             _store_parts(printer, found)
         return
     reduced = [s for s in printer.stores() if _is_reduced(printer, s)]
@@ -82,29 +80,32 @@ def _take(printer: Printer, found: Product, name: str, layout: str) -> None:
     if not layout:
         printer.set_value(found.position, name)
         return
-    dtype = rounded(printer.spec.tree, found)
+    dtype = rounded(printer.spec, found)
+    value = name if dtype is None else f"{name}.to({TRITON_TYPES[dtype]})"
+    printer.line(f"{name} = gl.convert_layout({value}, {layout})")
+    printer.set_value(found.position, name)
     if dtype is None:
-        printer.line(f"{name} = gl.convert_layout({name}, {layout})")
-        printer.set_value(found.position, name)
         return
-    printer.line(f"{name} = gl.convert_layout({name}.to({TRITON_TYPES[dtype]}), {layout})")
-    for position in _readers(printer.spec.tree, found):
-        printer.line(f"v{position} = {name}.to({triton_type(dtype)})")
-        printer.set_value(position, f"v{position}")
+    for position, node in _readers(printer.spec, found).items():
+        if not isinstance(node, visitor.Store):
+            printer.line(f"v{position} = {name}.to({triton_type(dtype)})")
+            printer.set_value(position, f"v{position}")
 
 
-def rounded(tree: visitor.Tree, found: Product) -> np.dtype | None:
+def rounded(spec: KernelSpec, found: Product) -> np.dtype | None:
     """The 16-bit type to which all that read the product round it, None if there is none."""
-    types = {
-        node.dtype if isinstance(node, Compute) and node.op == "convert" else None
-        for node in _readers(tree, found).values()
-    }
+    types: set[np.dtype | None] = set()
+    for node in _readers(spec, found).values():
+        if isinstance(node, visitor.Store):
+            types.add(spec.outputs[node.output].dtype)
+        else:
+            types.add(node.dtype if isinstance(node, Compute) and node.op == "convert" else None)
     dtype = types.pop() if len(types) == 1 else None
     return dtype if dtype is not None and is_float(dtype) and dtype.itemsize == 2 else None
 
 
-def _readers(tree: visitor.Tree, found: Product) -> dict[int, visitor.Node]:
-    return {p: node for p, node in enumerate(tree) if found.position in visitor.operands(node)}
+def _readers(spec: KernelSpec, found: Product) -> dict[int, visitor.Node]:
+    return {p: n for p, n in enumerate(spec.tree) if found.position in visitor.operands(n)}
 
 
 def _split(printer: Printer, name: str, parts: int) -> list[str]:
@@ -161,6 +162,7 @@ def _store_reduced(printer: Printer, store: int, subtile: int) -> None:
         over.add(node.over)
         position = node.operand
     rows, columns = (blocks_along(space, config, name) for name in ("m", "n"))
+    rows *= gemm_tiles.members(config)
     column = "pid_n"
     if config.subtiles > 1 and "n" in over:
         columns *= config.subtiles

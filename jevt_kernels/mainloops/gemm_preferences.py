@@ -14,9 +14,10 @@ instead of 334. With the tiles below each kernel is within 18 % of its best, mos
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from jevt_kernels import visitor
-from jevt_kernels.mainloops import gemm_tiles, product
+from jevt_kernels.mainloops import gemm_epilogue, gemm_tiles, product, specialized
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.spec import Config, KernelSpec
 
@@ -24,8 +25,17 @@ from jevt_kernels.spec import Config, KernelSpec
 _BANDWIDTH = 2.9e12
 _RATE = 6.5e14
 
-#: A kernel that takes so many times longer for its bytes than for its products waits for memory.
+#: Operations per second of the loops over large tiles alone, and the seconds between two of them.
+_LARGE_TILES_RATE = 8.0e14
+_TILE = 1.3e-6
+
+#: Parts of ``k`` at most, and steps of 64 in each at least.
+_MOST_SPLITS, _LEAST_STEPS = 16, 8
+
+#: A kernel that takes so many times longer for its bytes than for its products waits for memory;
+#: from so much on, memory is busy enough that groups that take turns are ahead of large tiles.
 _MEMORY_BOUND = 2.0
+_BUSY = 0.6
 
 _LONG_OPERATIONS = frozenset(
     """
@@ -42,6 +52,9 @@ _WALKING = 2 * MULTIPROCESSORS
 
 #: From here on the loop is long enough to hide the epilogue of a kernel that waits for memory.
 _LONG_K = 256
+
+#: Part of the multiprocessors that have a tile in the last round of large ones, at least.
+_FILLED = 0.75
 
 #: Fewer tiles leave multiprocessors idle, and are better divided otherwise.
 _LEAST_TILES = 2 * MULTIPROCESSORS
@@ -65,7 +78,7 @@ def preferred(spec: KernelSpec, found: Product, alive: int, plain: bool) -> tupl
         return _plain(found)
     steps = -(-found.k // 64)
     candidates = []
-    if _memory_bound(spec, found):
+    if _waiting(spec, found) > _MEMORY_BOUND:
         if product.epilogue_tiles(spec, found):
             if found.k >= _LONG_K:
                 candidates.append(_pingpong(64, 4, 1))
@@ -73,23 +86,35 @@ def preferred(spec: KernelSpec, found: Product, alive: int, plain: bool) -> tupl
         else:
             candidates.append(_config(128, 128, 4, 3, programs=_WALKING))
     elif _has_long_operation(spec, found):
+        candidates += [
+            c for stages in (6, 8) if (c := _keeping(found, _pingpong(64, 8, 1, stages)))
+        ]
         if alive > 4:
             candidates += [_pingpong(64, 8, subtiles) for subtiles in (1, 4)]
             candidates.append(_config(64, 128, 8, 3, subtiles=2))
         else:
-            candidates += [_pingpong(128, 8, subtiles) for subtiles in (1, 4)]
+            whole, parts = _pingpong(128, 8, 1), _pingpong(128, 8, 4, 6)
+            # A product of 32 bits and all of a tile's values take too many registers together.
+            short = gemm_epilogue.rounded(spec, found) is not None
+            candidates += [whole, parts] if short else [parts, whole]
             candidates.append(_config(128, 128, 8, 3, subtiles=2, programs=_WALKING))
     elif alive > 2:
         candidates += [_pingpong(128, 8, 1), _pingpong(128, 4, 2)]
         candidates.append(_config(128, 128, 4, 3, subtiles=2))
     else:
-        candidates.append(_pingpong(128, 4, 2))
+        large, small = _cooperative(128, 256, 4, 2), _pingpong(128, 4, 2, 5)
+        candidates += [small, large] if _waiting(spec, found) > _BUSY else [large, small]
         candidates.append(_config(128, 128, 4, 3, programs=_WALKING))
     return tuple(config for config in candidates if _many_tiles(found, config))
 
 
 def _many_tiles(found: Product, config: Config) -> bool:
-    return _fits(found, config) and gemm_tiles.number(found, config) >= _LEAST_TILES
+    """Whether no multiprocessor is idle for long."""
+    tiles = gemm_tiles.number(found, config)
+    if config.specialized == "cooperative":
+        rounds = math.ceil(tiles / MULTIPROCESSORS)
+        return _fits(found, config) and tiles >= _FILLED * rounds * MULTIPROCESSORS
+    return _fits(found, config) and tiles >= _LEAST_TILES
 
 
 def _fits(found: Product, config: Config) -> bool:
@@ -98,25 +123,49 @@ def _fits(found: Product, config: Config) -> bool:
 
 def _plain(found: Product) -> tuple[Config, ...]:
     """Large tiles, split along ``k`` where they are few."""
-    config = _config(128, 256, 8, 3, programs=MULTIPROCESSORS, subtiles=2)
-    config = dataclasses.replace(config, specialized="cooperative")
-    if not _fits(found, config):
+    large = _cooperative(128, 256, 4, 2)
+    square = _cooperative(128, 128, 5, 1)
+    if not _fits(found, square):
         return ()
-    if gemm_tiles.number(found, config) >= MULTIPROCESSORS:
+    if gemm_tiles.number(found, large) >= MULTIPROCESSORS:
         small = dataclasses.replace(_pingpong(128, 4, 2), group=16)
-        return config, dataclasses.replace(config, group=16), small
-    square = dataclasses.replace(
-        config, blocks=(("m", 128), ("n", 128), ("k", 64)), num_stages=4, subtiles=1, programs=0
-    )
-    tiles = gemm_tiles.number(found, square)
+        return large, dataclasses.replace(large, group=16), small
     steps = -(-found.k // 64)
-    splits = [s for s in (16, 8, 4, 2) if steps % s == 0 and tiles * s <= MULTIPROCESSORS]
-    return tuple(dataclasses.replace(square, splits=s) for s in splits[:2])
+    candidates = [
+        dataclasses.replace(config, splits=splits)
+        for config in (large, square)
+        if _fits(found, config)
+        for splits in range(1, max(1, min(_MOST_SPLITS, steps // _LEAST_STEPS)) + 1)
+    ]
+    return tuple(sorted(candidates, key=lambda config: _split_seconds(found, config))[:3])
 
 
-def _pingpong(columns: int, warps: int, subtiles: int) -> Config:
+def _split_seconds(found: Product, config: Config) -> float:
+    """The time that a product takes whose parts of ``k`` programs take in turn, all as fast."""
+    rounds = math.ceil(gemm_tiles.number(found, config) / MULTIPROCESSORS)
+    steps = math.ceil(math.ceil(found.k / 64) / config.splits)
+    tile = config.block("m") * config.block("n")
+    multiplied = 2 * tile * 64 * steps * MULTIPROCESSORS / _LARGE_TILES_RATE + _TILE
+    parts = 2 * 4 * config.splits * found.batch * found.m * found.n if config.splits > 1 else 0
+    return rounds * multiplied + parts / _BANDWIDTH
+
+
+def _cooperative(rows: int, columns: int, stages: int, subtiles: int) -> Config:
+    """One program a multiprocessor, whose groups of four warps share the rows of a tile."""
+    config = _config(rows, columns, 4, stages, programs=MULTIPROCESSORS, subtiles=subtiles)
+    return dataclasses.replace(config, specialized="cooperative")
+
+
+def _keeping(found: Product, config: Config) -> Config | None:
+    """The configuration with programs that keep the left operand's rows, None if they cannot."""
+    rows = -(-found.m // config.block("m"))
+    kept = dataclasses.replace(config, programs=MULTIPROCESSORS // rows * rows)
+    return kept if specialized.keeps_lhs(found, kept) else None
+
+
+def _pingpong(columns: int, warps: int, subtiles: int, stages: int = 4) -> Config:
     """Two groups of warps that take turns with tiles of 128 rows, one program a multiprocessor."""
-    config = _config(128, columns, warps, 4, programs=MULTIPROCESSORS, subtiles=subtiles)
+    config = _config(128, columns, warps, stages, programs=MULTIPROCESSORS, subtiles=subtiles)
     return dataclasses.replace(config, specialized="pingpong")
 
 
@@ -149,7 +198,8 @@ def _has_long_operation(spec: KernelSpec, found: Product) -> bool:
     )
 
 
-def _memory_bound(spec: KernelSpec, found: Product) -> bool:
+def _waiting(spec: KernelSpec, found: Product) -> float:
+    """How many times longer a kernel takes for its bytes than for its products."""
     moved = sum(operand.nbytes for operand in (*spec.inputs, *spec.outputs))
     operations = 2 * found.batch * found.m * found.n * found.k
-    return moved / _BANDWIDTH > _MEMORY_BOUND * operations / _RATE
+    return moved / _BANDWIDTH / (operations / _RATE)

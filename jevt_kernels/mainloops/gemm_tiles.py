@@ -7,11 +7,31 @@ from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.spec import Config
 
+#: Rows of the result that a warp holds of an instruction of sm_90.
+_ROWS = 16
+
 
 def number(found: Product, config: Config) -> int:
     """The number of tiles, those of each split and batch counted."""
     rows, columns = -(-found.m // config.block("m")), -(-found.n // config.block("n"))
     return found.batch * config.splits * rows * columns
+
+
+def members(config: Config) -> int:
+    """Groups of warps that share the rows of a tile, each with its own part of the product.
+
+    Warps of an instruction hold 16 rows each, so that a cooperative kernel has as many groups as
+    the tile has rows for.
+    """
+    if config.specialized != "cooperative":
+        return 1
+    return max(1, config.block("m") // (_ROWS * config.num_warps))
+
+
+def held(config: Config) -> int:
+    """Elements of the result in the registers of a thread."""
+    threads = 32 * config.num_warps * members(config)
+    return config.block("m") * config.block("n") // threads
 
 
 def coordinates(printer: Printer, found: Product) -> None:

@@ -4,12 +4,18 @@ One warp does nothing but ask for tiles of the operands, which the tensor memory
 into a ring of buffers; it runs ahead of the others, from one tile of the result to the next. The
 others multiply, compute the epilogue and store it, in one of two ways (the names are CUTLASS's):
 
-* cooperative: all of them compute one tile. Operands of the next one arrive during the epilogue,
-  but nothing is multiplied meanwhile: for short epilogues.
+* cooperative: all of them compute one tile, in groups of four that share its rows. Operands of the
+  next one arrive during the epilogue. Groups do not wait for each other, so one can multiply while
+  the other is in its epilogue, but no longer than the ring of buffers lasts: for short epilogues.
 * pingpong: two groups of warps compute tiles in turn. While one group multiplies, the other is in
   its epilogue: for long ones. A group has half of the registers.
 
-Barriers: ``filled`` and ``free`` of each buffer, and each group's ``turn`` to multiply.
+A program all of whose tiles have the same rows keeps those of the left operand, if they fit, and
+only the right one's tiles go through the ring: small tiles read less often what would otherwise
+fill the L2 cache's bandwidth.
+
+Barriers: ``filled`` and ``free`` of each buffer, each group's ``turn`` to multiply, and ``kept`` of
+the left operand's rows.
 """
 
 from __future__ import annotations
@@ -44,7 +50,10 @@ _MOST_REGISTERS = 240
 _VECTOR = 8
 
 _OPERANDS = ("lhs", "rhs")
-_BARRIERS = ("filled", "free", "turn")
+_BARRIERS = ("filled", "free", "turn", "kept")
+
+#: Bytes of the left operand's rows that are kept at most.
+_KEPT_BYTES = 128 * 1024
 
 
 def emit(printer: Printer, found: Product, described: dict[str, Described]) -> int:
@@ -55,7 +64,7 @@ def emit(printer: Printer, found: Product, described: dict[str, Described]) -> i
     programs = min(config.programs or tiles, tiles)
     inputs, outputs = printer.pointers
     buffers = [f"{name}_tiles" for name in _OPERANDS]
-    loading = [*(f"{name}_desc" for name in _OPERANDS), *buffers, *_BARRIERS[:2]]
+    loading = [*(f"{name}_desc" for name in _OPERANDS), *buffers, "filled", "free", "kept"]
     computing = [*inputs, *outputs, *buffers, *_BARRIERS]
     with printer.function(f"{spec.name}_load", loading):
         _load(printer, found, described, tiles, programs)
@@ -80,7 +89,8 @@ def _check(printer: Printer, found: Product, described: dict[str, Described]) ->
     if config.ahead:
         raise UnsupportedKernel("warps with different tasks load nothing ahead")
     steps = blocks_along(printer.spec.space, config, "k")
-    if steps % config.splits:
+    # Groups that take turns count on each other's number of steps.
+    if config.splits > steps or (config.specialized == "pingpong" and steps % config.splits):
         raise UnsupportedKernel(f"{steps} steps along k cannot be split into {config.splits} parts")
     rows = config.block("m") // config.num_warps
     if config.num_warps % _WARPS or rows % 16 or config.block("k") * found.dtype.itemsize != 128:
@@ -89,9 +99,37 @@ def _check(printer: Printer, found: Product, described: dict[str, Described]) ->
         )
 
 
+def keeps_lhs(found: Product, config: Config) -> bool:
+    """Whether each program keeps the left operand's rows."""
+    rows = -(-found.m // config.block("m"))
+    steps = -(-found.k // config.block("k"))
+    size = steps * config.block("m") * config.block("k") * found.dtype.itemsize
+    alone = found.batch == 1 and config.splits == 1 and steps > 1 and config.programs > 0
+    return alone and rows <= config.group and config.programs % rows == 0 and size <= _KEPT_BYTES
+
+
+def ring_bytes(found: Product, config: Config) -> int:
+    """Bytes of shared memory that the operands take."""
+    m, n, k = (config.block(name) for name in ("m", "n", "k"))
+    lhs = -(-found.k // k) if keeps_lhs(found, config) else config.num_stages
+    return (m * lhs + n * config.num_stages) * k * found.dtype.itemsize
+
+
 def _steps(printer: Printer) -> int:
-    """Steps of the loop along ``k`` for a tile."""
+    """Steps of the loop along ``k`` for a tile, where each part of ``k`` has as many."""
     return blocks_along(printer.spec.space, printer.config, "k") // printer.config.splits
+
+
+def _open_steps(printer: Printer) -> None:
+    """Prints the start of the loop along ``k``, from step ``start`` on."""
+    splits = printer.config.splits
+    if splits == 1:
+        printer.line("start = 0")
+        printer.open(f"for step in range({_steps(printer)}):")
+        return
+    steps = blocks_along(printer.spec.space, printer.config, "k")
+    printer.line(f"start = part_pid * {steps} // {splits}")
+    printer.open(f"for step in range(start, (part_pid + 1) * {steps} // {splits}):")
 
 
 def _advance(printer: Printer) -> None:
@@ -106,28 +144,43 @@ def _load(
 ) -> None:
     """Prints the loading warp."""
     config, line = printer.config, printer.line
-    size = (config.block("m") + config.block("n")) * config.block("k") * found.dtype.itemsize
     starts = {
         "m": f"pid_m * {config.block('m')}",
         "n": f"pid_n * {config.block('n')}",
         "k": f"step * {config.block('k')}",
     }
-    if config.splits > 1:
-        starts["k"] = f"(part_pid * {_steps(printer)} + step) * {config.block('k')}"
+
+    def copy(name: str, slot: str) -> None:
+        coordinates = described[f"{name}_desc"].coordinates(starts)
+        line(
+            f"hopper.tma.async_copy_global_to_shared({name}_desc, {coordinates}, barrier, "
+            f"{name}_tiles.index({slot}))"
+        )
+
+    sizes = {
+        name: config.block(rows) * config.block("k") * found.dtype.itemsize
+        for name, rows in zip(_OPERANDS, ("m", "n"), strict=True)
+    }
+    circulating = list(_OPERANDS)
+    if keeps_lhs(found, config):
+        circulating.remove("lhs")
+        line("pid = tl.program_id(0)")
+        gemm_tiles.coordinates(printer, found)
+        line("barrier = kept.index(0)")
+        line(f"hopper.mbarrier.expect(barrier, {sizes['lhs'] * _steps(printer)})")
+        printer.open(f"for step in range({_steps(printer)}):")
+        copy("lhs", "step")
+        printer.close()
     line("slot = 0")
     line("phase = 1")
     printer.open(f"for pid in range(tl.program_id(0), {tiles}, {programs}):")
     gemm_tiles.coordinates(printer, found)
-    printer.open(f"for step in range({_steps(printer)}):")
+    _open_steps(printer)
     line("hopper.mbarrier.wait(free.index(slot), phase)")
     line("barrier = filled.index(slot)")
-    line(f"hopper.mbarrier.expect(barrier, {size})")
-    for name in _OPERANDS:
-        coordinates = described[f"{name}_desc"].coordinates(starts)
-        line(
-            f"hopper.tma.async_copy_global_to_shared({name}_desc, {coordinates}, barrier, "
-            f"{name}_tiles.index(slot))"
-        )
+    line(f"hopper.mbarrier.expect(barrier, {sum(sizes[name] for name in circulating)})")
+    for name in circulating:
+        copy(name, "slot")
     _advance(printer)
     printer.close()
     printer.close()
@@ -139,7 +192,8 @@ def _compute(
     """Prints a group of warps that multiply."""
     config, line = printer.config, printer.line
     groups, steps, stages = GROUPS[config.specialized], _steps(printer), config.num_stages
-    printer.constants()
+    members = gemm_tiles.members(config)
+    printer.constants(m=config.block("m") // members)
     columns = config.block("n") // config.subtiles
     lanes = min(32, columns // _VECTOR)
     warps = f"[{config.num_warps}, 1]"
@@ -151,18 +205,25 @@ def _compute(
         f"layout: tl.constexpr = gl.BlockedLayout([1, {_VECTOR}], [{32 // lanes}, {lanes}], "
         f"{warps}, [1, 0])"
     )
-    line(f"slot = group * {steps} % {stages}")
-    line(f"phase = group * {steps} // {stages} % 2")
     first = "tl.program_id(0)"
-    if groups > 1:
+    if groups == 1:
+        line("slot = 0")
+        line("phase = 0")
+    else:
+        line(f"slot = group * {steps} % {stages}")
+        line(f"phase = group * {steps} // {stages} % 2")
         line("turns = 0")
         first += f" + group * {programs}"
+    if keeps_lhs(found, config):
+        line("hopper.mbarrier.wait(kept.index(0), 0)")
     printer.open(f"for pid in range({first}, {tiles}, {groups * programs}):")
     gemm_tiles.coordinates(printer, found)
+    if members > 1:
+        line(f"pid_m = pid_m * {members} + group")
     if groups > 1:
         line("hopper.mbarrier.wait(turn.index(group), turns ^ (1 - group))")
         line("turns ^= 1")
-    _multiply(printer, described)
+    _multiply(printer, found, described)
     if groups > 1:
         line("hopper.mbarrier.arrive(turn.index(1 - group))")
     line("acc = hopper.warpgroup_mma_wait(num_outstanding=0, deps=(acc,))")
@@ -171,34 +232,40 @@ def _compute(
         line(f"slot += {steps}")
         line(f"phase ^= slot // {stages} % 2")
         line(f"slot = slot % {stages}")
-    with printer.viewing(RESULT.in_layout("layout")):
+    # A part of k is stored as it is, in whole sectors.
+    layout = "layout" if config.splits == 1 else "product_layout"
+    with printer.viewing(RESULT.in_layout(layout)):
         printer.tile_index("m", "pid_m * BLOCK_M")
         printer.tile_index("n", "pid_n * BLOCK_N")
-    gemm_epilogue.emit(printer, found, "layout")
+    gemm_epilogue.emit(printer, found, layout)
     printer.close()
 
 
-def _multiply(printer: Printer, described: dict[str, Described]) -> None:
+def _multiply(printer: Printer, found: Product, described: dict[str, Described]) -> None:
     """Prints the loop along ``k``; its last product is under way at the end, out of ``last``."""
     line = printer.line
     tiles = []
+    share = "lhs" if gemm_tiles.members(printer.config) > 1 else ""
+    kept = "lhs" if keeps_lhs(found, printer.config) else ""
     for name, rows in (("lhs", "m"), ("rhs", "k")):
-        found = described[f"{name}_desc"]
-        text = f"{name}_tiles.index(slot)"
-        if found.batch:
-            text += f".reshape([BLOCK_{found.outer.upper()}, BLOCK_{found.inner.upper()}])"
-        tiles.append(text if found.outer == rows else f"{text}.permute((1, 0))")
+        operand = described[f"{name}_desc"]
+        text = f"{name}_tiles.index({'step' if name == kept else 'slot'})"
+        if operand.batch:
+            block = [printer.config.block(axis) for axis in (operand.outer, operand.inner)]
+            text += f".reshape({block})"
+        text = text if operand.outer == rows else f"{text}.permute((1, 0))"
+        tiles.append(f"{text}.slice(group * BLOCK_M, BLOCK_M, 0)" if name == share else text)
     line("zeros = gl.zeros((BLOCK_M, BLOCK_N), tl.float32, product_layout)")
     line("acc = hopper.warpgroup_mma_init(zeros)")
     # Not slot: Triton would take last for a name that the loop leaves as it is.
     line("last = 0")
-    printer.open(f"for step in range({_steps(printer)}):")
+    _open_steps(printer)
     line("hopper.mbarrier.wait(filled.index(slot), phase)")
-    arguments = f"{', '.join(tiles)}, acc, use_acc=step > 0, is_async=True"
+    arguments = f"{', '.join(tiles)}, acc, use_acc=step > start, is_async=True"
     line(f"acc = hopper.warpgroup_mma({arguments})")
     line("done = hopper.warpgroup_mma_wait(num_outstanding=1, deps=(acc,))")
     line("acc = hopper.warpgroup_mma_init(done)")
-    line("hopper.mbarrier.arrive(free.index(last), pred=step > 0)")
+    line("hopper.mbarrier.arrive(free.index(last), pred=step > start)")
     line("last = slot")
     _advance(printer)
     printer.close()
@@ -214,26 +281,30 @@ def _start(
     """Prints the kernel: buffers, barriers, and which warps run which function."""
     config, line, name = printer.config, printer.line, printer.spec.name
     groups, stages = GROUPS[config.specialized], config.num_stages
+    members = gemm_tiles.members(config)
     for operand in _OPERANDS:
         block = described[f"{operand}_desc"].parameter("", config).block
-        shape = ", ".join(map(str, (stages, *block)))
+        kept = operand == "lhs" and keeps_lhs(found, config)
+        shape = ", ".join(map(str, (_steps(printer) if kept else stages, *block)))
         line(
             f"{operand}_tiles = gl.allocate_shared_memory({TRITON_TYPES[found.dtype]}, [{shape}], "
             f"{operand}_desc.layout)"
         )
     layout = "hopper.mbarrier.MBarrierLayout()"
-    for barrier, number in zip(_BARRIERS, (stages, stages, groups), strict=True):
+    counts = ((stages, 1), (stages, members), (groups, 1), (1, 1))
+    for barrier, (number, count) in zip(_BARRIERS, counts, strict=True):
         line(f"{barrier} = gl.allocate_shared_memory(tl.int64, [{number}, 1], {layout})")
         printer.open(f"for i in gl.static_range({number}):")
-        line(f"hopper.mbarrier.init({barrier}.index(i), count=1)")
+        line(f"hopper.mbarrier.init({barrier}.index(i), count={count})")
         printer.close()
     printer.open("gl.warp_specialize([")
-    for group in range(groups):
+    multiplying = groups * members
+    for group in range(multiplying):
         line(f"({name}_compute, ({', '.join([str(group), *computing])})),")
     line(f"({name}_load, ({', '.join(loading)})),")
     printer.close()
-    warps = [str(config.num_warps)] * (groups - 1) + ["1"]
-    registers = [str(_registers(config))] * (groups - 1) + [str(_LOADING_REGISTERS)]
+    warps = [str(config.num_warps)] * (multiplying - 1) + ["1"]
+    registers = [str(_registers(config))] * (multiplying - 1) + [str(_LOADING_REGISTERS)]
     line(f"], [{', '.join(warps)}], [{', '.join(registers)}])")
 
 
@@ -242,7 +313,7 @@ def _registers(config: Config) -> int:
 
     A program starts with as many for all of its threads; the loading warps give theirs away.
     """
-    multiplying = GROUPS[config.specialized] * config.num_warps
+    multiplying = GROUPS[config.specialized] * gemm_tiles.members(config) * config.num_warps
     every = _rounded_down(_REGISTERS // 32 // (multiplying + _WARPS))
     left = every * (multiplying + _WARPS) - _LOADING_REGISTERS * _WARPS
     return _rounded_down(left // multiplying)

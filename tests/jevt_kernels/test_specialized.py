@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jevt_kernels import aot, codegen, compat, launch, limits
-from jevt_kernels.mainloops import gemm_configs, product
+from jevt_kernels.mainloops import gemm_configs, product, specialized
 from jevt_kernels.spec import Config, KernelSpec, UnsupportedKernel
 
 BFLOAT16 = contract.BFLOAT16
@@ -35,6 +35,8 @@ def config(kind: str, m: int, n: int, warps: int, stages: int = 3, subtiles: int
 CONFIGS = {
     "cooperative": config("cooperative", 128, 256, 8, subtiles=4),
     "one group": config("cooperative", 64, 64, 4, stages=4),
+    "two groups": config("cooperative", 128, 256, 4, subtiles=2),
+    "four groups": config("cooperative", 256, 64, 4),
     "pingpong": config("pingpong", 128, 128, 8, subtiles=4),
     "small groups": config("pingpong", 128, 64, 4, stages=4, subtiles=2),
 }
@@ -52,6 +54,21 @@ CASES = {
     "transposed": gemm.product(SIZES, BFLOAT16, "bkm", "bnk", "bnm"),
     "short k": gemm.bias_residual((1, 640, 520, 40)),
     "every reduction": gemm.every_reduction((1, 304, 264, 200), BFLOAT16),
+}
+
+
+def groups(name: str) -> int:
+    """Groups of warps that multiply in one of the configurations."""
+    chosen = CONFIGS[name]
+    rows = chosen.block("m") // (16 * chosen.num_warps)
+    return 2 if chosen.specialized == "pingpong" else rows
+
+
+#: A product of which each program keeps the left operand's rows, and their configurations.
+KEPT = gemm.dgrad_gelu((1, 200, 2000, 264), BFLOAT16)
+KEEPING = {
+    kind: dataclasses.replace(config(kind, 128, 64, 4, stages=4), programs=6)
+    for kind in ("cooperative", "pingpong")
 }
 
 
@@ -77,6 +94,23 @@ def test_more_programs_than_tiles_on_a_gpu(sm_90: None) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", KEEPING)
+def test_kept_rows_on_a_gpu(kind: str, sm_90: None) -> None:
+    gemm.check(KEPT, KEEPING[kind], launch.run)
+    for steps in (1, 2, 3):
+        short = gemm.bias_gelu((1, 200, 2000, 64 * steps))
+        gemm.check(short, KEEPING[kind], launch.run)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [3, 5, 16])
+def test_uneven_parts_on_a_gpu(splits: int, sm_90: None) -> None:
+    for name in ("one group", "two groups"):
+        whole = dataclasses.replace(CONFIGS[name], splits=splits)
+        gemm.check(gemm.weight_gradient((2, 304, 264, 1000)), whole, launch.run)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("splits", [2, 4])
 def test_split_on_a_gpu(splits: int, sm_90: None) -> None:
     for name in ("one group", "small groups"):
@@ -90,9 +124,8 @@ def test_split_on_a_gpu(splits: int, sm_90: None) -> None:
 def test_compiles_without_spills(name: str, kind: str) -> None:
     binary = aot.compile(CASES[name], 90, config=CONFIGS[kind])
     assert binary.spill_bytes == 0 and binary.scratch_bytes == 0
-    groups = 2 if CONFIGS[kind].specialized == "pingpong" else 1
     # The loading warp comes with three idle ones.
-    assert binary.num_warps == groups * CONFIGS[kind].num_warps + 4
+    assert binary.num_warps == groups(kind) * CONFIGS[kind].num_warps + 4
     assert "wgmma.mma_async" in binary.ptx and "setmaxnreg" in binary.ptx
     found = product.find(CASES[name])
     assert binary.shared_bytes <= gemm_configs.shared_bytes(CASES[name], found, CONFIGS[kind])
@@ -101,10 +134,38 @@ def test_compiles_without_spills(name: str, kind: str) -> None:
 @pytest.mark.aot
 @pytest.mark.parametrize("splits", [2, 4])
 def test_parts_compile(splits: int) -> None:
-    for name in ("one group", "small groups"):
+    for name in ("one group", "two groups", "small groups"):
         whole = dataclasses.replace(CONFIGS[name], splits=splits, subtiles=1)
-        binary = aot.compile(gemm.weight_gradient((2, 304, 264, 1000)), 90, config=whole)
+        spec = gemm.weight_gradient((2, 304, 264, 1000))
+        binary = aot.compile(spec, 90, config=whole)
         assert binary.spill_bytes == 0
+        assert binary.shared_bytes <= gemm_configs.shared_bytes(spec, product.find(spec), whole)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("kind", KEEPING)
+def test_kept_rows_compile(kind: str) -> None:
+    binary = aot.compile(KEPT, 90, config=KEEPING[kind])
+    assert binary.spill_bytes == 0
+    found = product.find(KEPT)
+    assert specialized.keeps_lhs(found, KEEPING[kind])
+    assert binary.shared_bytes <= gemm_configs.shared_bytes(KEPT, found, KEEPING[kind])
+
+
+def test_rows_are_kept_only_by_programs_that_have_no_others() -> None:
+    launched, found = KEEPING["pingpong"], product.find(KEPT)
+    assert "lhs_tiles.index(step)" in codegen.generate(KEPT, launched).text
+    for other in (
+        dataclasses.replace(launched, programs=5),
+        dataclasses.replace(launched, programs=0),
+        dataclasses.replace(launched, group=1),
+    ):
+        assert not specialized.keeps_lhs(found, other)
+        assert "lhs_tiles.index(slot)" in codegen.generate(KEPT, other).text
+    long = gemm.dgrad_gelu((1, 200, 2000, 1024), BFLOAT16)
+    assert not specialized.keeps_lhs(product.find(long), launched)
+    batched = gemm.dgrad_gelu((2, 200, 2000, 264), BFLOAT16)
+    assert not specialized.keeps_lhs(product.find(batched), launched)
 
 
 #: Operations of a product, and of 32-bit integers, with their number of operands.
@@ -188,8 +249,7 @@ def test_jax_compiles_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_text(kind: str) -> None:
     source = codegen.generate(CASES["gelu"], CONFIGS[kind])
     assert "gl.warp_specialize" in source.text and len(source.descriptors) == 2
-    groups = 2 if CONFIGS[kind].specialized == "pingpong" else 1
-    assert source.text.count("bias_gelu_compute, (") == groups
+    assert source.text.count("bias_gelu_compute, (") == groups(kind)
     assert source.grid == 5
 
 
@@ -215,7 +275,12 @@ WIDE = config("cooperative", 128, 128, 8)
         (gemm.bias_gelu(SIZES, np.dtype("float32")), WIDE, "only for operands of 16 bits"),
         (gemm.bias_gelu((2, 70, 50, 90)), WIDE, "no operand of the product can have"),
         (gemm.bias_gelu((2, 70, 50, 96)), WIDE, "only where both operands have a descriptor"),
-        (CASES["plain"], dataclasses.replace(WIDE, splits=3), "4 steps along k cannot be split"),
+        (CASES["plain"], dataclasses.replace(WIDE, splits=5), "4 steps along k cannot be split"),
+        (
+            CASES["plain"],
+            dataclasses.replace(CONFIGS["pingpong"], splits=3),
+            "4 steps along k cannot be split",
+        ),
         (CASES["residual"], dataclasses.replace(WIDE, ahead=True), "load nothing ahead"),
         (CASES["gelu"], config("cooperative", 64, 128, 8), "cannot be multiplied by 8 warps"),
         (CASES["gelu"], dataclasses.replace(WIDE, descriptors=False), "both operands have a desc"),

@@ -31,8 +31,10 @@ def bias_gelu(x, w, b):
 
 
 def planned(function, exposed=0.7):
-    assert DEVICES["H100"].exposed_epilogue == 0.7
-    device = dataclasses.replace(DEVICES["H100"], exposed_epilogue=exposed)
+    device = DEVICES["H100"]
+    if exposed != device.exposed_epilogue:  # as of a GPU on which groups of warps cannot take turns
+        rate = 0.9 * device.cublas_flops_per_us
+        device = dataclasses.replace(device, exposed_epilogue=exposed, kernel_flops_per_us=rate)
     where = dataclasses.replace(context("auto"), device=device)
     return partition(trace(function, *LAYER)[0], where)
 

@@ -1,4 +1,7 @@
-"""Several pointwise kernels that compute the same, as one kernel of the multi_tensor mainloop."""
+"""Several kernels that compute the same, as one kernel of the multi_tensor mainloop.
+
+They are pointwise, or rowwise with one row: then they may need the sums of their own tensors.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from collections.abc import Hashable, Sequence
 
 from jevt_kernels import visitor
 from jevt_kernels.index_map import Digit, IndexMap, Space, TileAxis
-from jevt_kernels.mainloops.multi_tensor import FULL, SCALAR
+from jevt_kernels.mainloops.multi_tensor_sums import FULL, LARGEST, SCALAR
+from jevt_kernels.ops import is_float
 from jevt_kernels.spec import KernelSpec, Member, TensorType
 
 #: An index map of a tensor in memory order, an element a point.
@@ -17,13 +21,14 @@ _MEMORY_ORDER = (Digit(1, None, 1),)
 
 @dataclasses.dataclass(frozen=True)
 class Flat:
-    """What a pointwise kernel computes, whatever the shape and the order of its operands.
+    """What a kernel computes, whatever the shape and the order of its operands.
 
     Attributes:
       tree: its tree, whose inputs and outputs are numbered in the order in which it names them.
       key: equal for kernels that compute the same in the same types.
       inputs, outputs: positions in the kernel of the tree's inputs and outputs.
       size: elements of its tensors.
+      sums: numbers that are summed up of them before anything is written.
     """
 
     tree: visitor.Tree
@@ -31,32 +36,52 @@ class Flat:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     size: int
+    sums: int
 
 
 def flat(spec: KernelSpec) -> Flat | None:
-    """A pointwise kernel over flat tensors; None if the kernel depends on their shapes.
+    """A kernel over flat tensors; None if the kernel depends on their shapes.
 
     It does not where each operand is read or written in memory order, an element a point, or is
-    read only and has one element.
+    read only and has one element; and where all reductions are sums of everything, of which none
+    needs another.
     """
-    if spec.mainloop != "pointwise" or len(spec.space.tile) != 1 or spec.space.size < 2:
+    along = _along(spec)
+    if along is None or spec.space.size < 2:
         return None
     digests: list[str] = []
-    for node in spec.tree:
-        text = _describe(node, spec, digests)
+    levels, varies = visitor.levels(spec.tree), visitor.dependencies(spec.tree, spec.space)
+    sums = 0
+    for position, node in enumerate(spec.tree):
+        text = _describe(node, spec, along, digests)
+        if isinstance(node, visitor.Reduce):
+            sums += 1
+            if levels[position] > 1 or along.name not in varies[node.operand]:
+                return None
         if not text:
             return None
         # Of the node and all below it, so that stores come in one order however they were given.
         digests.append(hashlib.blake2b(text.encode(), digest_size=12).hexdigest())
     stores = [i for i, node in enumerate(spec.tree) if isinstance(node, visitor.Store)]
     stores.sort(key=lambda position: digests[position])
+    if sums and spec.space.size > LARGEST:
+        return None
     nodes, inputs, outputs = _renumbered(spec, stores)
     if len(inputs) < len(spec.inputs) or len(stores) != len(spec.outputs):
         return None
     types = [spec.inputs[i].dtype.name for i in inputs]
     types += [spec.outputs[o].dtype.name for o in outputs]
     # As text, since 0.0 equals -0.0 and NaN does not equal itself.
-    return Flat(nodes, f"{nodes!r} {types}", inputs, outputs, spec.space.size)
+    return Flat(nodes, f"{nodes!r} {types}", inputs, outputs, spec.space.size, sums)
+
+
+def _along(spec: KernelSpec) -> TileAxis | None:
+    """The tile axis that a kernel's tensors lie along; None if there are two."""
+    if spec.mainloop == "pointwise" and len(spec.space.tile) == 1:
+        return spec.space.tile[0]
+    if spec.mainloop == "rowwise" and spec.space.extent(spec.space.tile_axis("row")) == 1:
+        return spec.space.tile_axis("col")
+    return None
 
 
 def merge(
@@ -65,7 +90,7 @@ def merge(
     """One kernel that does what several do, each for tensors of its own.
 
     Args:
-      specs: pointwise kernels.
+      specs: pointwise kernels, or rowwise ones with one row.
       operands: for each of them, what its inputs are; equal ones are the same tensor.
       name: of the kernel.
 
@@ -103,27 +128,31 @@ def merge(
     )
 
 
-def _describe(node: visitor.Node, spec: KernelSpec, digests: Sequence[str]) -> str:
+def _describe(node: visitor.Node, spec: KernelSpec, along: TileAxis, digests: Sequence[str]) -> str:
     """A node as text, without saying which inputs it reads; "" if it depends on shapes."""
     match node:
         case visitor.Load():
-            index = _seen(node.index, spec, spec.inputs[node.input])
+            index = _seen(node.index, spec, along, spec.inputs[node.input])
             return f"load {index} {spec.inputs[node.input].dtype}" if index else ""
         case visitor.Store():
             kind = spec.outputs[node.output]
-            whole = _seen(node.index, spec, kind) == FULL
+            whole = _seen(node.index, spec, along, kind) == FULL
             return f"store {digests[node.operand]} {kind.dtype}" if whole else ""
         case visitor.Constant():
             return f"{node}"
         case visitor.Compute():
             below = [digests[o] for o in node.operands]
             return f"{node.op} {below} {node.dtype} {node.result}"
+        case visitor.Reduce() if node.op == "sum" and is_float(node.dtype):
+            return f"sum {digests[node.operand]} {node.dtype}"
         case _:
             return ""
 
 
-def _seen(index: IndexMap, spec: KernelSpec, tensor: TensorType) -> IndexMap | None:
-    digits = index.digits(spec.space, spec.space.tile[0])
+def _seen(
+    index: IndexMap, spec: KernelSpec, along: TileAxis, tensor: TensorType
+) -> IndexMap | None:
+    digits = index.digits(spec.space, along)
     if index.offset:
         return None
     if digits == _MEMORY_ORDER and tensor.size == spec.space.size:
@@ -152,11 +181,13 @@ def _renumbered(
             continue
         match node:
             case visitor.Load():
-                whole = node.index.digits(spec.space, spec.space.tile[0])
+                whole = any(node.index.strides)
                 slot = inputs.setdefault(node.input, len(inputs))
                 node = visitor.Load(slot, FULL if whole else SCALAR)
             case visitor.Compute():
                 node = dataclasses.replace(node, operands=tuple(place[o] for o in node.operands))
+            case visitor.Reduce():
+                node = dataclasses.replace(node, operand=place[node.operand], over="i")
             case visitor.Store():
                 output = outputs.setdefault(node.output, len(outputs))
                 node = visitor.Store(output, place[node.operand], FULL)

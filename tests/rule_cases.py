@@ -255,6 +255,12 @@ SIGNS: dict[str, dict[str, Case]] = {
         "": lambda x, a: jax.vjp(lambda v: _second(v, a), x)[1](_row(x, a))
     },
     "picks.picked": {"": _scaled_pick},
+    "choices.decided": {
+        "": lambda x, _: lax.select(x > 1, lax.sqrt(lax.select(x > 1, x, lax.exp(x))), lax.sin(x)),
+        "other": lambda x, _: lax.select(
+            x > 1, lax.sin(x), lax.sqrt(lax.select(x > 1, x, lax.exp(x)))
+        ),
+    },
 }
 
 # Those that round differently, or add up in another order.

@@ -9,11 +9,11 @@ group and its kernel are known.
     after   g7 = multi_tensor update [p0 d0] [p1 d1] [p2 d2] r                   one kernel
 
 Groups may be merged if their kernels compute the same in the same types, over tensors in memory
-order (``jevt_kernels.multi_tensor``), with the same donated operands (one that is not could not be
-written in place, and then none would be), and with sizes that are all multiples of 16 or none (one
-that is not would cost all others their vector loads). Those that XLA would fuse with others left to
-it stay. The rest is merged if that is predicted faster than what they are now, kernels of ours and
-XLA's fusions.
+order, perhaps with sums of these, as LAMB's norms (``jevt_kernels.multi_tensor``), with the same
+donated operands (one that is not could not be written in place, and then none would be), and with
+sizes that are all multiples of 16 or none (one that is not would cost all others their vector
+loads). Those that XLA would fuse with others left to it stay. The rest is merged if that is
+predicted faster than what they are now, kernels of ours and XLA's fusions.
 
 Memory. A merged group runs when the last of its members can, so what the others read has to be kept
 until then. Candidates are therefore taken in the order in which they become ready, not in that of
@@ -40,7 +40,9 @@ from jevt.partition import cost, fusions, names, order, targets
 from jevt.partition.graph import elements, nbytes
 from jevt.partition.plan import Group
 from jevt.tuning import known
+from jevt_kernels import visitor
 from jevt_kernels.mainloops.multi_tensor import MAX_POINTERS
+from jevt_kernels.mainloops.multi_tensor_sums import LAUNCHES
 from jevt_kernels.multi_tensor import Flat, flat
 
 #: Elements at the end of a tensor that keep accesses from being 16 bytes wide.
@@ -91,11 +93,14 @@ def _joined(groups: Sequence[Group], context: Context) -> Group | None:
     if len(groups) < 2:
         return None
     launch = context.device.triton_launch_us
+    specs = [g.spec for g in groups if g.spec is not None]
     predicted = launch + sum(cost.predict_us(g.jaxpr, context.device) - launch for g in groups)
+    if any(isinstance(node, visitor.Reduce) for node in specs[0].tree):
+        again = sum(operand.nbytes for spec in specs for operand in spec.inputs)
+        predicted += (LAUNCHES - 1) * launch + again / context.device.bytes_per_us
     now = sum((g.predicted_us if g.measured_us is None else g.measured_us) or 0.0 for g in groups)
     if predicted >= now:
         return None
-    specs = [g.spec for g in groups if g.spec is not None]
     jaxpr, spec = lowering.join([g.jaxpr for g in groups], specs, "candidate")
     name = names.group_name(0, spec.mainloop, jaxpr)
     together = Group(
@@ -121,7 +126,7 @@ class _Set:
       arriving: bytes that members read which can run no earlier than that.
       waiting: the same of members that could run earlier.
       made: bytes that members write for other groups.
-      written: number of their results.
+      written: number of their results, and of the sums that they need.
       read: their operands.
       large: those that are no scalars.
     """
@@ -222,7 +227,7 @@ class _Program:
     def _key(self, index: int, group: Group) -> Hashable | None:
         """Equal for groups that may be merged, None for one that may not."""
         spec = group.spec
-        if spec is None or group.kind != "pointwise":
+        if spec is None or group.kind not in ("pointwise", "rowwise"):
             return None
         if group.target == "xla" and not self._movable(group):
             return None
@@ -278,13 +283,15 @@ class _Program:
         jaxpr = self.groups[index].jaxpr
         large = {v for v in jaxpr.invars if elements(v.aval) > 1}
         passed_on = [v for v in jaxpr.outvars if isinstance(v, Var) and v not in self.outputs]
+        found = self._flat[id(self.groups[index].spec)]
+        sums = 0 if found is None else found.sums
         return _Set(
             members=[index],
             ready=self.ready[index],
             arriving=sum(nbytes(v.aval) for v in large if v in self.maker),
             waiting=0,
             made=sum(nbytes(v.aval) for v in passed_on),
-            written=len(jaxpr.outvars),
+            written=len(jaxpr.outvars) + sums,
             read=set(jaxpr.invars),
             large=large,
         )

@@ -52,7 +52,7 @@ from jax.extend.core import primitives as p
 from jevt.passes._rules import Rules, merged, rewrite
 from jevt.passes.canonical import arithmetic, views
 from jevt.passes.reductions import ties
-from jevt.passes.reductions.choices import chosen
+from jevt.passes.reductions.choices import chosen, decided
 from jevt.passes.reductions.known import eliminated
 from jevt.passes.reductions.picks import picked
 from jevt.passes.reductions.smaller import (
@@ -79,6 +79,7 @@ RULES: Rules = merged(
         ),
         p.reduce_max_p: (unit_axes,),
         p.reduce_min_p: (unit_axes,),
+        p.select_n_p: (decided,),
     },
     ties.RULES,
     views.RULES,

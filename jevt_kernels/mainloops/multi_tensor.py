@@ -10,6 +10,9 @@ longest to the shortest, and a branch halves the blocks, not the members: progra
 which are most, decide early. Each branch ends in a number that the compiler cannot see through.
 Otherwise it makes selections of the branches, and every program works its way through the pointers
 of many members, 250 registers' worth of them for 48.
+
+With sums over a member's tensors there are three kernels (``mainloops.multi_tensor_sums``). In one
+that stores sums, each program leaves that of its block.
 """
 
 from __future__ import annotations
@@ -19,8 +22,11 @@ from collections.abc import Sequence
 
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer, power_of_two
-from jevt_kernels.index_map import IndexMap
-from jevt_kernels.spec import Config, KernelSpec, UnsupportedKernel
+from jevt_kernels.mainloops import multi_tensor_sums as sums
+from jevt_kernels.mainloops.multi_tensor_sums import FULL, SCALAR
+from jevt_kernels.mainloops.reduction import Reduction
+from jevt_kernels.ops import TRITON_TYPES
+from jevt_kernels.spec import Config, KernelSpec, Stages, UnsupportedKernel
 
 SMALLEST_BLOCK = 1
 
@@ -28,17 +34,29 @@ SMALLEST_BLOCK = 1
 #: which Triton takes some for pointers of its own.
 MAX_POINTERS = 480
 
-#: How the tree sees a tensor: an element a point, or one element for all points.
-FULL, SCALAR = IndexMap((1,)), IndexMap((0,))
-
 
 def configs(spec: KernelSpec) -> tuple[Config, ...]:
     """Configurations worth trying, the preferred one first."""
     longest = power_of_two(spec.space.size)
+    if _adds_up_members(spec):
+        return (Config((("i", longest),), min(16, max(1, longest // 512))),)
     # More elements a warp than in pointwise kernels: each warp has the search to pay for.
     choices = ((2048, 4), (1024, 4), (4096, 8), (1024, 2))
     found = (Config((("i", min(block, longest)),), warps) for block, warps in choices)
     return tuple(dict.fromkeys(found))
+
+
+def stages(spec: KernelSpec, config: Config) -> Stages | None:
+    """The kernels of a tree that reads its own sums; None for any other."""
+    if not sums.is_in_stages(spec):
+        return None
+    check(spec)
+    return sums.stages(spec, config.block("i"))
+
+
+def _adds_up_members(spec: KernelSpec) -> bool:
+    """Whether one program adds up all that a member has: its results are one number each."""
+    return bool(sums.sums_of(spec.tree)) and all(t.size == 1 for t in spec.outputs)
 
 
 def emit(printer: Printer) -> int:
@@ -63,8 +81,24 @@ def emit(printer: Printer) -> int:
         if any(spec.members[m].size % block for m in members):
             printer.ragged.add("i")
             printer.line("i_ok = i < size")
-        printer.store_all(printer.stores())
+        added = sums.sums_of(printer.spec.tree)
+        stored = {s: visitor.operands(printer.spec.tree[s])[0] for s in printer.stores()}
+        for store, position in stored.items():
+            if position in added:
+                _store_sum(printer, store, Reduction(printer, position))
+        printer.store_all([store for store, operand in stored.items() if operand not in added])
     return places[-1].end
+
+
+def _store_sum(printer: Printer, store: int, total: Reduction) -> None:
+    """Prints the store of the sum of a program's block, at the block's number."""
+    node = printer.spec.tree[store]
+    assert isinstance(node, visitor.Store)
+    alone = printer.config.block("i") == 1  # which the interpreter cannot add up
+    value = total.masked() if alone else f"tl.sum({total.masked()}, axis=0)"
+    address = "i" if alone else "(pid - first)"
+    kind = TRITON_TYPES[total.dtype]
+    printer.line(f"tl.store(y{node.output} + {address}, ({value}).to({kind}))")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +191,7 @@ def check(spec: KernelSpec) -> None:
     What it asks for: a space of the longest member's points; every operand in use; outputs, and
     inputs that are written in place, each of one member; the same types and the same outputs in
     place for every member; tensors that are read and written in memory order, with an element a
-    point, or read only, with one element; no iota, no reduction.
+    point, or read only, with one element; no iota; sums of what varies, and of no other sums.
     """
     ones = [spec.member(m) for m in range(len(spec.members))]
     longest = max((one.space.size for one in ones), default=0)
@@ -182,8 +216,20 @@ def check(spec: KernelSpec) -> None:
     for kind in kinds:
         if kind != kinds[0]:
             raise UnsupportedKernel(f"expected members alike, got {kind} beside {kinds[0]}")
-    for node in spec.tree:
-        _check_node(node, ones)
+    added = sums.sums_of(spec.tree)
+    if sums.is_in_stages(spec):
+        held = len(added) * len(ones)
+        if pointers + held > MAX_POINTERS:
+            raise UnsupportedKernel(
+                f"expected at most {MAX_POINTERS} pointers, got {pointers + held} with sums"
+            )
+    levels, varies = visitor.levels(spec.tree), visitor.dependencies(spec.tree, spec.space)
+    for position, node in enumerate(spec.tree):
+        if isinstance(node, visitor.Reduce):
+            if node.op != "sum" or levels[position] > 1 or not varies[node.operand]:
+                raise UnsupportedKernel(f"expected sums of what varies and is no sum, got {node}")
+        elif not isinstance(node, visitor.Store) or node.operand not in added:
+            _check_node(node, ones)
 
 
 def _check_node(node: visitor.Node, ones: Sequence[KernelSpec]) -> None:

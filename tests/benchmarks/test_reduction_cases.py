@@ -12,6 +12,7 @@ from benchmarks.kernels.case import cases
 from benchmarks.workload import cast_floats
 from jevt import pipeline
 from jevt.partition import partition
+from jevt_kernels import codegen
 
 CASES = {case.name: case for case in cases("reductions", "full")}
 
@@ -59,6 +60,19 @@ def test_optimizer_of_all_tensors():
     assert len(weights) == len(grads) == 394
     # Weights and gradients are bfloat16, moments float32; the gradient alone is not written.
     assert case.bytes == pytest.approx(22 * sum(w.size for w in weights), rel=1e-3)
+
+
+def test_norms_of_all_tensors_are_summed_up_together():
+    """LAMB reads weights, gradients and moments twice, and writes once, in a few launches."""
+    case = CASES["lamb-bert-394"]
+    weights, *_ = jax.eval_shape(lambda: case.args(0))
+    groups = [g for g in kernels(case) if g.spec is not None]
+    assert [len(g.spec.members) for g in groups] == [53] * 7 + [23]
+    steps = [s.spec for g in groups for s in codegen.generate(g.spec).stages.steps]
+    assert len(steps) == 3 * len(groups)
+    moved = sum(t.nbytes for spec in steps for t in (*spec.inputs, *spec.outputs))
+    # 2 + 2 + 4 + 4 bytes an element twice, and 2 + 4 + 4.
+    assert moved == pytest.approx(34 * sum(w.size for w in weights), rel=1e-2)
 
 
 @pytest.mark.parametrize(

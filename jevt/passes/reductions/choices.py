@@ -4,7 +4,10 @@
     Σ_A (c ? x : v)²   = c ? Σ_A x² : n·v²
 
 So is the norm that has a gradient at 0 spelled, as optax's trust ratio has it for each parameter:
-Σ (‖x‖ > 0 ? x : 1)², which needs ‖x‖ first, and would take another pass over x.
+Σ (‖x‖ > 0 ? x : 1)², which needs ‖x‖ first, and would take another pass over x. Its root is chosen
+where ‖x‖ > 0 again, and what is never read of the inner choice goes, with n:
+
+    c ? √(c ? x : y) : z = c ? √x : z
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Literal
 from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom
@@ -46,3 +49,37 @@ def chosen(eqn: JaxprEqn, graph: Graph) -> Atom | None:
             return None
         sums.append(graph.full(graph.literal(total, operand.aval), kept))
     return graph.emit(p.select_n_p, spread(condition(), kept, graph), *sums)
+
+
+def decided(eqn: JaxprEqn, graph: Graph) -> Atom | None:
+    """A choice of roots without those that the same condition has ruled out."""
+    which, *cases = eqn.invars
+    if len(cases) != 2:
+        return None
+    for position, case in enumerate(cases):
+        root = graph.definition(case, p.sqrt_p)
+        inner = None if root is None else graph.definition(root.invars[0], p.select_n_p)
+        if root is None or inner is None or len(inner.invars) != 3:
+            continue
+        if not _is_same(inner.invars[0], which, graph):
+            continue
+        new = list(cases)
+        new[position] = graph.emit(p.sqrt_p, inner.invars[1 + position], **root.params)
+        return graph.emit(p.select_n_p, which, *new)
+    return None
+
+
+def _is_same(one: Atom, other: Atom, graph: Graph) -> bool:
+    """Whether two conditions are one, or will be once equal equations are."""
+    if one is other:
+        return True
+    a, b = graph.definition(one), graph.definition(other)
+    if a is None or b is None or (a.primitive, a.params) != (b.primitive, b.params):
+        return False
+    return all(_is_equal(x, y) for x, y in zip(a.invars, b.invars, strict=True))
+
+
+def _is_equal(one: Atom, other: Atom) -> bool:
+    if isinstance(one, Literal) and isinstance(other, Literal):
+        return one.aval == other.aval and bool(np.array_equal(one.val, other.val))
+    return one is other

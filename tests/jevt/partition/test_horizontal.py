@@ -14,6 +14,7 @@ from partitions import check_valid, context, trace
 from jevt.lowering import multi_tensor, spec
 from jevt.lowering.errors import NotFusible
 from jevt.partition import from_json, partition, to_json
+from jevt_kernels import codegen
 from jevt_kernels.mainloops.multi_tensor import MAX_POINTERS
 
 
@@ -66,6 +67,47 @@ def test_nothing_is_merged_where_no_kernel_may_be(fields):
     found = plan(sgd, 0.1, arrays(*SHAPES), arrays(*SHAPES), **fields)
     assert len(found.groups) == len(SHAPES)
     assert {g.target for g in found.groups} == {"xla"}
+
+
+def scaled_by_norms(weights, gradients):
+    """As LAMB: an update relative to two norms of each tensor."""
+
+    def one(w, g):
+        update = g + 0.1 * w
+        norm, other = jnp.square(w).sum(), jnp.square(update).sum()
+        return w - jnp.where(other > 0, jnp.sqrt(norm / other), 1.0) * update
+
+    return [one(w, g) for w, g in zip(weights, gradients, strict=True)]
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "interpret"])
+def test_updates_with_norms_are_three_kernels(backend):
+    """Of any shapes, a launch each for the parts of sums, the sums and the updates."""
+    arguments = arrays(*SHAPES), arrays(*SHAPES)
+    found = plan(scaled_by_norms, *arguments, backend=backend)
+    (group,) = found.groups
+    assert (group.target, group.kind) == ("triton", "multi_tensor")
+    assert sizes(group) == [2048, 128, 768, 4096, 80]
+    stages = codegen.generate(group.spec).stages
+    assert [len(step.spec.members) for step in stages.steps] == [5, 5, 5]
+    assert group.predicted_us == pytest.approx(9.0, abs=0.2)
+    check_valid(found, jax.tree.leaves(arguments))
+
+
+def test_updates_with_norms_have_pointers_for_sums():
+    """Of 2 inputs, 1 result and 2 sums a member, 96 are as many as a launch takes."""
+    many = [(32,)] * 100
+    found = plan(scaled_by_norms, arrays(*many), arrays(*many))
+    assert sorted(len(sizes(g)) for g in merged(found)) == [4, MAX_POINTERS // 5]
+
+
+def test_norms_of_rows_and_norms_alone_are_not_merged():
+    def step(xs):
+        rows = [x / jnp.square(x).sum(-1, keepdims=True) for x in xs]
+        return rows, [jnp.square(x).sum() for x in xs]
+
+    found = plan(step, arrays((8, 32), (16, 32)), backend="triton")
+    assert not merged(found)
 
 
 def test_types_and_computations_are_kept_apart():

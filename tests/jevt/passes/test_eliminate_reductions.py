@@ -91,6 +91,11 @@ CASES = {
     "transposed": (1, lambda x: _sum(lax.transpose(x, (2, 0, 1)), 0), CUBE),
     "expanded": (1, lambda x: _sum(lax.reshape(x, (2, 1, 3, 1, 4)), 2), CUBE),
     "norm_of_what_is_chosen": (1, _safe_norm, X * (ROW > 0)[:, None]),
+    "norms_of_lamb": (
+        2,
+        lambda x: optax.lamb(0.1).update(x, optax.lamb(0.1).init(x), x)[0],
+        X,
+    ),
     "chosen_for_a_row": (
         1,
         lambda x, r: _sum(lax.select(_rows(r) > 0, jnp.full_like(x, 2.5), x), 1),

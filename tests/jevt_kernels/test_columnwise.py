@@ -157,3 +157,14 @@ def test_second_stages_compile(arch: int) -> None:
     binary = aot.compile(second.spec, arch, config=second.config)
     assert binary.spill_bytes == 0
     assert binary.registers <= 80
+
+
+def test_fewer_partial_results_are_offered_for_wide_rows() -> None:
+    x = jax.ShapeDtypeStruct((401408, 256), contract.BFLOAT16)
+    configs = columnwise.configs(contract.build(lambda x: x.sum(0), x))
+    assert configs[0].programs == 0
+    assert configs[-1] == Config((("row", 32), ("col", 128)), 4, 3, 528)
+    narrow = jax.ShapeDtypeStruct((401408, 64), contract.BFLOAT16)
+    assert not any(
+        c.programs for c in columnwise.configs(contract.build(lambda x: x.sum(0), narrow))
+    )

@@ -18,8 +18,8 @@ the same if it moves no more than the hundredth part of a launch, or if it is a 
 holds two components together (see below). Then there may be lost at most: a second stage that the
 readers' group has in any case and ``u``'s does not; the same and the difference of launches if
 ``u``'s group was sums, which XLA runs as one kernel only while they are all that it writes; and,
-where arithmetic is what takes the time of ``u``'s group, the arithmetic of ``v``. No bound counts
-this.
+where arithmetic is what takes the time of ``u``'s group, the arithmetic of ``v``. The plan's bound
+is lower by that (``Node.unproven``, :func:`.prices.unproven_us`).
 
 This is more than fewer nodes. A gradient that two layers share is read by a leaf and by the next
 layer; without the leaf nothing links the two layers, and the component falls apart. That is worth
@@ -71,14 +71,14 @@ def absorb(
             producer = _producer(graph, links, leaf, pieces.inside)
             if producer is None or reach.below[leaf] & pieces.inside != 1 << leaf:
                 continue
-            match pieces.verdict(leaf, producer):
-                case "join":
-                    home[leaf] = home.get(producer, producer)
-                case "assume":
-                    home[leaf] = home.get(producer, producer)
-                    changed[leaf] = dataclasses.replace(graph.nodes[leaf], assumed=True)
-                case "loosen":
-                    changed[leaf] = dataclasses.replace(graph.nodes[leaf], loose=True)
+            verdict, node = pieces.verdict(leaf, producer), graph.nodes[leaf]
+            if verdict == "loosen":
+                changed[leaf] = dataclasses.replace(node, loose=True)
+            elif verdict:
+                home[leaf] = home.get(producer, producer)
+                unproven = (node.eqns,) if pieces.beside_product(leaf) else ()
+                assumed = verdict == "assume"
+                changed[leaf] = dataclasses.replace(node, assumed=assumed, unproven=unproven)
     if not home and not changed:
         return graph
     groups: dict[int, list[int]] = {}
@@ -90,7 +90,7 @@ def absorb(
         if len(members) > 1 and accepts(tuple(p for m in members for p in m.eqns)):
             nodes.append(merge(graph, members))
         else:
-            nodes.extend(dataclasses.replace(m, assumed=False) for m in members)
+            nodes.extend(dataclasses.replace(m, assumed=False, unproven=()) for m in members)
     return ordered(graph, nodes)
 
 
@@ -118,7 +118,8 @@ class _Part:
         spaces = _strongest(self._labels(sum(self.places[producer])))
         near = mates(producer, self.separated, self.links)
         bridge = not near.issuperset(self.links.adjacent[leaf])
-        if self._priced_otherwise(leaf) and not (bridge and self.graph.nodes[leaf].ends):
+        kept = bridge and self.graph.nodes[leaf].ends
+        if self.beside_product(leaf) and not (kept or self._moves_little(leaf)):
             return ""
         if any(label.late for label in held):
             with_sums = {dataclasses.replace(x, late=not x.product) for x in spaces}
@@ -131,17 +132,19 @@ class _Part:
             return "join"
         return "loosen" if bridge else ""
 
-    def _priced_otherwise(self, leaf: int) -> bool:
+    def beside_product(self, leaf: int) -> bool:
         """Whether a leaf may be with other readers, and a product with one of them."""
-        graph, node = self.graph, self.graph.nodes[leaf]
         if len(self.links.adjacent[leaf]) == 1:
             return False
+        near = mates(leaf, self.separated, self.links)
+        return any(self.graph.nodes[n].kind == "contraction" for n in near)
+
+    def _moves_little(self, leaf: int) -> bool:
+        """Whether a leaf moves no more, beside what it reads of its producer, than is counted."""
+        graph = self.graph
         touched = (graph.tensors[t] for t in (*graph.reads[leaf], *graph.writes[leaf]))
         moved = sum(t.nbytes for t in touched if t.producer in (None, leaf) and t.size > 1)
-        if not node.cols and moved <= self.slack:
-            return False
-        kinds = (graph.nodes[n].kind for n in mates(leaf, self.separated, self.links))
-        return "contraction" in kinds
+        return not graph.nodes[leaf].cols and moved <= self.slack
 
     def _labels(self, mask: int) -> set[Label]:
         return {self.labels[bit] for bit in bits(mask)}

@@ -206,6 +206,7 @@ def merge(graph: Graph, parts: list[Node]) -> Node:
         spaces[0].cols if spaces else 0,
         ends=tuple(sorted(ends)),
         assumed=any(p.assumed for p in parts),
+        unproven=tuple(leaf for p in parts for leaf in p.unproven),
         free=all(p.free for p in parts),
     )
 

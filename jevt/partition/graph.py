@@ -76,6 +76,7 @@ class Node:
       assumed: some positions in ``ends`` were joined to the others without proof (see
         :mod:`.absorb`).
       loose: a leaf that is only to be with what it reads, or alone (see :mod:`.absorb`).
+      unproven: equations of each leaf that was joined to the others though that may lose something.
       free: only relabels its operand's bytes (a row-major reshape), so that XLA runs it for
         nothing.
       reason: for opaque nodes, why.
@@ -89,6 +90,7 @@ class Node:
     ends: tuple[int, ...] = ()
     assumed: bool = False
     loose: bool = False
+    unproven: tuple[tuple[int, ...], ...] = ()
     free: bool = False
     reason: str = ""
     fallback: bool = False

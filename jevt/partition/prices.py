@@ -15,6 +15,7 @@ is a kernel in any case, and reads the product's result with the bias or without
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -152,6 +153,17 @@ def prices(graph: Graph, single: Reading, context: Context) -> Prices:
     # A compilation that measures tries what may be slower, as `targets` does with the groups.
     exposed = round(100 * device.exposed_epilogue / targets.unsure(context))
     return Prices(device, chooses, times, found, chained, copies.candidates(graph), exposed)
+
+
+def unproven_us(graph: Graph, single: Reading, device: Device) -> float:
+    """By how much a partition may be cheaper that has some leaves elsewhere (:mod:`.absorb`)."""
+    total = 0.0
+    for eqns in itertools.chain.from_iterable(node.unproven for node in graph.nodes):
+        reduces = any(single.nodes[p].kind == "reduction" for p in eqns)
+        leaf = Node(eqns, "reduction" if reduces else "pointwise")
+        times = _times(graph, single, leaf, device)
+        total += device.triton_launch_us + times.ours + times.more + max(times.parts)
+    return total
 
 
 def _times(graph: Graph, single: Reading, node: Node, device: Device) -> Times:

@@ -126,6 +126,7 @@ class _Run:
         # 5. those that do the same for tensors of their own, a launch for many
         chosen = horizontal.merge(chosen, order.quotient(ordered, laid.successors), jaxpr, context)
         lost = allowance(graph, launch) / context.device.bytes_per_us
+        lost += prices.unproven_us(graph, single, context.device)
         solution = Solution(
             _worst([o.status for o in outcomes] + ["feasible"] * (lost > 0)),
             sum(o.cost * o.unit for o in outcomes),

@@ -57,3 +57,28 @@ def test_what_was_not_measured_is_left_to_the_model(spec: KernelSpec) -> None:
 def test_without_descriptors_the_model_decides() -> None:
     config = default(gemm.bias_residual((1, 401408, 256, 64)), 80)
     assert not config.descriptors and not config.ahead
+
+
+def test_short_epilogues_of_large_tiles_or_of_small_ones_where_memory_is_busy() -> None:
+    config = default(gemm.bias_residual((1, 16384, 1024, 4096)))
+    assert tile(config) == (128, 256)
+    assert (config.specialized, config.num_warps, config.num_stages) == ("cooperative", 4, 4)
+    config = default(gemm.bias_residual((1, 32768, 768, 768)))
+    assert tile(config) == (128, 128)
+    assert (config.specialized, config.num_warps, config.num_stages) == ("pingpong", 4, 5)
+
+
+def test_a_product_alone_is_split_as_fills_the_gpu() -> None:
+    config = default(gemm.product((1, 16384, 4096, 1024), gemm.BFLOAT16))
+    assert tile(config) == (128, 256)
+    assert (config.specialized, config.splits) == ("cooperative", 1)
+    config = default(gemm.product((1, 768, 768, 32768), gemm.BFLOAT16))
+    assert tile(config) == (128, 256)
+    assert (config.specialized, config.splits) == ("cooperative", 7)  # 126 of 132 have a part
+
+
+def test_a_loss_over_many_labels_keeps_the_rows() -> None:
+    config = default(gemm.bias_gelu((1, 1024, 670208, 512)))
+    assert tile(config) == (128, 64)
+    assert (config.specialized, config.programs, config.num_stages) == ("pingpong", 128, 6)
+    assert default(gemm.bias_gelu((1, 1024, 670208, 1024))).programs == 132  # too long to be kept

@@ -87,6 +87,16 @@ def _run(jaxpr: Jaxpr, body: Callable[[Jaxpr], Jaxpr]) -> Jaxpr:
     return rebuild(jaxpr, eqns, literals)
 
 
+def folded(eqn: JaxprEqn) -> Literal | None:
+    """The literal that an equation of literals computes, None if it is not to be computed now."""
+    (out,) = eqn.outvars
+    if _shape(out) or not _is_foldable(eqn, {}):
+        return None
+    with _on_cpu():
+        value = _evaluate(eqn, {})
+    return None if value is None else _literal(value, out.aval)
+
+
 def _with_scalars(eqn: JaxprEqn, uniform: dict[Var, Literal]) -> JaxprEqn:
     """Scalars for uniform operands, as long as one operand has the result's shape."""
     if eqn.primitive not in BROADCASTING:

@@ -25,6 +25,7 @@ from jax.extend.core import primitives as p
 from jevt._jaxpr import Atom
 from jevt.passes._facts import kind, shape_of
 from jevt.passes._rules import Abandon, Graph, Rules
+from jevt.passes.fold_constants import folded
 
 # Element by element, on operands of one shape or scalars.
 POINTWISE: frozenset[Primitive] = frozenset(
@@ -232,7 +233,9 @@ def _of_uniform(eqn: JaxprEqn, scalars: Sequence[Atom], graph: Graph) -> Atom | 
     shape = shape_of(eqn.outvars[0])
     if not shape or not all(isinstance(a, Literal) for a in scalars):
         return None
-    number = graph.emit(eqn.primitive, *scalars, **eqn.params)
+    aval: Any = eqn.outvars[0].aval
+    alone = eqn.replace(invars=list(scalars), outvars=[Var(aval.update(shape=()))])
+    number = folded(alone) or graph.emit(eqn.primitive, *scalars, **eqn.params)
     return graph.broadcast(number, shape, ())
 
 

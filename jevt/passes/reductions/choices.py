@@ -37,6 +37,8 @@ def chosen(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     condition = constant_along(which, shape, axes, graph)
     if condition is None or [value is None for value in values].count(True) != 1:
         return None
+    if any(graph.definition(case, p.exp_p) is not None for case in cases):
+        return None  # of a softmax, whose masks are its own
     count, kept = math.prod(shape[axis] for axis in axes), without(shape, axes)
     sums: list[Atom] = []
     for case, value in zip(cases, values, strict=True):

@@ -169,6 +169,7 @@ LEFT_ALONE = {
     "of_other_mean": lambda x: _sum(lax.sub(x, lax.broadcast_in_dim(_sum(x, 0), (6, 8), (1,))), 1),
     "reordering_reshape": lambda x: _sum(lax.reshape(x, (8, 6)), 1),
     "chosen_for_an_element": lambda x: _sum(jnp.where(x > 0, x, np.float32(1)), 1),
+    "chosen_of_exponentials": lambda x: _sum(jnp.where(x[:, :1] > 0, jnp.exp(x), 0), 1),
     "chosen_of_two": lambda x: _sum(jnp.where(x[:, :1] > 0, x, jnp.exp(x)), 1),
     "chosen_and_not_squared": lambda x: _sum(jnp.exp(jnp.where(x[:, :1] > 0, x, 1)), 1),
 }

@@ -113,26 +113,39 @@ def programs(seeds: range, seconds: float = 1.0) -> Iterator[str]:
         yield plan.solution.status + (" above the limit" if above else "")
 
 
-def two_steps(seeds: range) -> Iterator[str]:
-    """Programs as components, and as one problem: the same objective, copies of nodes left out."""
+def two_steps(seeds: range, contracted: bool = True) -> Iterator[str]:
+    """Programs as components, and as one problem: the same objective, copies of nodes left out.
+
+    Where the bound is below the objective, by what `absorb` assumes, it bounds the one problem.
+    Not ``contracted``, that has a node for each equation.
+    """
     where = context("triton")
     with mock.patch.object(copies, "candidates", return_value=frozenset()):
         for seed in seeds:
             jaxpr, _ = trace(random_programs.dag(seed, 6 + seed % 7), SHAPE, SHAPE)
             plan = partition(jaxpr, where, workers=1)
-            if plan.solution.status not in ("optimal", "trivial"):
-                yield "not proven"  # the bound is then below, by what `absorb` assumes
-                continue
-            whole, slack = in_one(jaxpr, where)
+            whole, slack = in_one(jaxpr, where, contracted)
             if whole.status not in ("optimal", "trivial"):
                 yield "whole not proven"
                 continue
-            split = round(plan.solution.objective_us / whole.unit)
-            assert whole.cost - 1 <= split <= whole.cost + slack + 1, (seed, split, whole.cost)
+            solution = plan.solution
+            split, bound = (
+                round(us / whole.unit) for us in (solution.objective_us, solution.bound_us)
+            )
+            assert bound - slack - 1 <= whole.cost <= split + 1, (seed, bound, split, whole.cost)
+            if solution.status not in ("optimal", "trivial"):
+                yield "bounded"
+                continue
+            assert split <= whole.cost + slack + 1, (seed, split, whole.cost)
             yield "equal"
 
 
-def in_one(jaxpr, where):
+def equations(seeds: range) -> Iterator[str]:
+    """What `contract` joins, too, costs no optimum."""
+    return two_steps(seeds, contracted=False)
+
+
+def in_one(jaxpr, where, contracted=True):
     """The program as one problem, without both steps, and what the two may lose by their proofs."""
     jaxpr = recompute(graphs.read(jaxpr, rules.classify), where.device)
     jaxpr = duplicate(graphs.read(jaxpr, rules.classify))
@@ -142,7 +155,9 @@ def in_one(jaxpr, where):
         return builder.accepts(merge_copies(inner))
 
     single = graphs.from_jaxpr(jaxpr, rules.classify)
-    graph = contract(single, lambda positions: accepts(single.extract(positions)))
+    graph = single
+    if contracted:
+        graph = contract(single, lambda positions: accepts(single.extract(positions)))
     costs = prices.prices(graph, single, where)
     reach = Reach.of(graph)
     fusible = [n for n, node in enumerate(graph.nodes) if not node.opaque]
@@ -165,6 +180,7 @@ PARTS = {
     "large": (large, 1000),
     "programs": (programs, 1000),
     "two_steps": (two_steps, 1000),
+    "equations": (equations, 1000),
 }
 
 

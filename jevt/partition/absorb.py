@@ -71,14 +71,14 @@ def absorb(
             producer = _producer(graph, links, leaf, pieces.inside)
             if producer is None or reach.below[leaf] & pieces.inside != 1 << leaf:
                 continue
-            verdict, node = pieces.verdict(leaf, producer), graph.nodes[leaf]
+            verdict, own = pieces.verdict(leaf, producer), graph.nodes[leaf]
             if verdict == "loosen":
-                changed[leaf] = dataclasses.replace(node, loose=True)
+                changed[leaf] = dataclasses.replace(own, loose=True)
             elif verdict:
                 home[leaf] = home.get(producer, producer)
-                unproven = (node.eqns,) if pieces.beside_product(leaf) else ()
+                unproven = (own.eqns,) if pieces.beside_product(leaf) else ()
                 assumed = verdict == "assume"
-                changed[leaf] = dataclasses.replace(node, assumed=assumed, unproven=unproven)
+                changed[leaf] = dataclasses.replace(own, assumed=assumed, unproven=unproven)
     if not home and not changed:
         return graph
     groups: dict[int, list[int]] = {}

@@ -8,7 +8,14 @@ from partitions import brute_force, random_problem
 
 from jevt.partition import solve
 
-COUNTS = {"exhaustive": 12, "duplicated": 60, "large": 15, "programs": 12, "two_steps": 40}
+COUNTS = {
+    "exhaustive": 12,
+    "duplicated": 60,
+    "large": 15,
+    "programs": 12,
+    "two_steps": 40,
+    "equations": 20,
+}
 
 
 @pytest.mark.parametrize("name", many_partitions.PARTS)
@@ -18,8 +25,8 @@ def test_against_oracles(name):
     assert words.total() == COUNTS[name]
     if name == "duplicated":
         assert words["with copies"] > 1
-    if name == "two_steps":
-        assert words["equal"] > 30
+    if name in ("two_steps", "equations"):
+        assert words["equal"] > 0.75 * COUNTS[name]
 
 
 @pytest.mark.parametrize("seed", [627, 1028])
@@ -48,4 +55,4 @@ def test_two_steps_that_once_lost_something(seed):
 
 def test_nothing_is_proven_where_a_leaf_was_joined_on_an_assumption():
     """In 6341, what the leaf is joined with alone could link two nodes that are refused."""
-    assert [*many_partitions.two_steps(range(6341, 6342))] == ["not proven"]
+    assert [*many_partitions.two_steps(range(6341, 6342))] == ["bounded"]

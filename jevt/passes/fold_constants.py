@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -87,14 +87,25 @@ def _run(jaxpr: Jaxpr, body: Callable[[Jaxpr], Jaxpr]) -> Jaxpr:
     return rebuild(jaxpr, eqns, literals)
 
 
-def folded(eqn: JaxprEqn) -> Literal | None:
-    """The literal that an equation of literals computes, None if it is not to be computed now."""
-    (out,) = eqn.outvars
-    if _shape(out) or not _is_foldable(eqn, {}):
+def element(eqn: JaxprEqn, scalars: Sequence[Literal]) -> Literal | None:
+    """An element of what an elementwise equation makes of uniform arrays.
+
+    Args:
+      eqn: the equation.
+      scalars: what the elements of its operands are.
+
+    Returns:
+      None if it is not to be computed now.
+    """
+    aval: Any = eqn.outvars[0].aval
+    if not _is_local(aval):
+        return None
+    alone = eqn.replace(invars=list(scalars), outvars=[Var(aval.update(shape=()))])
+    if not _is_foldable(alone, {}):
         return None
     with _on_cpu():
-        value = _evaluate(eqn, {})
-    return None if value is None else _literal(value, out.aval)
+        value = _evaluate(alone, {})
+    return None if value is None else _literal(value, alone.outvars[0].aval)
 
 
 def _with_scalars(eqn: JaxprEqn, uniform: dict[Var, Literal]) -> JaxprEqn:

@@ -25,7 +25,7 @@ from jax.extend.core import primitives as p
 from jevt._jaxpr import Atom
 from jevt.passes._facts import kind, shape_of
 from jevt.passes._rules import Abandon, Graph, Rules
-from jevt.passes.fold_constants import folded
+from jevt.passes.fold_constants import element
 
 # Element by element, on operands of one shape or scalars.
 POINTWISE: frozenset[Primitive] = frozenset(
@@ -231,11 +231,10 @@ def sink(eqn: JaxprEqn, graph: Graph) -> Atom | None:
 def _of_uniform(eqn: JaxprEqn, scalars: Sequence[Atom], graph: Graph) -> Atom | None:
     """A function of uniform arrays, as the broadcast of the function of their numbers."""
     shape = shape_of(eqn.outvars[0])
-    if not shape or not all(isinstance(a, Literal) for a in scalars):
+    literals = [a for a in scalars if isinstance(a, Literal)]
+    if not shape or len(literals) < len(scalars):
         return None
-    aval: Any = eqn.outvars[0].aval
-    alone = eqn.replace(invars=list(scalars), outvars=[Var(aval.update(shape=()))])
-    number = folded(alone) or graph.emit(eqn.primitive, *scalars, **eqn.params)
+    number = element(eqn, literals) or graph.emit(eqn.primitive, *scalars, **eqn.params)
     return graph.broadcast(number, shape, ())
 
 

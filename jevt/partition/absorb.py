@@ -25,9 +25,9 @@ This is more than fewer nodes. A gradient that two layers share is read by a lea
 layer; without the leaf nothing links the two layers, and the component falls apart. That is worth
 an assumption: a leaf that links its producer to nodes that can be in no group with it is joined
 even if values of rows might have to be stored. The problem is then stated as if the leaf forbade
-nothing, so that its optimum, less what the leaf's second stage may cost there and not elsewhere, is
-a bound for all partitions. If ``build`` takes the solution all the
-same, as it mostly does, that is the optimum; otherwise there remains a gap (``Problem.assumed``).
+nothing, so that its optimum, less what the leaf may cost there and not elsewhere (``unproven``,
+too), is a bound for all partitions. If ``build`` takes the solution all the same, as it mostly
+does, the solution is as good as that optimum; otherwise there remains a gap (``Problem.assumed``).
 Where the leaf does not fit at all, because rows are too long to be on chip beside sums along them,
 it is loosened: links to other readers of ``t`` are dropped. Every partition that uses them costs no
 less than one that does not, minus a launch and one time reading ``t`` (:func:`allowance`).

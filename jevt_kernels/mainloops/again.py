@@ -16,7 +16,9 @@ import numpy as np
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer
 from jevt_kernels.mainloops.picks import compared_column
-from jevt_kernels.spec import KernelSpec
+
+#: What a row's number may be.
+_REMADE = (visitor.Load, visitor.Compute, visitor.Reduce)
 
 
 def print_stores(printer: Printer, picked: Collection[int]) -> None:
@@ -26,7 +28,7 @@ def print_stores(printer: Printer, picked: Collection[int]) -> None:
       printer: of the kernel.
       picked: reductions that have not looked at the whole row.
     """
-    masks = _masks_of_both(printer.spec, picked)
+    masks = _masks_of_both(printer, picked)
     if not masks:
         printer.store_all(printer.stores())
         return
@@ -47,9 +49,9 @@ def print_stores(printer: Printer, picked: Collection[int]) -> None:
         printer.store_all(stores)
 
 
-def _masks_of_both(spec: KernelSpec, picked: Collection[int]) -> dict[int, int]:
+def _masks_of_both(printer: Printer, picked: Collection[int]) -> dict[int, int]:
     """Comparisons that both a reduction and a store need, and the numbers that they are with."""
-    tree = spec.tree
+    tree = printer.spec.tree
     sums = [
         operand
         for position, node in enumerate(tree)
@@ -61,17 +63,9 @@ def _masks_of_both(spec: KernelSpec, picked: Collection[int]) -> dict[int, int]:
     late = visitor.ancestors(tree, *stored, known=(visitor.Reduce,))
     found: dict[int, int] = {}
     for position in sorted({*early} & {*late}):
-        column = compared_column(spec, position)
-        if column is not None and _dtype(spec, column) == np.dtype("int32"):
+        column = compared_column(printer.spec, position)
+        if column is None or not isinstance(tree[column], _REMADE):
+            continue
+        if printer.node_dtype(column) == np.dtype("int32"):
             found[position] = column
     return found
-
-
-def _dtype(spec: KernelSpec, position: int) -> np.dtype | None:
-    match spec.tree[position]:
-        case visitor.Load() as node:
-            return spec.inputs[node.input].dtype
-        case visitor.Compute() | visitor.Reduce() as node:
-            return node.dtype
-        case _:
-            return None

@@ -66,7 +66,8 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
         # the first; statistics of few rows take longer.
         across = _FEW_PARTS_COLUMNS
         blocks = (("row", min(4096 // across, power_of_two(rows))), ("col", across))
-        result.setdefault(Config(blocks, 4, stages(spec, "row", dict(blocks), 3), 528))
+        ahead = stages(spec, "row", dict(blocks), most=3)
+        result.setdefault(Config(blocks, 4, ahead, ROW_PROGRAMS // 2))
     return tuple(result)
 
 

@@ -164,7 +164,6 @@ def shared_bytes(spec: KernelSpec, found: Product, config: Config) -> int:
     several tiles: then the next tile's operands are in it.
     """
     m, n, k = (config.block(name) for name in ("m", "n", "k"))
-    operands = (m + n) * k * found.dtype.itemsize * config.num_stages + _BARRIER_BYTES
     if config.specialized:
         operands = specialized.ring_bytes(found, config) + 4 * _BARRIER_BYTES
         if config.splits > 1:
@@ -173,6 +172,7 @@ def shared_bytes(spec: KernelSpec, found: Product, config: Config) -> int:
         passing = groups * m * n * _PASSING_BYTES // config.subtiles
         sums = any(isinstance(node, visitor.Reduce) for node in spec.tree)
         return operands + passing + sums * groups * gemm_tiles.members(config) * _SUMS_BYTES
+    operands = (m + n) * k * found.dtype.itemsize * config.num_stages + _BARRIER_BYTES
     return operands + (_passing_bytes(spec, found, config) if config.programs else 0)
 
 

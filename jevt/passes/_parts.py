@@ -11,20 +11,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from jax.extend.core import JaxprEqn, Var
+from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
 
-from jevt._jaxpr import Atom, aval
-from jevt.lowering.axes import Axes, Axis, Factor, flat, fresh, unify
+from jevt._jaxpr import Atom
+from jevt.lowering.axes import Axes, Axis, Factor, flat, fresh
 from jevt.lowering.errors import NotFusible
 from jevt.passes._facts import shape_of
+from jevt.passes._ranges import Range, Ranges, factors_of, free_axes, is_view, seen, unsplit
 from jevt.passes._rewrite import read
 from jevt.passes._rules import Graph
 
-type Range = tuple[int, int, int]  # start, limit and step
 type Cut = tuple[int, int, int]  # axis, start and limit
 
 
@@ -38,7 +38,7 @@ class Part:
         further.
       side: the operand of the product whose columns it has a part of.
       operand: this operand's axes.
-      taken: what the product of its own has of the factors that it does not have whole.
+      ranges: what the product of its own has of the factors that it does not have whole.
       cut: axis, start and limit of a slice at the end, if that product has more than the part.
     """
 
@@ -46,7 +46,7 @@ class Part:
     axes: tuple[Axes, ...]
     side: int
     operand: Axes
-    taken: Mapping[Factor, Range]
+    ranges: Ranges
     cut: Cut | None = None
 
     @property
@@ -66,45 +66,44 @@ class Part:
         """Numbers of the columns that its product has."""
         factors = self._factors()
         numbers = np.arange(self.all_columns).reshape([f.size for f in factors])
-        return numbers[tuple(slice(*self._range(f)) for f in factors)].ravel()
+        return numbers[tuple(slice(*self.ranges.of(f)) for f in factors)].ravel()
 
     def within(self, start: int, limit: int) -> Part | None:
         """The same slice, of a product of these columns; None if the chain sees them apart."""
         first, *others = self._factors()
         inner = math.prod(f.size for f in others)
-        low, high, step = self._range(first)
-        if self.taken.keys() != {first} or step != 1 or start % inner or limit % inner:
+        low, high, step = self.ranges.of(first)
+        if self.ranges.taken.keys() != {first} or step != 1 or start % inner or limit % inner:
             return None
         begin = start // inner
         axis = next(i for i, axis in enumerate(self.axes[-1]) if first in axis)
         each = math.prod(f.size for f in self.axes[-1][axis][1:])
         cut = (axis, (low - begin) * each, (high - begin) * each)
-        taken = {first: (begin, limit // inner, 1)}
-        return dataclasses.replace(self, taken=taken, cut=cut)
+        ranges = Ranges({first: (begin, limit // inner, 1)})
+        return dataclasses.replace(self, ranges=ranges, cut=cut)
 
     def alone(self) -> JaxprEqn:
         """The product of these columns, of variables of its own, to ask what it costs."""
         operands = list(self.product.invars)
-        operands[self.side] = self._like(operands[self.side], self.operand)
+        operands[self.side] = self.ranges.like(operands[self.side], self.operand)
         (out,) = self.product.outvars
-        return self.product.replace(invars=operands, outvars=[self._like(out, self.axes[0])])
+        return self.product.replace(invars=operands, outvars=[self.ranges.like(out, self.axes[0])])
 
     def is_in_order(self) -> bool:
         """Whether the slice lies in memory as the product of its columns does."""
-        first, last = ([f for f in flat(a) if self._count(f) > 1] for a in self._ends())
-        return first == last
+        return self.ranges.order(self.axes[0]) == self.ranges.order(self.axes[-1])
 
     def is_one_piece(self) -> bool:
         """Whether the slice is one piece of the whole product's memory."""
-        first, last = map(flat, self._ends())
-        outermost = len(self.taken) == 1 and first[0] in self.taken
-        return first == last and outermost and self._range(first[0])[2] == 1
+        first, last = flat(self.axes[0]), flat(self.axes[-1])
+        outermost = len(self.ranges.taken) == 1 and first[0] in self.ranges.taken
+        return first == last and outermost and self.ranges.of(first[0])[2] == 1
 
     def emit(self, graph: Graph) -> Atom:
         """What stands for the slice: the chain from a product of its own."""
         graph.place(self.product)
         operands = [read(graph.env, atom) for atom in self.product.invars]
-        operands[self.side] = self._part_of(operands[self.side], self.operand, graph)
+        operands[self.side] = self.ranges.part(operands[self.side], self.operand, graph)
         value = graph.emit(p.dot_general_p, *operands, **self.product.params)
         for (before, eqn), axes in zip(
             itertools.pairwise(self.chain[:-1]), self.axes[1:], strict=True
@@ -113,7 +112,7 @@ class Part:
             if eqn.primitive is p.transpose_p:
                 value = graph.emit(p.transpose_p, value, **eqn.params)
             elif is_view(eqn):
-                value = graph.reshape(value, self._shape(axes))
+                value = graph.reshape(value, self.ranges.shape(axes))
             else:
                 (whole,) = before.outvars
                 operands = [
@@ -137,64 +136,20 @@ class Part:
         if view is not None and view.primitive is p.broadcast_in_dim_p:
             places = view.params["broadcast_dimensions"]
             small = _present([own[place] for place in places], shape_of(source))
-            return graph.broadcast(self._part_of(source, small, graph), self._shape(own), places)
+            return graph.broadcast(
+                self.ranges.part(source, small, graph), self.ranges.shape(own), places
+            )
         if view is not None and is_view(view) and _only_units(view):
             small = _spread([axis for axis in own if axis], shape_of(source))
-            return graph.reshape(self._part_of(source, small, graph), self._shape(own))
-        return self._part_of(atom, own, graph)
-
-    def _part_of(self, atom: Atom, axes: Axes, graph: Graph) -> Atom:
-        """The part of an array of these axes."""
-        if all(f not in self.taken for f in flat(axes)):
-            return atom
-        if not all(self._is_range(axis) for axis in axes):
-            factors = tuple((f,) for f in flat(axes))
-            split = graph.reshape(atom, [f.size for f in flat(axes)])
-            return graph.reshape(self._part_of(split, factors, graph), self._shape(axes))
-        ranges = []
-        for axis in axes:
-            start, limit, step = self._range(axis[0]) if axis else (0, 1, 1)
-            inner = math.prod(f.size for f in axis[1:])
-            ranges.append((start * inner, limit * inner, step))
-        starts, limits, steps = map(tuple, zip(*ranges, strict=True))
-        return graph.emit(
-            p.slice_p, atom, start_indices=starts, limit_indices=limits, strides=steps
-        )
-
-    def _is_range(self, axis: Axis) -> bool:
-        """Whether the part has one range of an axis."""
-        if any(f in self.taken for f in axis[1:]):
-            return False
-        return len(axis) < 2 or self._range(axis[0])[2] == 1
-
-    def _range(self, factor: Factor) -> Range:
-        return self.taken.get(factor, (0, factor.size, 1))
-
-    def _count(self, factor: Factor) -> int:
-        return len(range(*self._range(factor)))
-
-    def _shape(self, axes: Axes) -> tuple[int, ...]:
-        return tuple(math.prod(map(self._count, axis)) for axis in axes)
-
-    def _like(self, atom: Atom, axes: Axes) -> Var:
-        return Var(aval(atom).update(shape=self._shape(axes)))
+            return graph.reshape(self.ranges.part(source, small, graph), self.ranges.shape(own))
+        return self.ranges.part(atom, own, graph)
 
     def _factors(self) -> list[Factor]:
         """The factors of the columns."""
-        return [f for d in self._columns() for f in self.operand[d]]
+        return factors_of(self.operand, self._columns())
 
     def _columns(self) -> list[int]:
-        return _free(self.product, self.side)
-
-    def _ends(self) -> tuple[Axes, Axes]:
-        return self.axes[0], self.axes[-1]
-
-
-def is_view(eqn: JaxprEqn) -> bool:
-    """Whether an equation gives elements other positions and leaves none out."""
-    if eqn.primitive is p.reshape_p:
-        return eqn.params["dimensions"] is None and eqn.params["sharding"] is None
-    return eqn.primitive in (p.transpose_p, p.squeeze_p)
+        return free_axes(self.product, self.side)
 
 
 def follow(chain: Sequence[JaxprEqn]) -> Part | None:
@@ -206,30 +161,18 @@ def follow(chain: Sequence[JaxprEqn]) -> Part | None:
     axes = [fresh(shape_of(product.outvars[0]))]
     try:
         for eqn in way:
-            axes.append(_result(eqn, axes[-1]))
+            axes.append(seen(eqn, axes[-1]))
     except NotFusible:  # reshapes that cut axes differently
         return None
-    unsplit = tuple(
-        tuple(tuple(atom for f in axis for atom in f.atoms()) for axis in value) for value in axes
-    )
-    taken = _taken(last, unsplit[-1])
+    found = tuple(map(unsplit, axes))
+    taken = _taken(last, found[-1])
     if not taken:
         return None
     for side in (0, 1):
-        operand = _operand(product, side, unsplit[0])
-        if taken.keys() <= {f for d in _free(product, side) for f in operand[d]}:
-            return Part(tuple(chain), unsplit, side, operand, taken)
+        operand = _operand(product, side, found[0])
+        if taken.keys() <= set(factors_of(operand, free_axes(product, side))):
+            return Part(tuple(chain), found, side, operand, Ranges(taken))
     return None
-
-
-def _result(eqn: JaxprEqn, axes: Axes) -> Axes:
-    if eqn.primitive is p.transpose_p:
-        return tuple(axes[axis] for axis in eqn.params["permutation"])
-    if not is_view(eqn):
-        return axes
-    result = fresh(shape_of(eqn.outvars[0]))
-    unify(flat(axes), flat(result), "reshape")
-    return result
 
 
 def _taken(eqn: JaxprEqn, axes: Axes) -> dict[Factor, Range] | None:
@@ -248,22 +191,15 @@ def _taken(eqn: JaxprEqn, axes: Axes) -> dict[Factor, Range] | None:
     return result
 
 
-def _free(product: JaxprEqn, side: int) -> list[int]:
-    """The axes of an operand that the result has from it alone."""
-    contracted, batch = (pair[side] for pair in product.params["dimension_numbers"])
-    rank = len(shape_of(product.invars[side]))
-    return [d for d in range(rank) if d not in contracted and d not in batch]
-
-
 def _operand(product: JaxprEqn, side: int, result: Axes) -> Axes:
     """The axes of an operand, from those of the result; contracted ones are its own."""
     operand = list(fresh(shape_of(product.invars[side])))
     batch = product.params["dimension_numbers"][1][side]
-    of_left = len(_free(product, 0)) if side else 0
+    of_left = len(free_axes(product, 0)) if side else 0
     own = result[len(batch) + of_left :]
     for dimension, axis in zip(batch, result, strict=False):
         operand[dimension] = axis
-    for dimension, axis in zip(_free(product, side), own, strict=False):
+    for dimension, axis in zip(free_axes(product, side), own, strict=False):
         operand[dimension] = axis
     return tuple(operand)
 

@@ -34,7 +34,6 @@ multiply. Left alone:
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -46,16 +45,13 @@ from jevt._jaxpr import Atom
 from jevt.lowering.errors import NotFusible
 from jevt.lowering.rules import classify
 from jevt.partition.fusions import relabels
-from jevt.partition.graph import elements, nbytes, uses
+from jevt.partition.graph import elements, nbytes
 from jevt.partition.products import Size, cublas_us
-from jevt.partition.targets import body_context
-from jevt.passes._facts import shape_of
-from jevt.passes._parts import Part, follow, is_view
-from jevt.passes._rewrite import map_bodies, rebuild, substitute
-from jevt.passes._rules import Abandon, Graph, check_same_mesh
-from jevt.primitives.attention import attention_backward_p, attention_p
-from jevt.primitives.row_products import row_products_p
-from jevt.primitives.segments import fused_segment_sum_p, segment_sum_p
+from jevt.passes._parts import Part, follow
+from jevt.passes._ranges import is_view
+from jevt.passes._readers import Readers, is_call, is_in_order
+from jevt.passes._replace import Replacements, replace
+from jevt.passes._rules import Abandon, check_same_mesh
 
 #: Fewest columns of a part.
 MIN_COLUMNS = 256
@@ -68,59 +64,19 @@ MERGED_BYTES = 32 << 20
 #: What XLA hands to cuBLAS with a product, if the other operand is small.
 _FOLDED = frozenset({p.add_p, p.add_jaxvals_p, p.mul_p, p.max_p, p.convert_element_type_p})
 
-#: Calls of libraries and of kernels, and loops: what reads arrays, not slices of them.
-_CALLS = frozenset(
-    {
-        *(attention_p, attention_backward_p, segment_sum_p, fused_segment_sum_p, row_products_p),
-        *(p.conv_general_dilated_p, p.fft_p, p.scan_p, p.while_p, p.cond_p),
-        *(p.psum_p, p.all_gather_p, p.all_to_all_p, p.ppermute_p, p.ragged_all_to_all_p),
-    }
-)
-
-#: Others, whose primitives JAX does not export.
-_CALLS_BY_NAME = frozenset(
-    {"ffi_call", "pallas_call", "triton_kernel_call", "psum_invariant", "reduce_scatter"}
-)
-
 
 def run(jaxpr: Jaxpr, context: Context) -> Jaxpr:
     """Splits the products of ``jaxpr`` and of its bodies for the device of ``context``."""
-    return _Run().run(jaxpr, context, outermost=True)
+    return replace(jaxpr, context, _replacements)
 
 
-class _Run:
-    """One run of the pass, with the bodies that are done."""
-
-    def __init__(self) -> None:
-        self.done: dict[tuple[Jaxpr, Context], Jaxpr] = {}
-
-    def run(self, jaxpr: Jaxpr, context: Context, *, outermost: bool = False) -> Jaxpr:
-        key = jaxpr, context
-        if key not in self.done:
-            self.done[key] = self._rewritten(jaxpr, context, outermost)
-        return self.done[key]
-
-    def _rewritten(self, jaxpr: Jaxpr, context: Context, outermost: bool) -> Jaxpr:
-        # Under automatic partitioning, a weight's parts may lie on other devices than its whole.
-        found = () if context.partitioned else _splits(_Readers(jaxpr, outermost), context.device)
-        parts = {part.slice.outvars[0]: part for split in found for part in split}
-        if not parts:
-            return rebuild(jaxpr, [self._with_bodies(eqn, context) for eqn in jaxpr.eqns], {})
-        graph = Graph(jaxpr, {})
-        for eqn in jaxpr.eqns:
-            if eqn.outvars and eqn.outvars[0] in parts:
-                graph.env[eqn.outvars[0]] = parts[eqn.outvars[0]].emit(graph)
-            else:
-                graph.add(self._with_bodies(substitute(graph.env, eqn), context))
-        return rebuild(jaxpr, graph.eqns, graph.env)
-
-    def _with_bodies(self, eqn: JaxprEqn, context: Context) -> JaxprEqn:
-        inner = body_context(context, eqn.primitive.name, eqn.params)
-        return map_bodies(eqn, functools.partial(self.run, context=inner))
+def _replacements(jaxpr: Jaxpr, context: Context, outermost: bool) -> Replacements:
+    found = _splits(_Slices(jaxpr, outermost), context.device)
+    return {part.slice.outvars[0]: part.emit for split in found for part in split}
 
 
-class _Readers:
-    """A jaxpr, and what reads its values.
+class _Slices(Readers):
+    """A jaxpr, and what reads slices in it.
 
     Attributes:
       outermost: whether its outputs are arrays of their own; a loop writes those of its body into
@@ -128,22 +84,12 @@ class _Readers:
     """
 
     def __init__(self, jaxpr: Jaxpr, outermost: bool) -> None:
-        self.eqns = jaxpr.eqns
+        super().__init__(jaxpr)
         self.outermost = outermost
-        self._positions = uses(jaxpr)
-        self._makers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
-
-    def of(self, var: Var) -> list[JaxprEqn]:
-        """The equations that read a value, in order."""
-        found = self._positions.get(var, ())
-        return [self.eqns[i] for i in sorted(i for i in found if i is not None)]
-
-    def is_output(self, var: Var) -> bool:
-        return None in self._positions.get(var, ())
 
     def elements(self, atom: Atom) -> int:
         """The number of elements that an array has in memory, where it may be a broadcast."""
-        maker = self._makers.get(atom) if isinstance(atom, Var) else None
+        maker = self.maker(atom)
         if maker is not None and maker.primitive is p.broadcast_in_dim_p:
             atom = maker.invars[0]
         return elements(atom.aval)
@@ -158,7 +104,7 @@ class _Readers:
         )
 
 
-def _splits(readers: _Readers, device: Device) -> Iterator[list[Part]]:
+def _splits(readers: _Slices, device: Device) -> Iterator[list[Part]]:
     """The products that are worth it, as their parts."""
     for eqn in readers.eqns:
         if eqn.primitive is not p.dot_general_p or not _may_be_split(eqn):
@@ -178,7 +124,7 @@ def _may_be_split(product: JaxprEqn) -> bool:
     return Size.of(product).moved > MERGED_BYTES and product.params.get("out_sharding") is None
 
 
-def _chains(product: JaxprEqn, readers: _Readers) -> Iterator[tuple[JaxprEqn, ...]]:
+def _chains(product: JaxprEqn, readers: _Slices) -> Iterator[tuple[JaxprEqn, ...]]:
     """The ways from a product to the slices of it; an empty one to what reads it whole."""
     stack: list[tuple[JaxprEqn, ...]] = [(product,)]
     while stack:
@@ -195,7 +141,7 @@ def _chains(product: JaxprEqn, readers: _Readers) -> Iterator[tuple[JaxprEqn, ..
                 yield ()
 
 
-def _is_folded(part: Part, readers: _Readers) -> bool:
+def _is_folded(part: Part, readers: _Slices) -> bool:
     """Whether all other operands on the way are small."""
     values = {v for eqn in part.chain for v in eqn.outvars}
     operands = [a for eqn in part.chain[1:] for a in eqn.invars]
@@ -248,7 +194,7 @@ class _Piece:
         return len(self.columns) >= MIN_COLUMNS and Size.of(self.product).moved > MERGED_BYTES
 
 
-def _chosen(parts: Sequence[Part], readers: _Readers, device: Device) -> list[Part]:
+def _chosen(parts: Sequence[Part], readers: _Slices, device: Device) -> list[Part]:
     """The slices, with what each is computed from; none if one product for all is the fastest."""
     pieces = _pieces(parts, readers)
     products = [piece.product for piece in pieces]
@@ -266,7 +212,7 @@ def _chosen(parts: Sequence[Part], readers: _Readers, device: Device) -> list[Pa
     return [part for piece in pieces for part in piece.slices()] if after < before else []
 
 
-def _pieces(parts: Sequence[Part], readers: _Readers) -> list[_Piece]:
+def _pieces(parts: Sequence[Part], readers: _Slices) -> list[_Piece]:
     """A piece for each set of columns, and one for neighbours that gain nothing from their own.
 
     No pieces if two sets overlap, or are of two operands.
@@ -290,7 +236,7 @@ def _pieces(parts: Sequence[Part], readers: _Readers) -> list[_Piece]:
     return result
 
 
-def _is_saved(part: Part, readers: _Readers) -> bool:
+def _is_saved(part: Part, readers: _Slices) -> bool:
     """Whether a slice is copied, and its part needs no copy."""
     copied = not part.is_one_piece() and readers.is_copied(part.slice.outvars[0])
     return copied and part.is_in_order()
@@ -299,16 +245,5 @@ def _is_saved(part: Part, readers: _Readers) -> bool:
 def _reads_arrays(eqn: JaxprEqn, var: Var) -> bool:
     """Whether an equation is a call that reads ``var`` as an array of its own."""
     if eqn.primitive is p.dot_general_p:
-        return any(_is_in_order(eqn, side) for side in (0, 1) if eqn.invars[side] is var)
-    return eqn.primitive in _CALLS or eqn.primitive.name in _CALLS_BY_NAME
-
-
-def _is_in_order(product: JaxprEqn, side: int) -> bool:
-    """Whether cuBLAS takes an operand as it is: its batch first, its other axes in two blocks."""
-    contracted, batch = (pair[side] for pair in product.params["dimension_numbers"])
-    rest = range(len(batch), len(shape_of(product.invars[side])))
-    first, last = rest[: len(contracted)], rest[len(rest) - len(contracted) :]
-    return tuple(batch) == tuple(range(len(batch))) and tuple(contracted) in (
-        tuple(first),
-        tuple(last),
-    )
+        return any(is_in_order(eqn, side) for side in (0, 1) if eqn.invars[side] is var)
+    return is_call(eqn)

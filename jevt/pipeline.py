@@ -38,6 +38,7 @@ from jevt.passes import (
     sink_constants,
     slices,
     sparse_products,
+    split_concatenations,
     split_products,
     table_gradient,
 )
@@ -171,10 +172,12 @@ def _kernel_passes(context: Context, note: Callable[[str], None]) -> tuple[tuple
 
 
 def _splitting_passes(context: Context) -> tuple[tuple[str, Pass], ...]:
-    """Passes that write what calls read where they read it; after all that put in calls."""
+    """Passes for what calls read and write as arrays of its own; after all that put in calls."""
     return (
         # Products that are read in parts become a product for each part.
         ("split_products", functools.partial(split_products.run, context=context)),
+        # Products that read a concatenation become a product for each part of it.
+        ("split_concatenations", functools.partial(split_concatenations.run, context=context)),
         # Slices of the same columns are one product; nobody reads the whole.
         ("cse", cse.run),
         ("dce", dce.run),

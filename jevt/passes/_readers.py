@@ -6,8 +6,11 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom
+from jevt.lowering.errors import NotFusible
+from jevt.lowering.rules import classify
 from jevt.partition.graph import uses
 from jevt.passes._facts import shape_of
+from jevt.passes._rules import Abandon, check_same_mesh
 from jevt.primitives.attention import attention_backward_p, attention_p
 from jevt.primitives.row_products import row_products_p
 from jevt.primitives.segments import fused_segment_sum_p, segment_sum_p
@@ -57,12 +60,22 @@ def is_call(eqn: JaxprEqn) -> bool:
     return eqn.primitive in _CALLS or eqn.primitive.name in _CALLS_BY_NAME
 
 
+def has_known_cost(product: JaxprEqn) -> bool:
+    """Whether a product has types whose cost is known, and is not sharded."""
+    try:
+        check_same_mesh(product.invars)
+        classify(product)
+    except (Abandon, NotFusible):
+        return False
+    return product.params.get("out_sharding") is None
+
+
 def is_in_order(product: JaxprEqn, side: int) -> bool:
     """Whether cuBLAS takes an operand as it is: its batch first, its other axes in two blocks."""
-    contracted, batch = (pair[side] for pair in product.params["dimension_numbers"])
-    rest = range(len(batch), len(shape_of(product.invars[side])))
-    first, last = rest[: len(contracted)], rest[len(rest) - len(contracted) :]
-    return tuple(batch) == tuple(range(len(batch))) and tuple(contracted) in (
-        tuple(first),
-        tuple(last),
-    )
+    contracted, batch = product.params["dimension_numbers"]
+    pairs = sorted(zip(contracted[side], contracted[1 - side], strict=True))
+    own, others = [own for own, _ in pairs], [other for _, other in pairs]
+    rest = list(range(len(batch[side]), len(shape_of(product.invars[side]))))
+    first, last = rest[: len(own)], rest[len(rest) - len(own) :]
+    whole_batch = list(batch[side]) == list(range(len(batch[side])))
+    return whole_batch and own in (first, last) and others == sorted(others)

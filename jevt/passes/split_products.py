@@ -42,14 +42,12 @@ from jax.extend.core import primitives as p
 
 from jevt._context import Context, Device
 from jevt._jaxpr import Atom
-from jevt.lowering.errors import NotFusible
-from jevt.lowering.rules import classify
 from jevt.partition.fusions import relabels
 from jevt.partition.graph import elements, nbytes
 from jevt.partition.products import Size, cublas_us
 from jevt.passes._parts import Part, follow
 from jevt.passes._ranges import is_view
-from jevt.passes._readers import Readers, is_call, is_in_order
+from jevt.passes._readers import Readers, has_known_cost, is_call, is_in_order
 from jevt.passes._replace import Replacements, replace
 from jevt.passes._rules import Abandon, check_same_mesh
 
@@ -107,21 +105,14 @@ class _Slices(Readers):
 def _splits(readers: _Slices, device: Device) -> Iterator[list[Part]]:
     """The products that are worth it, as their parts."""
     for eqn in readers.eqns:
-        if eqn.primitive is not p.dot_general_p or not _may_be_split(eqn):
+        if eqn.primitive is not p.dot_general_p or not has_known_cost(eqn):
+            continue
+        if Size.of(eqn).moved <= MERGED_BYTES:
             continue
         parts = [follow(chain) if chain else None for chain in _chains(eqn, readers)]
         found = [part for part in parts if part is not None and _is_folded(part, readers)]
         if found and len(found) == len(parts):
             yield _chosen(found, readers, device)
-
-
-def _may_be_split(product: JaxprEqn) -> bool:
-    try:
-        check_same_mesh(product.invars)
-        classify(product)
-    except (Abandon, NotFusible):  # sharded, or of a type whose cost is not known
-        return False
-    return Size.of(product).moved > MERGED_BYTES and product.params.get("out_sharding") is None
 
 
 def _chains(product: JaxprEqn, readers: _Slices) -> Iterator[tuple[JaxprEqn, ...]]:

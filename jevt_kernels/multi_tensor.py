@@ -1,6 +1,7 @@
 """Several kernels that compute the same, as one kernel of the multi_tensor mainloop.
 
-They are pointwise, or rowwise with one row: then they may need the sums of their own tensors.
+They are pointwise, or rowwise with one row: then they may need sums of their own tensors, or have
+these as results.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ import dataclasses
 import hashlib
 from collections.abc import Hashable, Sequence
 
-from jevt_kernels import visitor
+from jevt_kernels import codegen, visitor
 from jevt_kernels.index_map import Digit, IndexMap, Space, TileAxis
-from jevt_kernels.mainloops.multi_tensor_sums import FULL, LARGEST, SCALAR
-from jevt_kernels.ops import is_float
+from jevt_kernels.mainloops import multi_tensor_sums as sums
+from jevt_kernels.mainloops.multi_tensor_sums import FULL, SCALAR
+from jevt_kernels.mainloops.reduction import OPERATIONS
 from jevt_kernels.spec import KernelSpec, Member, TensorType
 
 #: An index map of a tensor in memory order, an element a point.
@@ -28,7 +30,6 @@ class Flat:
       key: equal for kernels that compute the same in the same types.
       inputs, outputs: positions in the kernel of the tree's inputs and outputs.
       size: elements of its tensors.
-      sums: numbers that are summed up of them before anything is written.
     """
 
     tree: visitor.Tree
@@ -36,43 +37,44 @@ class Flat:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     size: int
-    sums: int
 
 
 def flat(spec: KernelSpec) -> Flat | None:
     """A kernel over flat tensors; None if the kernel depends on their shapes.
 
-    It does not where each operand is read or written in memory order, an element a point, or is
-    read only and has one element; and where all reductions are sums of everything, of which none
-    needs another.
+    It does not where each operand is read or written in memory order, an element a point, or has
+    one element; where all reductions are of everything, and none needs another; and where what is
+    written and has one element is made of these.
     """
     along = _along(spec)
     if along is None or spec.space.size < 2:
         return None
     digests: list[str] = []
     levels, varies = visitor.levels(spec.tree), visitor.dependencies(spec.tree, spec.space)
-    sums = 0
     for position, node in enumerate(spec.tree):
         text = _describe(node, spec, along, digests)
-        if isinstance(node, visitor.Reduce):
-            sums += 1
-            if levels[position] > 1 or along.name not in varies[node.operand]:
-                return None
+        match node:
+            case visitor.Reduce(operand=operand):
+                if levels[position] > 1 or along.name not in varies[operand]:
+                    return None
+            case visitor.Store(operand=operand) if not any(node.index.strides):
+                if along.name in varies[operand] or not levels[operand]:
+                    return None
         if not text:
             return None
         # Of the node and all below it, so that stores come in one order however they were given.
         digests.append(hashlib.blake2b(text.encode(), digest_size=12).hexdigest())
     stores = [i for i, node in enumerate(spec.tree) if isinstance(node, visitor.Store)]
     stores.sort(key=lambda position: digests[position])
-    if sums and spec.space.size > LARGEST:
-        return None
     nodes, inputs, outputs = _renumbered(spec, stores)
     if len(inputs) < len(spec.inputs) or len(stores) != len(spec.outputs):
         return None
     types = [spec.inputs[i].dtype.name for i in inputs]
     types += [spec.outputs[o].dtype.name for o in outputs]
+    if sums.waits(nodes) and spec.space.size > sums.LARGEST:
+        return None
     # As text, since 0.0 equals -0.0 and NaN does not equal itself.
-    return Flat(nodes, f"{nodes!r} {types}", inputs, outputs, spec.space.size, sums)
+    return Flat(nodes, f"{nodes!r} {types}", inputs, outputs, spec.space.size)
 
 
 def _along(spec: KernelSpec) -> TileAxis | None:
@@ -128,6 +130,12 @@ def merge(
     )
 
 
+def launches(spec: KernelSpec) -> int:
+    """The number of kernels, one after another, that a kernel is."""
+    stages = codegen.generate(spec).stages
+    return 1 if stages is None else sum(launches(step.spec) for step in stages.steps)
+
+
 def _describe(node: visitor.Node, spec: KernelSpec, along: TileAxis, digests: Sequence[str]) -> str:
     """A node as text, without saying which inputs it reads; "" if it depends on shapes."""
     match node:
@@ -136,15 +144,16 @@ def _describe(node: visitor.Node, spec: KernelSpec, along: TileAxis, digests: Se
             return f"load {index} {spec.inputs[node.input].dtype}" if index else ""
         case visitor.Store():
             kind = spec.outputs[node.output]
-            whole = _seen(node.index, spec, along, kind) == FULL
-            return f"store {digests[node.operand]} {kind.dtype}" if whole else ""
+            index = _seen(node.index, spec, along, kind)
+            what = "store" if index == FULL else "number"
+            return f"{what} {digests[node.operand]} {kind.dtype}" if index else ""
         case visitor.Constant():
             return f"{node}"
         case visitor.Compute():
             below = [digests[o] for o in node.operands]
             return f"{node.op} {below} {node.dtype} {node.result}"
-        case visitor.Reduce() if node.op == "sum" and is_float(node.dtype):
-            return f"sum {digests[node.operand]} {node.dtype}"
+        case visitor.Reduce() if node.op in OPERATIONS:
+            return f"{node.op} {digests[node.operand]} {node.dtype}"
         case _:
             return ""
 
@@ -189,8 +198,9 @@ def _renumbered(
             case visitor.Reduce():
                 node = dataclasses.replace(node, operand=place[node.operand], over="i")
             case visitor.Store():
+                whole = any(node.index.strides)
                 output = outputs.setdefault(node.output, len(outputs))
-                node = visitor.Store(output, place[node.operand], FULL)
+                node = visitor.Store(output, place[node.operand], FULL if whole else SCALAR)
         place[position] = len(nodes)
         nodes.append(node)
     return tuple(nodes), tuple(inputs), tuple(outputs)

@@ -78,11 +78,19 @@ class Member:
       size: elements of its tensors; those of one element are the same at every point.
       inputs: for each input that the tree names, its position in ``KernelSpec.inputs``.
       outputs: for each output that the tree names, its position in ``KernelSpec.outputs``.
+      starts: for each input, the element at which the member's part of it begins; empty where all
+        inputs are the member's from their first element on.
     """
 
     size: int
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    starts: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """Position and start of each input."""
+        return tuple(zip(self.inputs, self.starts or (0,) * len(self.inputs), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

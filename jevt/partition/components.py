@@ -16,7 +16,8 @@ that would compute an operand inside the mainloop (a prologue), beyond the views
 it once, and nothing where it is needed elsewhere too, as by the other products of a backward pass.
 (Paths say what can share a group whatever groups cost, so this holds for any objective.)
 Nor is one number that many read, such as a global norm, a link to its maker: it would hold the
-updates of all parameters together. This loses a launch for each such number at most.
+updates of all parameters together. This loses a launch for each such number at most. And a number
+that is made of many sums is no link to these (:mod:`.totals`).
 Copies of nodes (:mod:`.copies`) are tried inside a component only.
 
 EVT's second step: the border is rebuilt. For two nodes of a component with a path outside it, the
@@ -35,6 +36,7 @@ from jax.extend.core import Var
 
 from jevt.lowering.spec import MAX_OPERANDS
 from jevt.partition import problem as problems
+from jevt.partition import totals
 from jevt.partition.copies import useful
 from jevt.partition.graph import Graph, Node, shrinks
 from jevt.partition.near import near_readers
@@ -90,7 +92,7 @@ def pose(
     unit = prices.unit(part, tensors)
     works, products = prices.within(part, unit)
     found = places(graph, part, links, reach.separated(graph, part))
-    return Problem(
+    problem = Problem(
         len(part),
         edges,
         siblings,
@@ -109,6 +111,7 @@ def pose(
         MAX_OPERANDS,
         unit=unit,
     )
+    return problem.priced(prices.shared(problem, part, unit))
 
 
 def moved(graph: Graph, part: Sequence[int]) -> list[tuple[Traffic, Var]]:
@@ -162,12 +165,15 @@ def _candidates(graph: Graph, single: set[int]) -> Links:
     edges: set[tuple[int, int]] = set()
     siblings: set[tuple[int, int]] = set()
     ends = single.union(n for n, node in enumerate(graph.nodes) if node.kind == "contraction")
+    collectors = totals.find(graph).collectors
     for tensor in graph.tensors:
         readers = [c for c in tensor.consumers if c not in ends]
         producer = tensor.producer
         common = tensor.size <= 1 and len(readers) > _MANY
         if not (producer is None or producer in single or tensor.late or common):
             for reader in readers:
+                if reader in collectors and producer not in collectors:
+                    continue
                 if _may_join(graph.nodes[producer], graph.nodes[reader]) and not any(
                     shrinks(graph.jaxpr.eqns[p], tensor.var)
                     for p in graph.nodes[reader].eqns

@@ -21,6 +21,9 @@ OPERATIONS = cost.OPERATIONS | {"erfc": 120}
 #: columnwise).
 _XLA_ALONG_ROWS = 0.75
 
+#: Operands and results of one of XLA's fusions, at most.
+_MOST_OPERANDS = 96
+
 
 def xla_us(
     jaxpr: Jaxpr,
@@ -51,7 +54,9 @@ def xla_us(
         traffic += sum(graphs.nbytes(v.aval) for v in kernel.results)
         if kernel.along_rows:
             traffic = round(traffic / _XLA_ALONG_ROWS)
-        total += cost.roofline_us(traffic, kernel.eqns, device, OPERATIONS) + device.xla_launch_us
+        launches = -(-(len(kernel.operands) + len(kernel.results)) // _MOST_OPERANDS)
+        total += cost.roofline_us(traffic, kernel.eqns, device, OPERATIONS)
+        total += launches * device.xla_launch_us
     return total
 
 

@@ -9,17 +9,19 @@ group and its kernel are known.
     after   g7 = multi_tensor update [p0 d0] [p1 d1] [p2 d2] r                   one kernel
 
 Groups may be merged if their kernels compute the same in the same types, over tensors in memory
-order, perhaps with sums of these, as LAMB's norms (``jevt_kernels.multi_tensor``), with the same
-donated operands (one that is not could not be written in place, and then none would be), and with
-sizes that are all multiples of 16 or none (one that is not would cost all others their vector
-loads). Those that XLA would fuse with others left to it stay. The rest is merged if that is
-predicted faster than what they are now, kernels of ours and XLA's fusions.
+order, perhaps with sums of these, as LAMB's norms, or with nothing but sums as results, as for the
+norm of all gradients (``jevt_kernels.multi_tensor``), with the same donated operands (one that is
+not could not be written in place, and then none would be), and with sizes that are all multiples of
+16 or none (one that is not would cost all others their vector loads). Those that XLA would fuse
+with others left to it stay. The rest is merged if that is predicted faster than what they are now,
+kernels of ours and XLA's fusions.
 
 Memory. A merged group runs when the last of its members can, so what the others read has to be kept
 until then. Candidates are therefore taken in the order in which they become ready, not in that of
 the program, which updates parameters in the order of their names: then neighbours become ready one
 after the other. And a merge is closed before what its members keep waiting, with what they make for
-other groups, is more than the last-level cache holds.
+other groups, is more than the last-level cache holds. What is read again after the merge could run,
+as gradients are once their norm is known, is kept in any case and does not count.
 
 Order. Groups are gone through in an executable order, and a merge is closed before a group that
 reads from it. So each merge can run where it is closed, whatever its members: merged groups are
@@ -29,6 +31,7 @@ acyclic, and independent of each other without a look at paths. One pass, linear
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Hashable, Iterator, Sequence
 
 from jax.extend.core import Jaxpr, Var
@@ -41,9 +44,9 @@ from jevt.partition.graph import elements, nbytes
 from jevt.partition.plan import Group
 from jevt.tuning import known
 from jevt_kernels import visitor
+from jevt_kernels.mainloops import multi_tensor_sums as sums
 from jevt_kernels.mainloops.multi_tensor import MAX_POINTERS
-from jevt_kernels.mainloops.multi_tensor_sums import LAUNCHES
-from jevt_kernels.multi_tensor import Flat, flat
+from jevt_kernels.multi_tensor import Flat, flat, launches
 
 #: Elements at the end of a tensor that keep accesses from being 16 bytes wide.
 _VECTOR = 16
@@ -94,14 +97,14 @@ def _joined(groups: Sequence[Group], context: Context) -> Group | None:
         return None
     launch = context.device.triton_launch_us
     specs = [g.spec for g in groups if g.spec is not None]
-    predicted = launch + sum(cost.predict_us(g.jaxpr, context.device) - launch for g in groups)
-    if any(isinstance(node, visitor.Reduce) for node in specs[0].tree):
-        again = sum(operand.nbytes for spec in specs for operand in spec.inputs)
-        predicted += (LAUNCHES - 1) * launch + again / context.device.bytes_per_us
+    jaxpr, spec = lowering.join([g.jaxpr for g in groups], specs, "candidate")
+    predicted = launches(spec) * launch
+    predicted += sum(cost.predict_us(g.jaxpr, context.device) - launch for g in groups)
+    if sums.waits(spec.tree):
+        predicted += sum(operand.nbytes for operand in spec.inputs) / context.device.bytes_per_us
     now = sum((g.predicted_us if g.measured_us is None else g.measured_us) or 0.0 for g in groups)
     if predicted >= now:
         return None
-    jaxpr, spec = lowering.join([g.jaxpr for g in groups], specs, "candidate")
     name = names.group_name(0, spec.mainloop, jaxpr)
     together = Group(
         name=name,
@@ -116,47 +119,63 @@ def _joined(groups: Sequence[Group], context: Context) -> Group | None:
     return known.settled(together, context) or together
 
 
+@dataclasses.dataclass(frozen=True)
+class _Operand:
+    """A tensor that a group reads and the program makes.
+
+    Attributes:
+      nbytes: its size.
+      ready: when the group can run.
+      kept: until when other readers keep it.
+    """
+
+    nbytes: int
+    ready: int
+    kept: float
+
+
 @dataclasses.dataclass
 class _Set:
     """Groups to be merged, as long as others may join.
 
     Attributes:
       members: positions of the groups.
+      tree: what all of them compute.
       ready: when the last of them can run.
-      arriving: bytes that members read which can run no earlier than that.
-      waiting: the same of members that could run earlier.
+      operands: the tensors that they read and the program makes.
       made: bytes that members write for other groups.
-      written: number of their results, and of the sums that they need.
+      tensors, numbers: how many of their results have many elements, and one.
       read: their operands.
       large: those that are no scalars.
     """
 
     members: list[int]
+    tree: visitor.Tree
     ready: int
-    arriving: int
-    waiting: int
+    operands: list[_Operand]
     made: int
-    written: int
+    tensors: int
+    numbers: int
     read: set[Var]
     large: set[Var]
 
     def add(self, other: _Set) -> None:
         """Takes in another one, which becomes ready no earlier."""
-        if other.ready > self.ready:
-            self.waiting += self.arriving
-            self.arriving = 0
         self.members += other.members
         self.ready = other.ready
-        self.arriving += other.arriving
+        self.operands += other.operands
         self.made += other.made
-        self.written += other.written
+        self.tensors += other.tensors
+        self.numbers += other.numbers
         self.read |= other.read
         self.large |= other.large
 
     def takes(self, other: _Set, cache: int) -> bool:
         """Whether another one, which becomes ready no earlier, may be taken in."""
-        waiting = self.waiting + (self.arriving if other.ready > self.ready else 0)
-        pointers = len(self.read | other.read) + self.written + other.written
+        late = other.ready
+        waiting = sum(o.nbytes for o in self.operands if o.ready < late and o.kept < late)
+        read, tensors = len(self.read | other.read), self.tensors + other.tensors
+        pointers = sums.pointers(self.tree, read, tensors, self.numbers + other.numbers)
         return (
             pointers <= MAX_POINTERS
             and waiting + self.made + other.made <= cache
@@ -236,20 +255,22 @@ class _Program:
         found = self._flat[id(spec)]
         if found is None or len(lowering.split(group.jaxpr)) > 1:
             return None
-        free = tuple(self._free(group.jaxpr.invars[i], index) for i in found.inputs)
+        writes = any(elements(v.aval) > 1 for v in group.jaxpr.outvars)
+        free = tuple(writes and self._free(group.jaxpr.invars[i], index) for i in found.inputs)
         return found.key, free, found.size % _VECTOR == 0
 
     def _movable(self, group: Group) -> bool:
         """Whether a group that is left to XLA may be a kernel.
 
         Not against the user's will, and not if XLA would fuse it with others that are left to it:
-        what passes between them would have to be written then, and no launch be saved.
+        what passes between them would have to be written then, and no launch be saved. (A sum ends
+        a fusion, so that a group with one is a launch in any case.)
         """
         if group.fallback or not targets.chooses(self.context):
             return False
         made = (v for v in group.jaxpr.outvars if isinstance(v, Var))
         readers = (self.groups[r] for v in made for r in self.readers.get(v, ()))
-        if any(map(_fuses, readers)):
+        if group.kind == "pointwise" and any(map(_fuses, readers)):
             return False
         return not any(
             var in self.maker and len(self.readers[var]) == 1 and _passes_on(self.maker[var])
@@ -280,18 +301,29 @@ class _Program:
         return result
 
     def _alone(self, index: int) -> _Set:
-        jaxpr = self.groups[index].jaxpr
-        large = {v for v in jaxpr.invars if elements(v.aval) > 1}
-        passed_on = [v for v in jaxpr.outvars if isinstance(v, Var) and v not in self.outputs]
+        jaxpr, ready = self.groups[index].jaxpr, self.ready[index]
         found = self._flat[id(self.groups[index].spec)]
-        sums = 0 if found is None else found.sums
+        assert found is not None, "groups with a key are flat"
+        large = {v for v in jaxpr.invars if elements(v.aval) > 1}
+        results = [v for v in jaxpr.outvars if isinstance(v, Var)]
+        tensors = sum(elements(v.aval) > 1 for v in results)
         return _Set(
             members=[index],
-            ready=self.ready[index],
-            arriving=sum(nbytes(v.aval) for v in large if v in self.maker),
-            waiting=0,
-            made=sum(nbytes(v.aval) for v in passed_on),
-            written=len(jaxpr.outvars) + sums,
+            tree=found.tree,
+            ready=ready,
+            operands=[
+                _Operand(nbytes(v.aval), ready, self._kept(v, index))
+                for v in jaxpr.invars
+                if v in large and v in self.maker
+            ],
+            made=sum(nbytes(v.aval) for v in results if v not in self.outputs),
+            tensors=tensors,
+            numbers=len(results) - tensors,
             read=set(jaxpr.invars),
             large=large,
         )
+
+    def _kept(self, var: Var, index: int) -> float:
+        """When the last group but one reads a tensor; never before the end what is an output."""
+        others = [self.ready[reader] for reader in self.readers[var] if reader != index]
+        return math.inf if var in self.outputs else max(others, default=-1)

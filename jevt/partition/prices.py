@@ -22,9 +22,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from jax.extend.core import Var
 
 from jevt._context import Context, Device
-from jevt.partition import copies, cost, fusions, products, targets
+from jevt.partition import copies, cost, fusions, products, targets, totals
 from jevt.partition.graph import Graph, Node, Reading, nbytes
-from jevt.partition.problem import Launches, Product, Traffic, Work
+from jevt.partition.problem import Launches, Problem, Product, Traffic, Work
 
 #: By how much of a launch a call of cuBLAS may be dearer with its epilogue than alone.
 _FOLDED = 0.5
@@ -71,6 +71,7 @@ class Prices:
       chained: for each node, those that read what it reduces.
       copies: nodes of which several groups may have a copy.
       exposed: see ``Launches``.
+      launches_us: for nodes that share launches with others if they are alone, their part of these.
     """
 
     device: Device
@@ -80,6 +81,7 @@ class Prices:
     chained: Mapping[int, Sequence[int]]
     copies: frozenset[int]
     exposed: int
+    launches_us: Mapping[int, float]
 
     def unit(self, part: Sequence[int], tensors: Sequence[Traffic]) -> float:
         """Microseconds of a component's unit of time."""
@@ -93,6 +95,16 @@ class Prices:
         xla = round(device.xla_launch_us / unit)
         ours = round(device.triton_launch_us / unit)
         return Launches(ours, xla if self.chooses else None, xla, self.exposed)
+
+    def shared(
+        self, problem: Problem, part: Sequence[int], unit: float
+    ) -> list[tuple[tuple[int, ...], int]]:
+        """The times of nodes that share launches with others if each is a group by itself."""
+        return [
+            ((at,), max(problem.traffic([at])[0], problem.works[at].ours) + round(us / unit))
+            for at, node in enumerate(part)
+            if (us := self.launches_us.get(node)) is not None
+        ]
 
     def moving(self, tensors: Sequence[Traffic], unit: float) -> tuple[Traffic, ...]:
         """Tensors by the time that they take to move, no less than 1."""
@@ -152,7 +164,12 @@ def prices(graph: Graph, single: Reading, context: Context) -> Prices:
     chained = _chained(graph, single)
     # A compilation that measures tries what may be slower, as `targets` does with the groups.
     exposed = round(100 * device.exposed_epilogue / targets.unsure(context))
-    return Prices(device, chooses, times, found, chained, copies.candidates(graph), exposed)
+    launches_us = {
+        node: totals.launches_us(device.triton_launch_us, alike)
+        for node, alike in totals.find(graph).alike.items()
+    }
+    again = copies.candidates(graph)
+    return Prices(device, chooses, times, found, chained, again, exposed, launches_us)
 
 
 def unproven_us(graph: Graph, single: Reading, device: Device) -> float:

@@ -164,8 +164,8 @@ class Problem:
         decided against them.
       operands: tensors that a group of several nodes reads and writes, at most; 0 if any number.
         ``build`` refuses more in any case.
-      known: measured times of groups, which replace what the formula says of them. Their nodes have
-        no copies.
+      known: times of groups that were measured, or that share their launches with others, which
+        replace what the formula says of them. Their nodes have no copies.
       unit: of all times, in microseconds.
     """
 
@@ -454,6 +454,7 @@ class Problem:
             self.products,
             self.copies,
             self.operands,
+            self.known,
         )
 
 

@@ -5,8 +5,9 @@ to pass through memory; but so may the values that it is made from, and those ca
 the float32 ``x - mean`` of a layer norm follows from its bfloat16 input and one mean a row, a
 gelu's derivative from the product that both passes read.
 
-The graph is cut at the equations that no fused kernel holds (matrix products, loops, effects) into
-*regions* of connected fusible equations. A region needs values of earlier ones; which values it
+The graph is cut at the equations that no fused kernel holds (matrix products, loops, effects), and
+at those that add up sums of many tensors (:mod:`.totals`), into *regions* of connected fusible
+equations. A region needs values of earlier ones; which values it
 should read instead is a minimum cut (as in the partitioner of ``torch.compile``, there once for the
 whole backward pass). Reading or writing a value costs its bytes, writing nothing if memory holds it
 anyway; computing one again costs its arithmetic, in bytes that the device could have moved
@@ -33,7 +34,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 from ortools.graph.python import max_flow
 
 from jevt._context import Device
-from jevt.partition import cost
+from jevt.partition import cost, totals
 from jevt.partition.graph import Reading, nbytes
 from jevt.passes import dce
 
@@ -187,7 +188,11 @@ def _regions(graph: Reading, maker: dict[Var, int]) -> list[int | None]:
     lie before them.
     """
     eqns = graph.jaxpr.eqns
-    fusible = [node.kind in _REPEATED or node.kind == "reduction" for node in graph.nodes]
+    collectors = totals.find(graph).collectors
+    fusible = [
+        (node.kind in _REPEATED or node.kind == "reduction") and position not in collectors
+        for position, node in enumerate(graph.nodes)
+    ]
     depth: list[int] = []
     parent = list(range(len(eqns)))
 

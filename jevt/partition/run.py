@@ -198,6 +198,9 @@ class _Run:
         return Component(self._key(graph, part, problem), problem, oracle)
 
     def _accepts(self, jaxpr: Jaxpr) -> bool:
+        made = (v for eqn in jaxpr.eqns for v in eqn.outvars)
+        if all(graphs.elements(v.aval) <= 1 for v in (*jaxpr.invars, *made)):
+            return True  # numbers are never a kernel of ours, and XLA runs however many there are
         return self.builder.accepts(merge_copies(jaxpr))
 
     def _key(self, graph: Graph, part: Sequence[int], problem: Problem) -> Hashable:

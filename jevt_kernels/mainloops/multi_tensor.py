@@ -11,8 +11,8 @@ which are most, decide early. Each branch ends in a number that the compiler can
 Otherwise it makes selections of the branches, and every program works its way through the pointers
 of many members, 250 registers' worth of them for 48.
 
-With sums over a member's tensors there are three kernels (``mainloops.multi_tensor_sums``). In one
-that stores sums, each program leaves that of its block.
+What is reduced of a member's tensors takes one to three kernels (``mainloops.multi_tensor_sums``).
+In one that leaves parts, each program stores that of its block at its own number.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer, power_of_two
 from jevt_kernels.mainloops import multi_tensor_sums as sums
-from jevt_kernels.mainloops.multi_tensor_sums import FULL, SCALAR
-from jevt_kernels.mainloops.reduction import Reduction
+from jevt_kernels.mainloops.multi_tensor_sums import FULL, SCALAR, Place
+from jevt_kernels.mainloops.reduction import OPERATIONS, Reduction
 from jevt_kernels.ops import TRITON_TYPES
 from jevt_kernels.spec import Config, KernelSpec, Stages, UnsupportedKernel
 
@@ -38,7 +38,7 @@ MAX_POINTERS = 480
 def configs(spec: KernelSpec) -> tuple[Config, ...]:
     """Configurations worth trying, the preferred one first."""
     longest = power_of_two(spec.space.size)
-    if _adds_up_members(spec):
+    if _reduces_members(spec):
         return (Config((("i", longest),), min(16, max(1, longest // 512))),)
     # More elements a warp than in pointwise kernels: each warp has the search to pay for.
     choices = ((2048, 4), (1024, 4), (4096, 8), (1024, 2))
@@ -47,78 +47,90 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
 
 
 def stages(spec: KernelSpec, config: Config) -> Stages | None:
-    """The kernels of a tree that reads its own sums; None for any other."""
-    if not sums.is_in_stages(spec):
+    """The kernels of a tree with reductions; None where one kernel runs it."""
+    if not sums.sums_of(spec.tree) or sums.leaves_parts(spec):
+        return None
+    whole = config.block("i") >= spec.space.size
+    if whole and not sums.waits(spec.tree):
         return None
     check(spec)
-    return sums.stages(spec, config.block("i"))
+    found = sums.stages(spec, config.block("i"))
+    for step in found.steps:
+        _check_pointers(step.spec)
+    return found
 
 
-def _adds_up_members(spec: KernelSpec) -> bool:
-    """Whether one program adds up all that a member has: its results are one number each."""
-    return bool(sums.sums_of(spec.tree)) and all(t.size == 1 for t in spec.outputs)
+def _reduces_members(spec: KernelSpec) -> bool:
+    """Whether one program reduces all that a member has."""
+    if not sums.sums_of(spec.tree) or sums.waits(spec.tree):
+        return False
+    if shared := sums.shared_outputs(spec):
+        given = sum(member.size > 0 for member in spec.members)
+        return all(spec.outputs[slot].size == given for slot in shared)
+    return sums.in_one_program(spec.tree, spec.space.size) and _pointers(spec) <= MAX_POINTERS
+
+
+def _pointers(spec: KernelSpec) -> int:
+    """Pointers of one kernel that does all."""
+    return len(spec.inputs) + len(spec.outputs) - len(spec.aliases)
 
 
 def emit(printer: Printer) -> int:
     """Prints the body; one program instance a block of a member."""
     spec, block = printer.spec, printer.config.block("i")
     check(spec)
+    _check_pointers(spec)
     names = _Names.of(spec)
-    members = sorted(range(len(spec.members)), key=lambda m: -spec.members[m].size)
-    members = [m for m in members if spec.members[m].size]  # the others have no block
-    places = [_Place(0, 0, 0)]
-    for member in members:
-        size = spec.members[member].size
-        places.append(_Place(member, places[-1].end, places[-1].end + -(-size // block)))
+    places = sums.places([member.size for member in spec.members], block)
     printer.parameters = names.parameters()
     printer.constants()
     printer.line(f"pid = {printer.program_id()}")
     # Of one type, whatever their values.
     number = "tl.full((), {}, tl.int64)" if printer.wide else "{}"
-    _search(printer, names, places[1:], number)
-    with printer.computing(spec.member(members[0])):
+    _search(printer, names, places, number)
+    grid, shared = places[-1].end, sums.shared_outputs(spec)
+    if any(spec.outputs[spec.members[0].outputs[slot]].size != grid for slot in shared):
+        raise UnsupportedKernel(f"expected {grid} parts of sums, one of each block")
+    with printer.computing(spec.member(places[0].member)):
         printer.line(f"i = (pid - first) * BLOCK_I + {printer.lanes('i')}")
-        if any(spec.members[m].size % block for m in members):
+        if any(member.size % block for member in spec.members):
             printer.ragged.add("i")
             printer.line("i_ok = i < size")
-        added = sums.sums_of(printer.spec.tree)
-        stored = {s: visitor.operands(printer.spec.tree[s])[0] for s in printer.stores()}
-        for store, position in stored.items():
-            if position in added:
-                _store_sum(printer, store, Reduction(printer, position))
-        printer.store_all([store for store, operand in stored.items() if operand not in added])
-    return places[-1].end
+        _store(printer, shared)
+    return grid
 
 
-def _store_sum(printer: Printer, store: int, total: Reduction) -> None:
-    """Prints the store of the sum of a program's block, at the block's number."""
-    node = printer.spec.tree[store]
-    assert isinstance(node, visitor.Store)
-    alone = printer.config.block("i") == 1  # which the interpreter cannot add up
-    value = total.masked() if alone else f"tl.sum({total.masked()}, axis=0)"
-    address = "i" if alone else "(pid - first)"
-    kind = TRITON_TYPES[total.dtype]
-    printer.line(f"tl.store(y{node.output} + {address}, ({value}).to({kind}))")
+def _store(printer: Printer, shared: Sequence[int]) -> None:
+    """Prints the reductions and the stores, those of parts into ``shared`` outputs."""
+    tree, stores = printer.spec.tree, printer.stores()
+    parts = {s: n for s in stores if isinstance(n := tree[s], visitor.Store) and n.output in shared}
+    others = [s for s in stores if s not in parts]
+    needed = visitor.ancestors(tree, *others)
+    for position in sums.sums_of(tree):
+        total = Reduction(printer, position)
+        alone = printer.config.block("i") == 1  # which the interpreter cannot add up
+        tile = total.masked()
+        if position in needed and not alone:
+            total.finish(tile)
+        elif position in needed:
+            printer.set_value(position, tile)
+        for node in (n for n in parts.values() if n.operand == position):
+            part = tile if alone else total.along(tile)
+            kind = TRITON_TYPES[total.dtype]
+            number = f"pid + {printer.view.full(printer.view.shape(), '0', 'tl.int32')}"
+            printer.line(f"tl.store(y{node.output} + {number}, ({part}).to({kind}))")
+    printer.store_all(others)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """The blocks of a member in the grid, from ``first`` up to ``end``."""
-
-    member: int
-    first: int
-    end: int
-
-
-def _search(printer: Printer, names: _Names, places: Sequence[_Place], number: str) -> None:
+def _search(printer: Printer, names: _Names, places: Sequence[Place], number: str) -> None:
     """Prints with which pointers, first block and size the programs of these places work.
 
     ``number`` is the pattern of an integer.
     """
     if len(places) == 1:
         (place,) = places
-        for name, parameter in names.own(place.member):
-            printer.line(f"{name} = {parameter}")
+        for name, own in names.own(place.member):
+            printer.line(f"{name} = {own}")
         size = printer.spec.members[place.member].size
         printer.line(f"first = dm.opaque({place.first}, 'mov.b32 $0, {place.first};')")
         printer.line(f"size = {number.format(size)}")
@@ -137,8 +149,8 @@ def _search(printer: Printer, names: _Names, places: Sequence[_Place], number: s
 class _Names:
     """What the kernel's parameters are called.
 
-    ``x1_7`` is input 1 of member 7, ``y0_7`` its output 0; an input that all members share has the
-    name under which the tree reads it, ``x1``.
+    ``x1_7`` is input 1 of member 7, ``y0_7`` its output 0; what all members share has the name
+    that the tree has for it, ``x1``, or, where each member reads a part of its own, ``x1_all``.
 
     Attributes:
       spec: the kernel.
@@ -155,24 +167,30 @@ class _Names:
         several = len(spec.members) > 1
         inputs: dict[int, str] = {}
         outputs: dict[int, str] = {}
+        parts = sums.shared_outputs(spec)
         for number, one in enumerate(spec.members):
             for slot, at in enumerate(one.inputs):
                 shared = several and all(m.inputs[slot] == at for m in spec.members)
-                inputs.setdefault(at, f"x{slot}" if shared else f"x{slot}_{number}")
+                cut = shared and any(m.starts and m.starts[slot] for m in spec.members)
+                suffix = "_all" if cut else "" if shared else f"_{number}"
+                inputs.setdefault(at, f"x{slot}{suffix}")
             for slot, at in enumerate(one.outputs):
-                outputs[at] = f"y{slot}_{number}"
+                outputs[at] = f"y{slot}" if slot in parts else f"y{slot}_{number}"
         return _Names(spec, inputs, outputs)
 
     def own(self, member: int) -> list[tuple[str, str]]:
-        """The names in the tree of a member's own tensors, and their parameters."""
+        """The names in the tree of a member's own tensors, and where these are."""
         one = self.spec.members[member]
-        found = [(f"x{slot}", self.inputs[at]) for slot, at in enumerate(one.inputs)]
+        found = [
+            (f"x{slot}", self.inputs[at] + (f" + {start}" if start else ""))
+            for slot, (at, start) in enumerate(one.parts)
+        ]
         found += [
             (f"y{slot}", self.outputs[at])
             for slot, at in enumerate(one.outputs)
             if at not in self._in_place
         ]
-        return [(name, parameter) for name, parameter in found if name != parameter]
+        return [(name, place) for name, place in found if name != place]
 
     def parameters(self) -> list[str]:
         """All parameters in order."""
@@ -186,12 +204,13 @@ class _Names:
 
 
 def check(spec: KernelSpec) -> None:
-    """Raises UnsupportedKernel unless the tree can run over every member's tensors in one launch.
+    """Raises UnsupportedKernel unless the tree can run over every member's tensors.
 
-    What it asks for: a space of the longest member's points; every operand in use; outputs, and
-    inputs that are written in place, each of one member; the same types and the same outputs in
-    place for every member; tensors that are read and written in memory order, with an element a
-    point, or read only, with one element; no iota; sums of what varies, and of no other sums.
+    What it asks for: a space of the longest member's points; every operand in use; outputs, but for
+    parts of sums, and inputs that are written in place, each of one member; the same types and the
+    same outputs in place for every member; tensors that are read and written in memory order, with
+    an element a point, or with one element, which is written if it is made of sums; no iota;
+    reductions of what varies, and of no other reductions.
     """
     ones = [spec.member(m) for m in range(len(spec.members))]
     longest = max((one.space.size for one in ones), default=0)
@@ -200,11 +219,10 @@ def check(spec: KernelSpec) -> None:
             f"expected the space of the longest of at least one member, ({longest},), got "
             f"{spec.space.sizes}"
         )
-    pointers = len(spec.inputs) + len(spec.outputs) - len(spec.aliases)
-    if pointers > MAX_POINTERS:
-        raise UnsupportedKernel(f"expected at most {MAX_POINTERS} pointers, got {pointers}")
+    shared = sums.shared_outputs(spec)
     readers = [i for m in spec.members for i in set(m.inputs)]
-    writers = [o for m in spec.members for o in m.outputs]
+    writers = [spec.members[0].outputs[slot] for slot in shared]
+    writers += [o for m in spec.members for s, o in enumerate(m.outputs) if s not in shared]
     if {*readers} != {*range(len(spec.inputs))} or sorted(writers) != [*range(len(spec.outputs))]:
         raise UnsupportedKernel("expected each input in some member, each output in one")
     if any(readers.count(i) > 1 for i, _ in spec.aliases):
@@ -216,33 +234,49 @@ def check(spec: KernelSpec) -> None:
     for kind in kinds:
         if kind != kinds[0]:
             raise UnsupportedKernel(f"expected members alike, got {kind} beside {kinds[0]}")
-    added = sums.sums_of(spec.tree)
-    if sums.is_in_stages(spec):
-        held = len(added) * len(ones)
-        if pointers + held > MAX_POINTERS:
-            raise UnsupportedKernel(
-                f"expected at most {MAX_POINTERS} pointers, got {pointers + held} with sums"
-            )
     levels, varies = visitor.levels(spec.tree), visitor.dependencies(spec.tree, spec.space)
     for position, node in enumerate(spec.tree):
-        if isinstance(node, visitor.Reduce):
-            if node.op != "sum" or levels[position] > 1 or not varies[node.operand]:
-                raise UnsupportedKernel(f"expected sums of what varies and is no sum, got {node}")
-        elif not isinstance(node, visitor.Store) or node.operand not in added:
-            _check_node(node, ones)
+        match node:
+            case visitor.Reduce():
+                if node.op not in OPERATIONS or levels[position] > 1 or not varies[node.operand]:
+                    raise UnsupportedKernel(
+                        f"expected reductions of what varies and is none, got {node}"
+                    )
+            case visitor.Store(output, operand, index) if index == SCALAR:
+                if varies[operand] or not levels[operand]:
+                    raise UnsupportedKernel(f"expected numbers made of sums, got {node}")
+                if output not in shared:
+                    _check_node(node, spec)
+            case _:
+                _check_node(node, spec)
 
 
-def _check_node(node: visitor.Node, ones: Sequence[KernelSpec]) -> None:
+def _check_pointers(spec: KernelSpec) -> None:
+    """Raises UnsupportedKernel if one launch cannot take all pointers of a kernel."""
+    if (pointers := _pointers(spec)) > MAX_POINTERS:
+        raise UnsupportedKernel(f"expected at most {MAX_POINTERS} pointers, got {pointers}")
+
+
+def _check_node(node: visitor.Node, spec: KernelSpec) -> None:
     match node:
         case visitor.Constant() | visitor.Compute():
             return
-        case visitor.Load(at, index) if index in (FULL, SCALAR):
-            tensors = [one.inputs[at] for one in ones]
-        case visitor.Store(at, _, index) if index == FULL:
-            tensors = [one.outputs[at] for one in ones]
+        case visitor.Load(slot, index) if index in (FULL, SCALAR):
+            for one in spec.members:
+                at, start = one.parts[slot]
+                size = one.size if index == FULL else 1
+                kind = spec.inputs[at]
+                if start + size > kind.size or (not one.starts and size != kind.size):
+                    raise UnsupportedKernel(f"expected a tensor of {size} elements, got {kind}")
+        case visitor.Store(slot, _, index) if index == FULL:
+            for one in spec.members:
+                kind = spec.outputs[one.outputs[slot]]
+                if kind.size != one.size:
+                    raise UnsupportedKernel(f"expected a tensor of {one.size} elements, got {kind}")
+        case visitor.Store(slot, _, index) if index == SCALAR:
+            for one in spec.members:
+                kind = spec.outputs[one.outputs[slot]]
+                if kind.size != 1 or not one.size:
+                    raise UnsupportedKernel(f"expected one number of elements, got {kind}")
         case _:
             raise UnsupportedKernel(f"expected tensors in memory order, got {node}")
-    for one, tensor in zip(ones, tensors, strict=True):
-        size = one.space.size if index == FULL else 1
-        if tensor.size != size:
-            raise UnsupportedKernel(f"expected a tensor of {size} elements, got {tensor}")

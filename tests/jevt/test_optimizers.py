@@ -24,6 +24,13 @@ NORMED = {
     "clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2)),
 }
 
+#: Those that scale all gradients by the norm of all.
+CLIPPED = {
+    "alone": optax.clip_by_global_norm(0.1),
+    "sgd": optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1, momentum=0.9)),
+    "adamw": NORMED["clipped"],
+}
+
 #: Tensors that the one launch updates. The model has six; a product or a sum that makes the
 #: gradient of one may update it in its own kernel.
 UPDATED = 4
@@ -67,10 +74,9 @@ def lowered(step, arguments, **options):
     return text, jevt.last_trace(jitted)
 
 
-def given(optimizer, dtype=np.float32):
+def given(optimizer, dtype=np.float32, shapes=((48, 32), (64, 16), (80,))):
     """A step with given gradients."""
     generator = np.random.default_rng(0)
-    shapes = [(48, 32), (64, 16), (80,)]
     params, grads = ([generator.normal(size=s).astype(dtype) for s in shapes] for _ in range(2))
 
     def step(params, state, grads):
@@ -131,8 +137,51 @@ def test_clipping_is_part_of_the_update():
     """Of all tensors but one, which the kernel that finishes the norm updates."""
     step, arguments = given(NORMED["clipped"])
     _, trace = lowered(step, arguments, donate_argnums=(0, 1))
-    (spec,) = updates(trace)
-    assert (len(spec.members), len(spec.outputs), len(spec.aliases)) == (2, 6, 6)
+    sums, rest = updates(trace)
+    assert (len(sums.members), len(sums.outputs), len(sums.aliases)) == (2, 2, 0)
+    assert (len(rest.members), len(rest.outputs), len(rest.aliases)) == (2, 6, 6)
+
+
+#: Tensors of one program and of several.
+MANY = ((300, 128), (128,), (256, 80), (80,), (64, 3), (48, 16, 16), (16,), (2048,), (96,))
+
+
+@pytest.mark.cuda_lowering
+@pytest.mark.parametrize("name", CLIPPED)
+def test_clipping_by_the_norm_of_many(name):
+    """Two launches for the norm of however many tensors, and one that updates them in place."""
+    step, arguments = given(CLIPPED[name], shapes=MANY)
+    text, trace = lowered(step, arguments, donate_argnums=(0, 1))
+    sums, rest = updates(trace)
+    states = {"alone": 0, "sgd": 1, "adamw": 2}[name]
+    assert (len(sums.members), len(sums.outputs), len(sums.aliases)) == (9, 9, 0)
+    assert len(rest.outputs) == len(rest.aliases) == 9 * (1 + states)
+    assert text.count("@triton_kernel_call_ffi(") == 3
+    assert not trace.warnings
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", CLIPPED)
+def test_clipped_values(name):
+    """Against float64, parameters of two types; the same bits each time."""
+    step, arguments = given(CLIPPED[name], shapes=(*MANY, *MANY[:7]))
+    half = [x.astype(jnp.bfloat16) if k >= 9 else x for k, x in enumerate(arguments[0])]
+    arguments = half, CLIPPED[name].init(half), arguments[2]
+    fused = jevt.jit(step, backend="interpret")
+    got = fused(*arguments)
+    assert [len(s.members) for s in updates(jevt.last_trace(fused)) if not s.outputs[0].shape] == [
+        16
+    ]
+    with jax.enable_x64():
+        exact = [np.asarray(x, np.float64) for x in jax.tree.leaves(arguments)]
+        exact = jax.tree.unflatten(jax.tree.structure(arguments), exact)
+        want, _ = jax.jit(step)(exact[0], CLIPPED[name].init(exact[0]), exact[2])
+    for k, (mine, theirs) in enumerate(zip(got[0], want, strict=True)):
+        x, y = np.asarray(mine, np.float64), np.asarray(theirs, np.float64)
+        assert mine.dtype == half[k].dtype
+        assert np.linalg.norm(x - y) <= (1e-5 if k < 9 else 1e-2) * np.linalg.norm(y)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(fused(*arguments)), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 @pytest.mark.interpret

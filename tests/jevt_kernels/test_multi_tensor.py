@@ -342,7 +342,7 @@ def _first_node(node: Any) -> Callable[[KernelSpec], KernelSpec]:
         (lambda s: _second(inputs=s.members[0].inputs)(s), "each input in some member"),
         (_with(aliases=((1, 1),)), "expected members alike"),
         (_first_node(Iota(IndexMap((1,)), FLOAT32)), "in memory order, got Iota"),
-        (_first_node(Reduce("max", 0, "i", FLOAT32)), "sums of what varies and is no sum"),
+        (_first_node(Reduce("argmax", 0, "i", FLOAT32)), "reductions of what varies and is none"),
         (_first_node(Load(1, IndexMap((2,)))), "in memory order, got Load"),
     ],
 )

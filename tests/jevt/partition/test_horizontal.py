@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.core import Var
 from partitions import check_valid, context, trace
 
 from jevt.lowering import multi_tensor, spec
@@ -16,6 +17,7 @@ from jevt.lowering.errors import NotFusible
 from jevt.partition import from_json, partition, to_json
 from jevt_kernels import codegen
 from jevt_kernels.mainloops.multi_tensor import MAX_POINTERS
+from jevt_kernels.multi_tensor import launches
 
 
 def arrays(*shapes, dtype=np.float32):
@@ -95,19 +97,166 @@ def test_updates_with_norms_are_three_kernels(backend):
 
 
 def test_updates_with_norms_have_pointers_for_sums():
-    """Of 2 inputs, 1 result and 2 sums a member, 96 are as many as a launch takes."""
-    many = [(32,)] * 100
+    """Of 2 inputs and 1 result a member, and 2 sums of all; the rest is a launch of its own."""
+    most = (MAX_POINTERS - 2) // 3
+    many = [(32,)] * (most + 4)
     found = plan(scaled_by_norms, arrays(*many), arrays(*many))
-    assert sorted(len(sizes(g)) for g in merged(found)) == [4, MAX_POINTERS // 5]
+    assert sorted(len(sizes(g)) for g in merged(found)) == [4, most]
 
 
-def test_norms_of_rows_and_norms_alone_are_not_merged():
+def test_norms_of_rows_are_not_merged():
     def step(xs):
-        rows = [x / jnp.square(x).sum(-1, keepdims=True) for x in xs]
-        return rows, [jnp.square(x).sum() for x in xs]
+        return [x / jnp.square(x).sum(-1, keepdims=True) for x in xs]
 
-    found = plan(step, arrays((8, 32), (16, 32)), backend="triton")
-    assert not merged(found)
+    assert not merged(plan(step, arrays((8, 32), (16, 32)), backend="triton"))
+
+
+LARGE = [(1 << 15,), (128,), (300, 16, 16), (4096,), (80,), (96, 7, 2), (64,), (2048,), (256, 256)]
+
+
+def clipped(gradients, *others):
+    """As ``optax.clip_by_global_norm``, with an update of what else is given."""
+    norm = jnp.sqrt(sum(jnp.square(g.astype(jnp.float32)).sum() for g in gradients))
+    scaled = [jnp.where(norm < 1, g, (g / norm.astype(g.dtype)) * 1.0) for g in gradients]
+    return [w - 0.1 * g for w, g in zip(*others, scaled, strict=True)] if others else scaled
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "interpret"])
+@pytest.mark.parametrize("count", [1, 2], ids=["alone", "updates"])
+def test_clipping_takes_a_few_launches(count, backend):
+    """Two for all sums, one for what is made of them, and one for what needs their norm."""
+    arguments = [arrays(*LARGE)] * count
+    found = plan(clipped, *arguments, backend=backend)
+    assert [g.kind for g in found.groups if g.target == "triton"] == ["multi_tensor"] * 2
+    sums, rest = merged(found)
+    assert (len(sizes(sums)), len(sizes(rest))) == (9, 9)
+    assert all(not v.aval.shape for v in sums.jaxpr.outvars)
+    assert launches(sums.spec) == 2
+    assert launches(rest.spec) == 1
+    others = [g for g in found.groups if g not in (sums, rest)]
+    assert {(g.target, g.reason) for g in others} == {("xla", "cost model: scalars only")}
+    assert len(others) <= 2
+    assert found.solution.status in ("trivial", "optimal")
+    moved = sum(g.nbytes for g in arguments[0]) / context().device.bytes_per_us
+    assert sums.predicted_us == pytest.approx(2 * 3.0 + moved, abs=0.1)
+    check_valid(found, jax.tree.leaves(arguments), rtol=1e-5)
+
+
+def test_clipping_of_several_types():
+    """Each type has launches of its own; so have sizes that no vector divides."""
+    wide, half = arrays(*LARGE), arrays(*LARGE[:6], (33,), (35,), dtype=jnp.bfloat16)
+    found = plan(clipped, [*wide, *half])
+    of_sums = [g for g in merged(found) if not g.jaxpr.outvars[0].aval.shape]
+    assert [len(sizes(g)) for g in of_sums] == [9, 6, 2]
+    assert [len(sizes(g)) for g in merged(found) if g not in of_sums] == [9, 6, 2]
+    check_valid(found, [*wide, *half], rtol=2e-2)
+
+
+def test_norms_that_are_results():
+    """Of each tensor, beside that of all: one launch where each fits a program."""
+
+    def step(xs):
+        squares = [jnp.square(x).sum() for x in xs]
+        return [jnp.sqrt(s) for s in squares], jnp.sqrt(sum(squares))
+
+    found = plan(step, arrays(*[(16 * k,) for k in range(1, 9)]))
+    (group,) = merged(found)
+    assert len(group.jaxpr.outvars) == 16
+    assert launches(group.spec) == 1
+    check_valid(found, arrays(*[(16 * k,) for k in range(1, 9)]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda xs: sum(jnp.abs(x).max() for x in xs),
+        lambda xs: jnp.all(jnp.stack([jnp.isfinite(x).all() for x in xs])),
+    ],
+    ids=["largest", "finite"],
+)
+def test_other_reductions(function):
+    found = plan(function, arrays(*LARGE))
+    assert [len(sizes(g)) for g in merged(found)] == [9]
+    check_valid(found, arrays(*LARGE))
+
+
+def test_norms_of_many_tensors_take_their_pointers():
+    """One each, and one for the parts of all sums."""
+    found = plan(lambda xs: clipped(xs)[0], arrays(*[(1 << 15,)] * 490))
+    of_sums = [g for g in merged(found) if not g.jaxpr.outvars[0].aval.shape]
+    assert sorted(len(sizes(g)) for g in of_sums) == [490 - (MAX_POINTERS - 1), MAX_POINTERS - 1]
+
+
+def test_what_is_made_again_behind_a_norm():
+    """Gradients with a factor are not written for the norm; short ones are, beside their sums."""
+
+    def step(gradients, factor):
+        return clipped([g.astype(jnp.float32) / factor for g in gradients])
+
+    shapes = [*LARGE, (1 << 16,), (1 << 17,)]
+    arguments = arrays(*shapes, dtype=jnp.bfloat16), np.float32(8)
+    found = plan(step, *arguments)
+    assert {g.kind for g in found.groups if g.target == "triton"} == {"multi_tensor"}
+    stored = [
+        v.aval.size for g in merged(found) for v in g.jaxpr.outvars if v not in outputs(found)
+    ]
+    assert max(stored) <= 1 << 14
+    assert sum(size == 1 for size in stored) == 11
+    check_valid(found, jax.tree.leaves(arguments), rtol=1e-4)
+
+
+def outputs(found):
+    return {v for v in found.jaxpr.outvars if isinstance(v, Var)}
+
+
+def backward(layers, width, rows):
+    """Products whose results are gradients, and their norm."""
+
+    def step(xs, ys):
+        gradients = [x.T @ y for x, y in zip(xs, ys, strict=True)]
+        return clipped(gradients)
+
+    return step, (arrays(*[(rows, width)] * layers), arrays(*[(rows, width)] * layers))
+
+
+def with_device(function, arguments, **fields):
+    program, _ = trace(function, *arguments)
+    device = dataclasses.replace(context().device, **fields)
+    return partition(program, dataclasses.replace(context(), device=device))
+
+
+def test_norms_of_products():
+    """Gradients wait for their norm in any case: sums of all, though they exceed the cache."""
+    step, arguments = backward(8, 512, 64)
+    found = with_device(step, arguments, l2_bytes=1 << 20)
+    assert [(g.target, g.kind) for g in found.groups if "gemm" in g.kind] == [("xla", "gemm")] * 8
+    assert [len(sizes(g)) for g in merged(found)] == [8, 8]
+    check_valid(found, jax.tree.leaves(arguments), rtol=1e-4)
+
+
+def test_products_whose_kernel_sums_up():
+    """Where that costs less than reading the gradient once more: launches are shared, so it must
+    be longer than the second stage, which is not."""
+    step, arguments = backward(8, 1024, 64)  # 4 MiB of a gradient, 1.4 µs
+    fast = {"kernel_flops_per_us": 1e12, "cublas_flops_per_us": 1e12, "exposed_epilogue": 0.0}
+    found = with_device(step, arguments, **fast)
+    assert all(len(g.jaxpr.eqns) <= 2 for g in found.groups if g.kind == "gemm")
+    slow = found.context.device.bytes_per_us / 16  # 23 µs
+    found = with_device(step, arguments, **fast, bytes_per_us=slow)
+    products = [g for g in found.groups if g.kind == "gemm"]
+    assert len(products) == 8
+    assert all(g.target == "triton" and not g.jaxpr.outvars[-1].aval.shape for g in products)
+
+
+def test_what_nothing_else_keeps_does_not_wait_for_a_norm():
+    """Beyond what the cache holds."""
+
+    def step(xs):
+        return sum(jnp.square(lax.sort(x)).sum() for x in xs)
+
+    shapes = [(1 << 18,)] * 8  # a mebibyte each
+    found = with_device(step, (arrays(*shapes),), l2_bytes=7 << 19)
+    assert [len(sizes(g)) for g in merged(found)] == [4, 4]
 
 
 def test_types_and_computations_are_kept_apart():

@@ -60,7 +60,8 @@ def donated_aliases(
 
     All outputs share buffers or none does. A kernel's pointers are filled by position, which a
     mixture complicates (see ``launch.call``), for a gain that optimizer updates do not need. For
-    the same reason all members of a multi-tensor kernel share the same ones.
+    the same reason all members of a multi-tensor kernel share the same ones; but sums that one has
+    beside its updates, a few bytes, have buffers of their own.
 
     Args:
       spec: the kernel.
@@ -79,6 +80,7 @@ def donated_aliases(
             [jaxpr.outvars[o] for o in one.outputs],
             free,
             wanted,
+            own_numbers=True,
         )
         for position, one in enumerate(spec.members)
     ]
@@ -93,6 +95,8 @@ def _pairs(
     outvars: Sequence[object],
     free: Set[Var],
     wanted: Mapping[Var, Var],
+    *,
+    own_numbers: bool = False,
 ) -> Pairs:
     partner = [wanted.get(v) if isinstance(v, Var) else None for v in outvars]
     pairs: list[tuple[int, int]] = []
@@ -116,7 +120,8 @@ def _pairs(
                 pairs.append((candidate, output))
                 taken.add(candidate)
                 break
-    return tuple(pairs) if len(pairs) == len(spec.outputs) else ()
+    numbers = sum(kind.size == 1 for kind in spec.outputs) if own_numbers else 0
+    return tuple(pairs) if len(pairs) + numbers == len(spec.outputs) else ()
 
 
 def _covers(index: IndexMap, spec: KernelSpec) -> bool:

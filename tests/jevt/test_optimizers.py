@@ -160,6 +160,39 @@ def test_clipping_by_the_norm_of_many(name):
     assert not trace.warnings
 
 
+def reporting(dtype=np.float32, shapes=MANY):
+    """A step that reports the norm of its gradients, which nothing waits for."""
+    optimizer = OPTIMIZERS["adamw"]
+    plain, arguments = given(optimizer, dtype, shapes)
+
+    def step(params, state, grads):
+        return *plain(params, state, grads), optax.tree.norm(grads)
+
+    return step, arguments
+
+
+@pytest.mark.cuda_lowering
+def test_a_norm_that_is_reported_comes_with_the_updates():
+    """Which read the gradients in any case, and stay in place."""
+    step, arguments = reporting()
+    text, trace = lowered(step, arguments, donate_argnums=(0, 1))
+    (spec,) = updates(trace)
+    assert (len(spec.members), len(spec.outputs), len(spec.aliases)) == (9, 36, 27)
+    assert text.count("@triton_kernel_call_ffi(") == 2
+    assert not trace.warnings
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_values_beside_a_norm(dtype):
+    step, arguments = reporting(dtype)
+    fused, plain = jevt.jit(step, backend="interpret"), jax.jit(step)
+    tolerance = 1e-5 if dtype == np.float32 else 2e-2
+    close(fused(*arguments), plain(*arguments), tolerance)
+    (spec,) = updates(jevt.last_trace(fused))
+    assert len(spec.outputs) == 36
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", CLIPPED)
 def test_clipped_values(name):

@@ -50,7 +50,7 @@ def stages(spec: KernelSpec, config: Config) -> Stages | None:
     """The kernels of a tree with reductions; None where one kernel runs it."""
     if not sums.sums_of(spec.tree) or sums.leaves_parts(spec):
         return None
-    whole = config.block("i") >= spec.space.size
+    whole = config.block("i") >= spec.space.size and _pointers(spec) <= MAX_POINTERS
     if whole and not sums.waits(spec.tree):
         return None
     check(spec)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jevt_kernels import aot, codegen, interpreter, multi_tensor
+from jevt_kernels.mainloops import multi_tensor_sums
 from jevt_kernels.mainloops.multi_tensor import MAX_POINTERS
 from jevt_kernels.mainloops.multi_tensor_sums import LARGEST
 from jevt_kernels.spec import Config, KernelSpec, UnsupportedKernel
@@ -262,6 +263,44 @@ def test_two_kernels_for_all_that_have_pointers() -> None:
         assert "atomic" not in codegen.generate(step.spec).text, "in a fixed order"
     with pytest.raises(UnsupportedKernel, match=f"at most {MAX_POINTERS} pointers"):
         codegen.generate(alone(norm, [(40960,)] * (count + 1)))
+
+
+@pytest.mark.parametrize("size", [64, 1 << 15], ids=["short", "long"])
+@pytest.mark.parametrize("function", [*OF_ONE, lamb, centred])
+def test_pointers_are_known_beforehand(function: Any, size: int) -> None:
+    """Of as many members as a launch takes, and no fewer than it could take."""
+    of_one = function in OF_ONE
+
+    def made(count: int) -> KernelSpec:
+        shapes = [(size,)] * count
+        return alone(function, shapes) if of_one else several(function, shapes)
+
+    def pointers(spec: KernelSpec) -> int:
+        numbers = sum(t.size == 1 for t in spec.outputs)
+        tensors = len(spec.outputs) - numbers
+        return multi_tensor_sums.pointers(spec.tree, len(spec.inputs), tensors, numbers)
+
+    least, most = (pointers(made(count)) for count in (1, 2))
+    count = 1 + (MAX_POINTERS - least) // (most - least)
+    launches = codegen.generate(made(count)).stages
+    used = [len(s.spec.inputs) + len(s.spec.outputs) for s in launches.steps]
+    assert MAX_POINTERS - (most - least) < max(used) <= pointers(made(count)) <= MAX_POINTERS
+
+
+#: As many members as two launches take.
+COUNTS = {norm: MAX_POINTERS - 1, unscaled: (MAX_POINTERS - 1) // 2}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("function", COUNTS)
+def test_short_members_with_more_pointers_than_a_launch_takes(function: Any) -> None:
+    """Which one program could reduce; the parts of each are then one number."""
+    spec = alone(function, [(2 + k % 5,) for k in range(COUNTS[function])])
+    assert len(spec.inputs) + len(spec.outputs) > MAX_POINTERS
+    assert multi_tensor.launches(spec) == 2
+    arrays = [contract.random(t.shape, t.dtype, seed) for seed, t in enumerate(spec.inputs)]
+    expected = [np.asarray(y) for x in arrays for y in jax.tree.leaves(function(x))]
+    contract.same(interpreter.run(spec, *arrays), expected)
 
 
 def test_what_is_written_beside_sums_is_written_at_once() -> None:

@@ -77,6 +77,10 @@ def _adamw_arguments() -> tuple[Any, ...]:
     return params, [2 * p for p in params], optax.adamw(1e-3).init(params)
 
 
+def clipped(grads: Any) -> Any:
+    return optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())[0]
+
+
 ROWS = normal(301, 1000)
 VECTOR = normal(1000, dtype=FLOAT, seed=1)
 
@@ -103,6 +107,11 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]], str
         "segment_sum",
     ),
     "AdamW of several tensors": (adamw, _adamw_arguments, "multi_tensor"),
+    "norm of many tensors": (
+        clipped,
+        lambda: ([normal(1 + 50 * k, 1024) for k in range(12)],),
+        "multi_tensor",
+    ),
 }
 
 

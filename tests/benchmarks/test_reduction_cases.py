@@ -67,12 +67,28 @@ def test_norms_of_all_tensors_are_summed_up_together():
     case = CASES["lamb-bert-394"]
     weights, *_ = jax.eval_shape(lambda: case.args(0))
     groups = [g for g in kernels(case) if g.spec is not None]
-    assert [len(g.spec.members) for g in groups] == [53] * 7 + [23]
+    assert [len(g.spec.members) for g in groups] == [68] * 5 + [54]
     steps = [s.spec for g in groups for s in codegen.generate(g.spec).stages.steps]
     assert len(steps) == 3 * len(groups)
     moved = sum(t.nbytes for spec in steps for t in (*spec.inputs, *spec.outputs))
     # 2 + 2 + 4 + 4 bytes an element twice, and 2 + 4 + 4.
     assert moved == pytest.approx(34 * sum(w.size for w in weights), rel=1e-2)
+
+
+def test_the_norm_of_all_gradients_takes_two_launches():
+    """Clipping reads gradients twice, and writes once: two launches for sums, two that scale."""
+    case = CASES["clip-bert-394"]
+    (gradients,) = jax.eval_shape(lambda: case.args(0))
+    groups = kernels(case)
+    sums, *scaled = [g for g in groups if g.target == "triton"]
+    assert len(sums.spec.members) == sum(len(g.spec.members) for g in scaled) == 394
+    assert len(scaled) == 2
+    assert all(g.reason == "cost model: scalars only" for g in groups if g.target == "xla")
+    steps = [s.spec for s in codegen.generate(sums.spec).stages.steps]
+    assert len(steps) == 2
+    steps += [g.spec for g in scaled]
+    moved = sum(t.nbytes for spec in steps for t in (*spec.inputs, *spec.outputs))
+    assert moved == pytest.approx(6 * sum(g.size for g in gradients), rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,16 @@ def bias_residual(sizes: tuple[int, int, int, int], dtype: Any = BFLOAT16) -> Ke
     return b.spec("bias_residual")
 
 
+def rounded_residual(sizes: tuple[int, int, int, int], dtype: Any = BFLOAT16) -> KernelSpec:
+    """As a model of 16-bit values has it: all that reads the product rounds it."""
+    b = tree(*sizes)
+    value = b.contract(b.load("bmk", dtype), b.load("kn", dtype))
+    value = b.compute("convert", value, dtype=dtype)
+    value = b.compute("add", value, b.load("n", dtype), dtype=dtype)
+    b.store(b.compute("add", value, b.load("bmn", dtype), dtype=dtype), "bmn", dtype)
+    return b.spec("rounded_residual")
+
+
 def dgrad_gelu(sizes: tuple[int, int, int, int], dtype: Any = BFLOAT16) -> KernelSpec:
     """dy·wᵀ times gelu'(h), and the sum of that over rows: the gradient of the bias before it."""
     b = tree(*sizes)

@@ -106,33 +106,16 @@ def _tile(printer: Printer, found: Product, described: dict[str, Described]) -> 
         loaded = _load_ahead(printer, found) if printer.config.ahead else {}
     _accumulate(printer, found, described)
     with printer.viewing(RESULT):
-        _use_loaded(printer, loaded)
+        gemm_epilogue.use_loaded(printer, loaded)
     gemm_epilogue.emit(printer, found)
 
 
 def _load_ahead(printer: Printer, found: Product) -> dict[int, str]:
-    """Prints the epilogue's loads of full tiles; returns the names that hold what memory holds."""
     if printer.config.subtiles > 1 or printer.config.splits > 1:
         raise UnsupportedKernel("only an epilogue of whole tiles can be loaded ahead")
-    tiles = product.epilogue_tiles(printer.spec, found)
-    if not tiles:
+    if not (tiles := product.epilogue_tiles(printer.spec, found)):
         raise UnsupportedKernel("the epilogue loads no full tiles")
-    names = {position: f"ahead{position}" for position in tiles}
-    for position, name in names.items():
-        node = printer.spec.tree[position]
-        assert isinstance(node, visitor.Load)
-        printer.line(f"{name} = {printer.load_stored(node, printer.dependencies[position])}")
-    return names
-
-
-def _use_loaded(printer: Printer, loaded: dict[int, str]) -> None:
-    """Prints the conversions of what was loaded ahead to the types of kernels' arithmetic."""
-    for position, name in loaded.items():
-        stored = printer.node_dtype(position)
-        if (dtype := compute_dtype(stored)) != stored:
-            printer.line(f"v{position} = {name}.to({TRITON_TYPES[dtype]})")
-            name = f"v{position}"
-        printer.set_value(position, name)
+    return gemm_epilogue.load_ahead(printer, tiles)
 
 
 def _accumulate(printer: Printer, found: Product, described: dict[str, Described]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from jevt_kernels import visitor
@@ -11,7 +13,7 @@ from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.mainloops.reduction import Reduction, hoist, store_partial
 from jevt_kernels.mainloops.schedule import schedule
-from jevt_kernels.ops import TRITON_TYPES, is_float, triton_type
+from jevt_kernels.ops import TRITON_TYPES, compute_dtype, is_float, triton_type
 from jevt_kernels.spec import KernelSpec, Partial, UnsupportedKernel
 from jevt_kernels.view import View, dimension
 from jevt_kernels.visitor import Compute
@@ -31,30 +33,82 @@ def emit(printer: Printer, found: Product, layout: str = "") -> None:
       layout: in Gluon: the name of the layout in which values of a part of the tile are computed.
         It is that of ``acc`` only where ``k`` is split.
     """
-    tree, subtiles = printer.spec.tree, printer.config.subtiles
+    subtiles = printer.config.subtiles
     if printer.config.splits > 1:
         with printer.viewing(RESULT.in_layout(layout)):
             _store_parts(printer, found)
         return
-    reduced = [s for s in printer.stores() if _is_reduced(printer, s)]
-    view = RESULT.in_layout(layout)
     if subtiles == 1:
-        with printer.viewing(view):
+        reduced = [s for s in printer.stores() if _is_reduced(printer, s)]
+        with printer.viewing(RESULT.in_layout(layout)):
             _take(printer, found, "acc", layout)
             _finish(printer, found, reduced, 0)
         return
-    if subtiles & (subtiles - 1) or printer.config.block("n") // subtiles < 16:
-        raise UnsupportedKernel(f"tiles {printer.config.blocks} have no {subtiles} parts along n")
-    with printer.viewing(view):
+    emit_parts(printer, found, _split(printer, "acc", subtiles), layout)
+
+
+def hold(printer: Printer, found: Product) -> list[str]:
+    """Prints the division of the sum in ``acc`` into parts along ``n``; returns their names.
+
+    They are rounded if all that reads them rounds them first, so that they take less registers.
+    """
+    dtype = rounded(printer.spec, found)
+    printer.line(f"held = acc.to({TRITON_TYPES[dtype]})" if dtype is not None else "held = acc")
+    return _split(printer, "held", printer.config.subtiles)
+
+
+def emit_parts(
+    printer: Printer,
+    found: Product,
+    names: Sequence[str],
+    layout: str = "",
+    between: Callable[[int], None] | None = None,
+) -> None:
+    """Prints the epilogue of parts of a tile along ``n``, one after the other.
+
+    Args:
+      printer: of the kernel, without a view of the result.
+      found: its product.
+      names: of the parts of the product.
+      layout: as for :func:`emit`.
+      between: prints other work between a part's loads and its arithmetic.
+    """
+    tree, subtiles = printer.spec.tree, len(names)
+    reduced = [s for s in printer.stores() if _is_reduced(printer, s)]
+    with printer.viewing(RESULT.in_layout(layout)):
         hoist(printer, [o for s in printer.stores() for o in visitor.operands(tree[s])], "n")
-    names = _split(printer, "acc", subtiles)
     size = f"BLOCK_N // {subtiles}"
     for number, name in enumerate(names):
         view = View((_M, dimension("n", f"n{number}", size)), layout=layout)
         with printer.viewing(view), printer.forgetting():
-            _take(printer, found, name, layout)
             printer.tile_index("n", f"pid_n * BLOCK_N + {number} * ({size})")
+            if between is not None:
+                loads = product.epilogue_loads(printer.spec, found, frozenset("n"))
+                loaded = load_ahead(printer, loads)
+                between(number)
+                use_loaded(printer, loaded)
+            _take(printer, found, name, layout)
             _finish(printer, found, reduced, number)
+
+
+def load_ahead(printer: Printer, loads: Sequence[int]) -> dict[int, str]:
+    """Prints loads of the epilogue; returns the names that hold what memory holds."""
+    names = {position: f"ahead{position}" for position in loads}
+    for position, name in names.items():
+        node = printer.spec.tree[position]
+        assert isinstance(node, visitor.Load)
+        printer.line(f"{name} = {printer.load_stored(node, printer.dependencies[position])}")
+    return names
+
+
+def use_loaded(printer: Printer, loaded: dict[int, str]) -> None:
+    """Prints the conversions of what was loaded ahead to the types of kernels' arithmetic."""
+    for position, name in loaded.items():
+        stored = printer.node_dtype(position)
+        if (dtype := compute_dtype(stored)) != stored:
+            printer.line(f"v{position} = {name}.to({TRITON_TYPES[dtype]})")
+            name = f"v{position}"
+        printer.set_value(position, name)
 
 
 def _store_parts(printer: Printer, found: Product) -> None:
@@ -110,6 +164,8 @@ def _readers(spec: KernelSpec, found: Product) -> dict[int, visitor.Node]:
 
 def _split(printer: Printer, name: str, parts: int) -> list[str]:
     """Prints the division of a tile of the result into parts along ``n``; returns their names."""
+    if parts & (parts - 1) or printer.config.block("n") // parts < 16:
+        raise UnsupportedKernel(f"tiles {printer.config.blocks} have no {parts} parts along n")
     tiles = [name]
     count = 1
     while count < parts:

@@ -81,7 +81,7 @@ def preferred(spec: KernelSpec, found: Product, alive: int, plain: bool) -> tupl
     if found.dtype.itemsize != 2:
         return ()
     if plain:
-        return _plain(found)
+        return _plain(spec, found)
     steps = -(-found.k // 64)
     candidates = []
     if _waiting(spec, found) > _MEMORY_BOUND:
@@ -108,8 +108,12 @@ def preferred(spec: KernelSpec, found: Product, alive: int, plain: bool) -> tupl
         candidates += [_pingpong(128, 8, 1), _pingpong(128, 4, 2)]
         candidates.append(_config(128, 128, 4, 3, subtiles=2))
     else:
-        large, small = _cooperative(128, 256, 4, 2), _pingpong(128, 4, 2, 5)
-        candidates += [small, large] if _waiting(spec, found) > _BUSY else [large, small]
+        large, small = _large(spec, found), _pingpong(128, 4, 2, 5)
+        if large.specialized == "overlapped":
+            candidates += [large, dataclasses.replace(large, subtiles=8), small]
+        else:
+            late = _waiting(spec, found) > _BUSY
+            candidates += [small, large] if late else [large, small]
         candidates.append(_config(128, 128, 4, 3, programs=_WALKING))
     return tuple(config for config in candidates if _many_tiles(found, config))
 
@@ -117,7 +121,7 @@ def preferred(spec: KernelSpec, found: Product, alive: int, plain: bool) -> tupl
 def _many_tiles(found: Product, config: Config) -> bool:
     """Whether no multiprocessor is idle for long."""
     tiles = gemm_tiles.number(found, config)
-    if config.specialized == "cooperative":
+    if config.specialized in ("cooperative", "overlapped"):
         rounds = math.ceil(tiles / MULTIPROCESSORS)
         return _fits(found, config) and tiles >= _FILLED * rounds * MULTIPROCESSORS
     return _fits(found, config) and tiles >= _LEAST_TILES
@@ -127,15 +131,26 @@ def _fits(found: Product, config: Config) -> bool:
     return found.n >= config.block("n") and found.m >= config.block("m")
 
 
-def _plain(found: Product) -> tuple[Config, ...]:
+def _large(spec: KernelSpec, found: Product) -> Config:
+    """Large tiles, each finished between the steps of the next one if registers allow that."""
+    config = _cooperative(128, 256, 4, 2)
+    sums = any(isinstance(node, visitor.Reduce) for node in spec.tree)
+    alone = gemm_tiles.number(found, config) <= MULTIPROCESSORS
+    if sums or alone or gemm_epilogue.rounded(spec, found) is None:
+        return config
+    return dataclasses.replace(config, specialized="overlapped", subtiles=4)
+
+
+def _plain(spec: KernelSpec, found: Product) -> tuple[Config, ...]:
     """Large tiles, split along ``k`` where they are few."""
-    large = _cooperative(128, 256, 4, 2)
+    large = _large(spec, found)
     square = _cooperative(128, 128, 5, 1)
     if not _fits(found, square):
         return ()
     if gemm_tiles.number(found, large) >= MULTIPROCESSORS:
         small = dataclasses.replace(_pingpong(128, 4, 2), group=16)
         return large, dataclasses.replace(large, group=16), small
+    large = _cooperative(128, 256, 4, 2)
     steps = -(-found.k // 64)
     candidates = [
         dataclasses.replace(config, splits=splits)

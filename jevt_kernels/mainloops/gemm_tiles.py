@@ -10,6 +10,10 @@ from jevt_kernels.spec import Config
 #: Rows of the result that a warp holds of an instruction of sm_90.
 _ROWS = 16
 
+#: Elements of a row that a thread of a specialised kernel computes together: 16 bytes of a 16-bit
+#: type.
+VECTOR = 8
+
 
 def number(found: Product, config: Config) -> int:
     """The number of tiles, those of each split and batch counted."""
@@ -23,7 +27,7 @@ def members(config: Config) -> int:
     Warps of an instruction hold 16 rows each, so that a cooperative kernel has as many groups as
     the tile has rows for.
     """
-    if config.specialized != "cooperative":
+    if config.specialized not in ("cooperative", "overlapped"):
         return 1
     return max(1, config.block("m") // (_ROWS * config.num_warps))
 

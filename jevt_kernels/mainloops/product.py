@@ -75,13 +75,18 @@ def parts_of(tree: visitor.Tree, root: int) -> frozenset[int]:
 
 def epilogue_tiles(spec: KernelSpec, product: Product) -> list[int]:
     """Positions of the loads of tiles as large as the result's that follow the product."""
+    return epilogue_loads(spec, product, frozenset({"m", "n"}))
+
+
+def epilogue_loads(spec: KernelSpec, product: Product, along: frozenset[str]) -> list[int]:
+    """Positions of the loads that follow the product and vary along these axes."""
     prologue = parts_of(spec.tree, product.position)
     dependencies = visitor.dependencies(spec.tree, spec.space)
     return [
         position
         for position, node in enumerate(spec.tree)
         if isinstance(node, visitor.Load) and position not in prologue
-        if {"m", "n"} <= dependencies[position]
+        if along <= dependencies[position]
     ]
 
 

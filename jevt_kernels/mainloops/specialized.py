@@ -2,13 +2,17 @@
 
 One warp does nothing but ask for tiles of the operands, which the tensor memory accelerator copies
 into a ring of buffers; it runs ahead of the others, from one tile of the result to the next. The
-others multiply, compute the epilogue and store it, in one of two ways (the names are CUTLASS's):
+others multiply, compute the epilogue and store it, in one of three ways (the first two names are
+CUTLASS's):
 
 * cooperative: all of them compute one tile, in groups of four that share its rows. Operands of the
   next one arrive during the epilogue. Groups do not wait for each other, so one can multiply while
   the other is in its epilogue, but no longer than the ring of buffers lasts: for short epilogues.
 * pingpong: two groups of warps compute tiles in turn. While one group multiplies, the other is in
   its epilogue: for long ones. A group has half of the registers.
+* overlapped: as cooperative, but a group holds its part of a tile, rounded, while it multiplies the
+  next one, and computes and stores pieces of it between the steps along k: large tiles, and an
+  epilogue of few instructions that hides behind the products. It takes registers for both.
 
 A program all of whose tiles have the same rows keeps those of the left operand, if they fit, and
 only the right one's tiles go through the ring: small tiles read less often what would otherwise
@@ -26,13 +30,14 @@ from jevt_kernels.codegen import Printer
 from jevt_kernels.mainloops import gemm_epilogue, gemm_tiles
 from jevt_kernels.mainloops.descriptors import Described
 from jevt_kernels.mainloops.gemm_epilogue import RESULT
+from jevt_kernels.mainloops.gemm_tiles import VECTOR
 from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.ops import TRITON_TYPES
 from jevt_kernels.spec import Config, UnsupportedKernel
 
 #: How many groups of warps take turns.
-GROUPS = {"cooperative": 1, "pingpong": 2}
+GROUPS = {"cooperative": 1, "pingpong": 2, "overlapped": 1}
 
 #: Warps that an instruction of sm_90 multiplies with, and by which registers are allotted.
 _WARPS = 4
@@ -43,11 +48,9 @@ _REGISTERS = 65536
 _LOADING_REGISTERS = 24
 _REGISTER_STEP = 8
 
-#: Registers that a thread is given at most.
+#: Registers that a thread is given at most, and those that may hold a tile beside the next one's.
 _MOST_REGISTERS = 240
-
-#: Elements of a row that a thread computes together: 16 bytes of a 16-bit type.
-_VECTOR = 8
+_MOST_HELD = 64
 
 _OPERANDS = ("lhs", "rhs")
 _BARRIERS = ("filled", "free", "turn", "kept")
@@ -92,10 +95,25 @@ def _check(printer: Printer, found: Product, described: dict[str, Described]) ->
     # Groups that take turns count on each other's number of steps.
     if config.splits > steps or (config.specialized == "pingpong" and steps % config.splits):
         raise UnsupportedKernel(f"{steps} steps along k cannot be split into {config.splits} parts")
+    if config.specialized == "overlapped":
+        _check_overlap(printer, found)
     rows = config.block("m") // config.num_warps
     if config.num_warps % _WARPS or rows % 16 or config.block("k") * found.dtype.itemsize != 128:
         raise UnsupportedKernel(
             f"tiles {config.blocks} cannot be multiplied by {config.num_warps} warps of sm_90"
+        )
+
+
+def _check_overlap(printer: Printer, found: Product) -> None:
+    config = printer.config
+    if config.splits > 1:
+        raise UnsupportedKernel("overlapped tiles are whole, they have no parts of k")
+    held = gemm_tiles.held(config)
+    if gemm_epilogue.rounded(printer.spec, found) is not None:
+        held //= 2
+    if held > _MOST_HELD:
+        raise UnsupportedKernel(
+            f"{held} registers of a thread for a tile {config.blocks} leave none for the next one"
         )
 
 
@@ -195,17 +213,14 @@ def _compute(
     members = gemm_tiles.members(config)
     printer.constants(m=config.block("m") // members)
     columns = config.block("n") // config.subtiles
-    lanes = min(32, columns // _VECTOR)
+    lanes = min(32, columns // VECTOR)
     warps = f"[{config.num_warps}, 1]"
     instruction = f"[16, {config.block('n')}, 16]"
     line(
         f"product_layout: tl.constexpr = gl.NVMMADistributedLayout([3, 0], {warps}, {instruction})"
     )
-    line(
-        f"layout: tl.constexpr = gl.BlockedLayout([1, {_VECTOR}], [{32 // lanes}, {lanes}], "
-        f"{warps}, [1, 0])"
-    )
-    first = "tl.program_id(0)"
+    shape = f"[1, {VECTOR}], [{32 // lanes}, {lanes}]"
+    line(f"layout: tl.constexpr = gl.BlockedLayout({shape}, {warps}, [1, 0])")
     if groups == 1:
         line("slot = 0")
         line("phase = 0")
@@ -213,36 +228,100 @@ def _compute(
         line(f"slot = group * {steps} % {stages}")
         line(f"phase = group * {steps} // {stages} % 2")
         line("turns = 0")
-        first += f" + group * {programs}"
     if keeps_lhs(found, config):
         line("hopper.mbarrier.wait(kept.index(0), 0)")
+    if config.specialized == "overlapped":
+        _overlap(printer, found, described, tiles, programs)
+    else:
+        _in_turn(printer, found, described, tiles, programs)
+
+
+def _in_turn(
+    printer: Printer, found: Product, described: dict[str, Described], tiles: int, programs: int
+) -> None:
+    """Prints a group's tiles, each followed by its epilogue."""
+    config, line = printer.config, printer.line
+    groups, steps, stages = GROUPS[config.specialized], _steps(printer), config.num_stages
+    first = "tl.program_id(0)" if groups == 1 else f"tl.program_id(0) + group * {programs}"
     printer.open(f"for pid in range({first}, {tiles}, {groups * programs}):")
     gemm_tiles.coordinates(printer, found)
-    if members > 1:
-        line(f"pid_m = pid_m * {members} + group")
     if groups > 1:
         line("hopper.mbarrier.wait(turn.index(group), turns ^ (1 - group))")
         line("turns ^= 1")
-    _multiply(printer, found, described)
+    _start_product(printer)
+    _open_steps(printer)
+    _step(printer, found, described, "start")
+    printer.close()
     if groups > 1:
         line("hopper.mbarrier.arrive(turn.index(1 - group))")
-    line("acc = hopper.warpgroup_mma_wait(num_outstanding=0, deps=(acc,))")
-    line("hopper.mbarrier.arrive(free.index(last))")
+    _finish_product(printer)
     if groups > 1:  # the other group's buffers
         line(f"slot += {steps}")
         line(f"phase ^= slot // {stages} % 2")
         line(f"slot = slot % {stages}")
     # A part of k is stored as it is, in whole sectors.
     layout = "layout" if config.splits == 1 else "product_layout"
-    with printer.viewing(RESULT.in_layout(layout)):
-        printer.tile_index("m", "pid_m * BLOCK_M")
-        printer.tile_index("n", "pid_n * BLOCK_N")
+    _place(printer, layout)
     gemm_epilogue.emit(printer, found, layout)
     printer.close()
 
 
-def _multiply(printer: Printer, found: Product, described: dict[str, Described]) -> None:
-    """Prints the loop along ``k``; its last product is under way at the end, out of ``last``."""
+def _overlap(
+    printer: Printer, found: Product, described: dict[str, Described], tiles: int, programs: int
+) -> None:
+    """Prints a group's tiles, the epilogue of each in parts between the steps of the next."""
+    config, line, steps = printer.config, printer.line, _steps(printer)
+
+    def multiply(part: int, parts: int) -> None:
+        first, end = (steps * at // parts for at in (part, part + 1))
+        if first < end:
+            printer.open(f"for step in range({first}, {end}):")
+            _step(printer, found, described, "0")
+            printer.close()
+
+    def place() -> None:
+        gemm_tiles.coordinates(printer, found)
+        _place(printer, "layout")
+
+    _start_product(printer)
+    multiply(0, 1)
+    _finish_product(printer)
+    parts = gemm_epilogue.hold(printer, found)
+    printer.open(f"for pid in range(tl.program_id(0), {tiles - programs}, {programs}):")
+    place()
+    _start_product(printer)
+    gemm_epilogue.emit_parts(
+        printer, found, parts, "layout", lambda part: multiply(part, config.subtiles)
+    )
+    _finish_product(printer)
+    gemm_epilogue.hold(printer, found)
+    printer.close()
+    first = "tl.program_id(0)"
+    line(f"pid = {first} + ({tiles - 1} - {first}) // {programs} * {programs}")
+    place()
+    gemm_epilogue.emit_parts(printer, found, parts, "layout")
+
+
+def _place(printer: Printer, layout: str) -> None:
+    """Prints where a group's part of tile ``pid`` lies."""
+    if (members := gemm_tiles.members(printer.config)) > 1:
+        printer.line(f"pid_m = pid_m * {members} + group")
+    with printer.viewing(RESULT.in_layout(layout)):
+        printer.tile_index("m", "pid_m * BLOCK_M")
+        printer.tile_index("n", "pid_n * BLOCK_N")
+
+
+def _start_product(printer: Printer) -> None:
+    """Prints what is there before the first step along ``k``."""
+    line = printer.line
+    line("zeros = gl.zeros((BLOCK_M, BLOCK_N), tl.float32, product_layout)")
+    line("acc = hopper.warpgroup_mma_init(zeros)")
+    # Not slot: Triton would take last for a name that the loop leaves as it is.
+    line("last = 0")
+
+
+def _step(printer: Printer, found: Product, described: dict[str, Described], first: str) -> None:
+    """Prints step ``step`` along ``k``; its product is under way at the end, out of ``last``."""
     line = printer.line
     tiles = []
     share = "lhs" if gemm_tiles.members(printer.config) > 1 else ""
@@ -255,20 +334,20 @@ def _multiply(printer: Printer, found: Product, described: dict[str, Described])
             text += f".reshape({block})"
         text = text if operand.outer == rows else f"{text}.permute((1, 0))"
         tiles.append(f"{text}.slice(group * BLOCK_M, BLOCK_M, 0)" if name == share else text)
-    line("zeros = gl.zeros((BLOCK_M, BLOCK_N), tl.float32, product_layout)")
-    line("acc = hopper.warpgroup_mma_init(zeros)")
-    # Not slot: Triton would take last for a name that the loop leaves as it is.
-    line("last = 0")
-    _open_steps(printer)
     line("hopper.mbarrier.wait(filled.index(slot), phase)")
-    arguments = f"{', '.join(tiles)}, acc, use_acc=step > start, is_async=True"
+    arguments = f"{', '.join(tiles)}, acc, use_acc=step > {first}, is_async=True"
     line(f"acc = hopper.warpgroup_mma({arguments})")
     line("done = hopper.warpgroup_mma_wait(num_outstanding=1, deps=(acc,))")
     line("acc = hopper.warpgroup_mma_init(done)")
-    line("hopper.mbarrier.arrive(free.index(last), pred=step > start)")
+    line(f"hopper.mbarrier.arrive(free.index(last), pred=step > {first})")
     line("last = slot")
     _advance(printer)
-    printer.close()
+
+
+def _finish_product(printer: Printer) -> None:
+    """Prints the wait for the last product."""
+    printer.line("acc = hopper.warpgroup_mma_wait(num_outstanding=0, deps=(acc,))")
+    printer.line("hopper.mbarrier.arrive(free.index(last))")
 
 
 def _start(

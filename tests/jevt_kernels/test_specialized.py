@@ -39,7 +39,12 @@ CONFIGS = {
     "four groups": config("cooperative", 256, 64, 4),
     "pingpong": config("pingpong", 128, 128, 8, subtiles=4),
     "small groups": config("pingpong", 128, 64, 4, stages=4, subtiles=2),
+    "overlapped": config("overlapped", 128, 128, 4, stages=4, subtiles=4),
+    "more pieces than steps": config("overlapped", 64, 128, 4, subtiles=8),
 }
+
+#: Large tiles, which are held only as 16 bits.
+OVERLAPPED = config("overlapped", 128, 256, 4, stages=4, subtiles=4)
 
 #: Rows, columns and k that fill no tile, but whose strides are multiples of 16 bytes.
 SIZES = (2, 304, 264, 200)
@@ -54,6 +59,8 @@ CASES = {
     "transposed": gemm.product(SIZES, BFLOAT16, "bkm", "bnk", "bnm"),
     "short k": gemm.bias_residual((1, 640, 520, 40)),
     "every reduction": gemm.every_reduction((1, 304, 264, 200), BFLOAT16),
+    "rounded": gemm.product(SIZES, BFLOAT16, out_dtype=BFLOAT16),
+    "rounded residual": gemm.rounded_residual(SIZES),
 }
 
 
@@ -68,7 +75,7 @@ def groups(name: str) -> int:
 KEPT = gemm.dgrad_gelu((1, 200, 2000, 264), BFLOAT16)
 KEEPING = {
     kind: dataclasses.replace(config(kind, 128, 64, 4, stages=4), programs=6)
-    for kind in ("cooperative", "pingpong")
+    for kind in ("cooperative", "pingpong", "overlapped")
 }
 
 
@@ -87,9 +94,17 @@ def test_on_a_gpu(name: str, sm_90: None) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["rounded", "rounded residual"])
+def test_large_overlapped_tiles_on_a_gpu(name: str, sm_90: None) -> None:
+    for programs in (1, 2, 5):
+        launched = dataclasses.replace(OVERLAPPED, programs=programs)
+        gemm.check(CASES[name], launched, launch.run)
+
+
+@pytest.mark.gpu
 def test_more_programs_than_tiles_on_a_gpu(sm_90: None) -> None:
-    for kind in ("cooperative", "pingpong"):
-        launched = dataclasses.replace(config(kind, 128, 128, 8, subtiles=2), programs=132)
+    for kind in ("cooperative", "pingpong", "overlapped"):
+        launched = dataclasses.replace(config(kind, 128, 128, 4, subtiles=2), programs=132)
         gemm.check(CASES["gelu"], launched, launch.run)
 
 
@@ -217,7 +232,7 @@ def test_every_operation_compiles(part: int) -> None:
 
 
 @pytest.mark.cuda_lowering
-@pytest.mark.parametrize("kind", ["cooperative", "pingpong"])
+@pytest.mark.parametrize("kind", ["cooperative", "pingpong", "overlapped"])
 def test_jax_compiles_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """jax-triton would run Triton's own passes on such kernels, and change their layouts."""
     compat.import_jax_triton()
@@ -253,6 +268,26 @@ def test_text(kind: str) -> None:
     assert source.grid == 5
 
 
+@pytest.mark.aot
+@pytest.mark.parametrize("name", ["rounded", "rounded residual"])
+def test_large_overlapped_tiles_compile(name: str) -> None:
+    pieces = dataclasses.replace(OVERLAPPED, subtiles=8)
+    binary = aot.compile(CASES[name], 90, config=pieces)
+    assert binary.spill_bytes == 0
+    found = product.find(CASES[name])
+    assert binary.shared_bytes <= gemm_configs.shared_bytes(CASES[name], found, pieces)
+
+
+def test_pieces_are_finished_between_steps() -> None:
+    text = codegen.generate(CASES["rounded"], OVERLAPPED).text
+    between = text[text.index("for pid in", text.index("_compute(")) :]
+    *pieces, last = between[: between.index("pid = tl.program_id(0)")].split("tl.store(")
+    assert len(pieces) == 4 and all("for step in range(" in piece for piece in pieces)
+    assert "for step" not in last and "held = acc" in last
+    # The last tile's pieces come after the loop.
+    assert between.count("tl.store(") == 2 * len(pieces)
+
+
 def test_only_sm_90_has_them() -> None:
     spec = gemm.bias_gelu((1, 16384, 4096, 1024))
     chosen = {capability: limits.default_config(spec, capability) for capability in (80, 90, 100)}
@@ -282,6 +317,8 @@ WIDE = config("cooperative", 128, 128, 8)
             "4 steps along k cannot be split",
         ),
         (CASES["residual"], dataclasses.replace(WIDE, ahead=True), "load nothing ahead"),
+        (CASES["residual"], OVERLAPPED, "128 registers of a thread .* leave none for the next"),
+        (CASES["rounded"], dataclasses.replace(OVERLAPPED, splits=2), "have no parts of k"),
         (CASES["gelu"], config("cooperative", 64, 128, 8), "cannot be multiplied by 8 warps"),
         (CASES["gelu"], dataclasses.replace(WIDE, descriptors=False), "both operands have a desc"),
     ],

@@ -164,9 +164,11 @@ def prices(graph: Graph, single: Reading, context: Context) -> Prices:
     chained = _chained(graph, single)
     # A compilation that measures tries what may be slower, as `targets` does with the groups.
     exposed = round(100 * device.exposed_epilogue / targets.unsure(context))
+    alone = device.xla_launch_us if chooses else device.triton_launch_us
     launches_us = {
-        node: totals.launches_us(device.triton_launch_us, alike)
+        node: us
         for node, alike in totals.find(graph).alike.items()
+        if (us := totals.launches_us(device.triton_launch_us, alike)) < alone
     }
     again = copies.candidates(graph)
     return Prices(device, chooses, times, found, chained, again, exposed, launches_us)

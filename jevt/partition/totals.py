@@ -13,8 +13,8 @@ if it is apart. So a number that is made, by numbers alone, of many sums is no l
 (:func:`launches_us`) beside what it reads; a matrix product's kernel that sums up its result, or
 that of a kernel which makes the tensor, competes with that.
 
-What is made of few sums and read by more than numbers belongs to its tensors, as a trust ratio of
-LAMB's does, and stays linked. (The result of a program counts as read.)
+What is made of few sums and read by more than numbers stays linked to them: as a trust ratio of
+LAMB's, which belongs to its tensors, or the norm of each tensor, which is a result of the program.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LAUNCHES, _TOGETHER = 2, 400
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """The sums of a graph that are added up, and what adds them up.
+    """The sums of a graph that may share launches, and what adds up many of them.
 
     Attributes:
       alike: for each node that is such a sum and makes nothing else, how many there are that do the
@@ -50,7 +50,7 @@ class Totals:
 
 
 def find(graph: Reading) -> Totals:
-    """The sums of whole tensors of which many are added up."""
+    """The sums of whole tensors, if they are many, and what is made of many."""
     sums = [n for n, node in enumerate(graph.nodes) if _reduces_all(node)]
     if len(sums) <= _MANY:
         return Totals({}, frozenset())
@@ -61,10 +61,11 @@ def find(graph: Reading) -> Totals:
     for node in sorted(made_of.keys() - own, reverse=True):
         if made_of[node].bit_count() > _MANY or not collectors.isdisjoint(readers.of(node)):
             collectors.add(node)
-    added = [n for n in sums if not collectors.isdisjoint(readers.of(n)) and readers.number(n)]
-    what = {n: _what(graph, graph.nodes[n]) for n in added}
+    held = _held(graph, {*sums, *made_of} - collectors, readers)
+    alone = [n for n in sums if n not in held and readers.number(n)]
+    what = {n: _what(graph, graph.nodes[n]) for n in alone}
     counts = collections.Counter(what.values())
-    return Totals({n: counts[what[n]] for n in added}, frozenset(collectors))
+    return Totals({n: counts[what[n]] for n in alone}, frozenset(collectors))
 
 
 def launches_us(launch_us: float, alike: int) -> float:
@@ -127,6 +128,17 @@ def _own(made_of: Mapping[int, int], readers: _Readers) -> set[int]:
         read = not found.issubset(made_of) or not result.isdisjoint(found)
         if read and made_of[node].bit_count() <= _MANY:
             result.add(node)
+    return result
+
+
+def _held(graph: Reading, numbers: set[int], readers: _Readers) -> set[int]:
+    """Those of which a number is made that a tensor's kernel reads."""
+    result: set[int] = set()
+    for node in sorted(numbers, reverse=True):
+        for reader in readers.of(node):
+            tensor = reader is not None and graph.nodes[reader].size > 1
+            if reader in result or (tensor and reader not in numbers):
+                result.add(node)
     return result
 
 

@@ -209,12 +209,18 @@ def outputs(found):
     return {v for v in found.jaxpr.outvars if isinstance(v, Var)}
 
 
-def backward(layers, width, rows):
+def stacked(gradients):
+    """The same in another spelling."""
+    norm = jnp.sqrt(jnp.stack([jnp.square(g).sum() for g in gradients]).sum())
+    return [jnp.where(norm < 1, g, g / norm) for g in gradients]
+
+
+def backward(layers, width, rows, function=clipped):
     """Products whose results are gradients, and their norm."""
 
     def step(xs, ys):
         gradients = [x.T @ y for x, y in zip(xs, ys, strict=True)]
-        return clipped(gradients)
+        return function(gradients)
 
     return step, (arrays(*[(rows, width)] * layers), arrays(*[(rows, width)] * layers))
 
@@ -225,9 +231,10 @@ def with_device(function, arguments, **fields):
     return partition(program, dataclasses.replace(context(), device=device))
 
 
-def test_norms_of_products():
+@pytest.mark.parametrize("function", [clipped, stacked])
+def test_norms_of_products(function):
     """Gradients wait for their norm in any case: sums of all, though they exceed the cache."""
-    step, arguments = backward(8, 512, 64)
+    step, arguments = backward(8, 512, 64, function)
     found = with_device(step, arguments, l2_bytes=1 << 20)
     assert [(g.target, g.kind) for g in found.groups if "gemm" in g.kind] == [("xla", "gemm")] * 8
     assert [len(sizes(g)) for g in merged(found)] == [8, 8]

@@ -35,6 +35,7 @@ from jevt.passes import (
     row_products,
     segment_epilogues,
     segment_sums,
+    separate_products,
     sink_constants,
     slices,
     sparse_products,
@@ -180,6 +181,9 @@ def _splitting_passes(context: Context) -> tuple[tuple[str, Pass], ...]:
         ("split_concatenations", functools.partial(split_concatenations.run, context=context)),
         # Slices of the same columns are one product; nobody reads the whole.
         ("cse", cse.run),
+        ("dce", dce.run),
+        # XLA does not put large products together again that share an operand.
+        ("separate_products", functools.partial(separate_products.run, context=context)),
         ("dce", dce.run),
     )
 

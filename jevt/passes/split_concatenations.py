@@ -10,40 +10,37 @@ the concatenation of ``a``, ``b`` and ``c`` along its columns::
     Σ d    = concatenate(Σ a, Σ b, Σ c)
 
 Invariant: the same products, in the same types. A product along the contraction is a sum of n,
-whose sums so far are rounded to its type: in float32 that is nothing; in bfloat16 the error of
-three is 1.4 times that of one where they are of one size (2.4e-3 for 1.7e-3, in the norm), √3 times
-at most unless they cancel, as if the program had multiplied by three weights. Each addition is part
-of a product, of our kernel or of cuBLAS's call: with the product on the left of the sum so far, XLA
-adds in place.
-
-XLA multiplies products together that share an operand, and would join their other operands again.
-So the operands of products along a free axis pass through a barrier, each pair through its own:
-barriers of the shared operand alone are equal, and XLA makes one of them.
+whose sums so far are rounded to its type. In float32 that is nothing. In bfloat16 the error of
+three of one size, in the norm, is 1.3 times that of one (2.1e-3 for 1.7e-3) where one kernel adds
+the two others, 1.4 times where they are added in turn, and never more than √3 times, unless they
+cancel: as if the program had multiplied by three weights. Each addition is part of a product, of
+our kernel or of cuBLAS's call: with the product on the left of the sum so far, XLA adds in place.
+The products along a free axis share an operand; :mod:`.separate_products` keeps XLA from joining
+them, and their other operands, again.
 
 A concatenation is split if nobody else reads it (views of the whole, and casts in front of a sum,
 are read through), so that it vanishes, and the times that the cost model predicts are less by its
 copy. A part that a pointwise equation or a view computes is no copy: XLA computes it in the
 concatenation's kernel. Left alone:
 
-* parts of few columns, and small products: cuBLAS is slower with them than the cost model knows;
+* parts of few columns, which cuBLAS is slower with than the cost model knows;
+* small products, which XLA would put together again;
 * parts that cuBLAS would read only after a transposition of their own.
 
-    before  { lambda ; a:bf16[16384,256] b:bf16[16384,256] c:bf16[16384,512] d:bf16[512,512]. let
-                e:bf16[16384,512] = concatenate[dimension=1] a b
-                f:bf16[16384,512] = dot_general[(([1], [1]), ([], []))] e d
+    before  { lambda ; a:bf16[65536,256] b:bf16[65536,256] c:bf16[65536,512] d:bf16[512,512]. let
+                e:bf16[65536,512] = concatenate[dimension=1] a b
+                f:bf16[65536,512] = dot_general[(([1], [1]), ([], []))] e d
                 g:bf16[512,512] = dot_general[(([0], [0]), ([], []))] c e
                 in (f, g) }
-    after   { lambda ; a:bf16[16384,256] b:bf16[16384,256] c:bf16[16384,512] d:bf16[512,512]. let
+    after   { lambda ; a:bf16[65536,256] b:bf16[65536,256] c:bf16[65536,512] d:bf16[512,512]. let
                 h:bf16[512,256] = slice[start_indices=(0, 0) limit_indices=(512, 256)] d
-                i:bf16[16384,512] = dot_general[(([1], [1]), ([], []))] a h
+                i:bf16[65536,512] = dot_general[(([1], [1]), ([], []))] a h
                 j:bf16[512,256] = slice[start_indices=(0, 256) limit_indices=(512, 512)] d
-                k:bf16[16384,512] = dot_general[(([1], [1]), ([], []))] b j
-                f:bf16[16384,512] = add k i
-                l:bf16[16384,512] m:bf16[16384,256] = optimization_barrier c a
-                n:bf16[512,256] = dot_general[(([0], [0]), ([], []))] l m
-                o:bf16[16384,512] q:bf16[16384,256] = optimization_barrier c b
-                r:bf16[512,256] = dot_general[(([0], [0]), ([], []))] o q
-                g:bf16[512,512] = concatenate[dimension=1] n r
+                k:bf16[65536,512] = dot_general[(([1], [1]), ([], []))] b j
+                f:bf16[65536,512] = add k i
+                l:bf16[512,256] = dot_general[(([0], [0]), ([], []))] c a
+                m:bf16[512,256] = dot_general[(([0], [0]), ([], []))] c b
+                g:bf16[512,512] = concatenate[dimension=1] l m
                 in (f, g) }
 """
 
@@ -55,8 +52,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from jax import lax
-from jax.extend.core import Jaxpr, JaxprEqn, Var, new_jaxpr_eqn
+from jax.extend.core import Jaxpr, JaxprEqn, Var
 from jax.extend.core import primitives as p
 
 from jevt._context import Context, Device
@@ -72,12 +68,10 @@ from jevt.passes._readers import Readers, has_known_cost, is_call, is_in_order
 from jevt.passes._replace import Replacements, replace
 from jevt.passes._rewrite import read
 from jevt.passes._rules import Abandon, Graph, check_same_mesh
+from jevt.passes.separate_products import LEAST_BYTES
 
 #: Fewest columns of a part.
 MIN_COLUMNS = 256
-
-#: Least bytes that a product with a part reads and writes.
-LEAST_BYTES = 32 << 20
 
 
 def run(jaxpr: Jaxpr, context: Context) -> Jaxpr:
@@ -256,8 +250,6 @@ class _Joined:
         if self.factor in way.summed():
             other = operands[1 - way.side]
             operands[1 - way.side] = self.parts[number].part(other, way.other(), graph)
-        else:
-            operands = _behind_a_barrier(operands, graph)
         return self._emit(way.reader, operands, graph)
 
     def _value(self, way: _Way, number: int, graph: Graph) -> Atom:
@@ -346,20 +338,3 @@ def _is_stored(atom: Atom, readers: Readers) -> bool:
         atom = maker.invars[0]
         maker = readers.maker(atom)
     return maker is None or maker.primitive is p.dot_general_p or is_call(maker)
-
-
-def _behind_a_barrier(operands: Sequence[Atom], graph: Graph) -> list[Atom]:
-    results = [Var(a.aval) for a in operands]
-    source = graph.source
-    graph.add(
-        new_jaxpr_eqn(
-            list(operands),
-            results,
-            lax.optimization_barrier_p,
-            {},
-            set(),
-            source.source_info,
-            source.ctx,
-        )
-    )
-    return list(results)

@@ -15,7 +15,7 @@ product, so do parts of few columns (one key head for many queries), which cuBLA
 multiply. Left alone:
 
 * what somebody reads whole, as the gradient of a weight reads the gradient of q, k and v;
-* small products, which XLA puts together again.
+* small products, which XLA puts together again (:mod:`.separate_products` keeps large ones apart).
 
     before  { lambda ; a:bf16[64,512,256] b:bf16[256,768] c:bf16[1,1,768]. let
                 d:bf16[64,512,768] = dot_general[(([2], [0]), ([], []))] a b
@@ -50,14 +50,10 @@ from jevt.passes._ranges import is_view
 from jevt.passes._readers import Readers, has_known_cost, is_call, is_in_order
 from jevt.passes._replace import Replacements, replace
 from jevt.passes._rules import Abandon, check_same_mesh
+from jevt.passes.separate_products import LEAST_BYTES
 
 #: Fewest columns of a part.
 MIN_COLUMNS = 256
-
-#: XLA makes one product of two that share an operand, if one of them reads and writes less
-#: (``xla_gpu_dot_merger_threshold_mb``). Of three large parts of a ViT's layer it was seen to join
-#: two on an H100, with barriers between them too; that was as fast as slices of one product.
-MERGED_BYTES = 32 << 20
 
 #: What XLA hands to cuBLAS with a product, if the other operand is small.
 _FOLDED = frozenset({p.add_p, p.add_jaxvals_p, p.mul_p, p.max_p, p.convert_element_type_p})
@@ -107,7 +103,7 @@ def _splits(readers: _Slices, device: Device) -> Iterator[list[Part]]:
     for eqn in readers.eqns:
         if eqn.primitive is not p.dot_general_p or not has_known_cost(eqn):
             continue
-        if Size.of(eqn).moved <= MERGED_BYTES:
+        if Size.of(eqn).moved <= LEAST_BYTES:
             continue
         parts = [follow(chain) if chain else None for chain in _chains(eqn, readers)]
         found = [part for part in parts if part is not None and _is_folded(part, readers)]
@@ -182,7 +178,7 @@ class _Piece:
     @property
     def is_large(self) -> bool:
         """Whether cuBLAS is fast, and XLA leaves the product alone."""
-        return len(self.columns) >= MIN_COLUMNS and Size.of(self.product).moved > MERGED_BYTES
+        return len(self.columns) >= MIN_COLUMNS and Size.of(self.product).moved > LEAST_BYTES
 
 
 def _chosen(parts: Sequence[Part], readers: _Slices, device: Device) -> list[Part]:

@@ -32,7 +32,7 @@ F = H * D
 @pytest.fixture
 def small(monkeypatch):
     """Products of any size are split."""
-    monkeypatch.setattr(split_products, "MERGED_BYTES", 0)
+    monkeypatch.setattr(split_products, "LEAST_BYTES", 0)
     monkeypatch.setattr(split_products, "MIN_COLUMNS", 8)
 
 
@@ -348,7 +348,7 @@ def test_left_alone(fun, small):
     assert split_products.run(before, CUDA) is before
 
 
-@pytest.mark.parametrize(("name", "value"), [("MERGED_BYTES", 1 << 20), ("MIN_COLUMNS", F + 1)])
+@pytest.mark.parametrize(("name", "value"), [("LEAST_BYTES", 1 << 20), ("MIN_COLUMNS", F + 1)])
 def test_small_parts_are_left_alone(name, value, small, monkeypatch):
     before = canonical(by_index, *operands())
     assert split_products.run(before, CUDA) is not before

@@ -30,6 +30,9 @@ from jevt_kernels.spec import Config, KernelSpec, Stages, UnsupportedKernel
 
 SMALLEST_BLOCK = 1
 
+#: Bytes that a program should move: starting it and its search take as long if it moves fewer.
+_LEAST_MOVED = 1 << 13
+
 #: Pointers that one launch takes. Before CUDA 12.1 a kernel has 4096 bytes for its parameters, of
 #: which Triton takes some for pointers of its own.
 MAX_POINTERS = 480
@@ -42,8 +45,21 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
         return (Config((("i", longest),), min(16, max(1, longest // 512))),)
     # More elements a warp than in pointwise kernels: each warp has the search to pay for.
     choices = ((2048, 4), (1024, 4), (4096, 8), (1024, 2))
+    if 2048 * _bytes_a_point(spec) < _LEAST_MOVED:
+        choices = ((4096, 4), *choices)
     found = (Config((("i", min(block, longest)),), warps) for block, warps in choices)
     return tuple(dict.fromkeys(found))
+
+
+def _bytes_a_point(spec: KernelSpec) -> int:
+    """Bytes that a program moves at a point of its block."""
+    inputs = {n.input for n in spec.tree if isinstance(n, visitor.Load) and n.index == FULL}
+    outputs = {n.output for n in spec.tree if isinstance(n, visitor.Store) and n.index == FULL}
+    return sum(
+        sum(spec.inputs[one.inputs[slot]].dtype.itemsize for slot in inputs)
+        + sum(spec.outputs[one.outputs[slot]].dtype.itemsize for slot in outputs)
+        for one in spec.members[:1]  # they are alike
+    )
 
 
 def stages(spec: KernelSpec, config: Config) -> Stages | None:

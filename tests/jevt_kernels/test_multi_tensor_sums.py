@@ -303,6 +303,21 @@ def test_short_members_with_more_pointers_than_a_launch_takes(function: Any) -> 
     contract.same(interpreter.run(spec, *arrays), expected)
 
 
+@pytest.mark.parametrize(
+    ("function", "dtype", "block"),
+    [
+        (norm, contract.BFLOAT16, 4096),
+        (norm, np.float32, 2048),
+        (unscaled, contract.BFLOAT16, 2048),
+    ],
+)
+def test_programs_that_move_little_have_longer_blocks(
+    function: Any, dtype: Any, block: int
+) -> None:
+    spec = alone(function, [(1 << 20,), (1 << 18,)], dtype)
+    assert codegen.generate(spec).config == Config((("i", block),), 4)
+
+
 def test_what_is_written_beside_sums_is_written_at_once() -> None:
     """In place, too."""
     spec = alone(unscaled, [(1 << 20,), (1 << 18,)])

@@ -73,7 +73,7 @@ def _replacements(jaxpr: Jaxpr, context: Context, outermost: bool) -> Replacemen
                 alike.setdefault(operand.use(), {}).setdefault(eqn.outvars[0], operand)
     barriers = _Barriers()
     found: dict[Var, list[tuple[_Operand, int]]] = {}
-    for operands in alike.values():
+    for operands in (operands for operands in alike.values() if len(operands) > 1):
         large = [operand for operand in operands.values() if operand.is_large()]
         first = 0 if len(large) == len(operands) else 1  # apart from small ones, too
         for number, operand in enumerate(large, first):

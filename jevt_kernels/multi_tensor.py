@@ -15,6 +15,7 @@ from jevt_kernels.index_map import Digit, IndexMap, Space, TileAxis
 from jevt_kernels.mainloops import multi_tensor_sums as sums
 from jevt_kernels.mainloops.multi_tensor_sums import FULL, SCALAR
 from jevt_kernels.mainloops.reduction import OPERATIONS
+from jevt_kernels.ops import is_float
 from jevt_kernels.spec import KernelSpec, Member, TensorType
 
 #: An index map of a tensor in memory order, an element a point.
@@ -43,8 +44,8 @@ def flat(spec: KernelSpec) -> Flat | None:
     """A kernel over flat tensors; None if the kernel depends on their shapes.
 
     It does not where each operand is read or written in memory order, an element a point, or has
-    one element; where all reductions are of everything, and none needs another; and where what is
-    written and has one element is made of these.
+    one element; where all reductions are of everything, and none needs another, those that tensors
+    need being of floats; and where what is written and has one element is made of these.
     """
     along = _along(spec)
     if along is None or spec.space.size < 2:
@@ -71,8 +72,11 @@ def flat(spec: KernelSpec) -> Flat | None:
         return None
     types = [spec.inputs[i].dtype.name for i in inputs]
     types += [spec.outputs[o].dtype.name for o in outputs]
-    if sums.waits(nodes) and spec.space.size > sums.LARGEST:
+    late = sums.read_late(nodes)
+    if late and spec.space.size > sums.LARGEST:
         return None
+    if not all(is_float(sums.sums_of(nodes)[position].dtype) for position in late):
+        return None  # their parts are of another type
     # As text, since 0.0 equals -0.0 and NaN does not equal itself.
     return Flat(nodes, f"{nodes!r} {types}", inputs, outputs, spec.space.size)
 

@@ -100,7 +100,7 @@ def _joined(groups: Sequence[Group], context: Context) -> Group | None:
     jaxpr, spec = lowering.join([g.jaxpr for g in groups], specs, "candidate")
     predicted = launches(spec) * launch
     predicted += sum(cost.predict_us(g.jaxpr, context.device) - launch for g in groups)
-    if sums.waits(spec.tree):
+    if sums.read_late(spec.tree):
         predicted += sum(operand.nbytes for operand in spec.inputs) / context.device.bytes_per_us
     now = sum((g.predicted_us if g.measured_us is None else g.measured_us) or 0.0 for g in groups)
     if predicted >= now:

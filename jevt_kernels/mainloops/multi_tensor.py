@@ -25,7 +25,7 @@ from jevt_kernels.codegen import Printer, power_of_two
 from jevt_kernels.mainloops import multi_tensor_sums as sums
 from jevt_kernels.mainloops.multi_tensor_sums import FULL, SCALAR, Place
 from jevt_kernels.mainloops.reduction import OPERATIONS, Reduction
-from jevt_kernels.ops import TRITON_TYPES
+from jevt_kernels.ops import TRITON_TYPES, is_float
 from jevt_kernels.spec import Config, KernelSpec, Stages, UnsupportedKernel
 
 SMALLEST_BLOCK = 1
@@ -67,7 +67,7 @@ def stages(spec: KernelSpec, config: Config) -> Stages | None:
     if not sums.sums_of(spec.tree) or sums.leaves_parts(spec):
         return None
     whole = config.block("i") >= spec.space.size and _pointers(spec) <= MAX_POINTERS
-    if whole and not sums.waits(spec.tree):
+    if whole and not sums.read_late(spec.tree):
         return None
     check(spec)
     found = sums.stages(spec, config.block("i"))
@@ -78,7 +78,7 @@ def stages(spec: KernelSpec, config: Config) -> Stages | None:
 
 def _reduces_members(spec: KernelSpec) -> bool:
     """Whether one program reduces all that a member has."""
-    if not sums.sums_of(spec.tree) or sums.waits(spec.tree):
+    if not sums.sums_of(spec.tree) or sums.read_late(spec.tree):
         return False
     if shared := sums.shared_outputs(spec):
         given = sum(member.size > 0 for member in spec.members)
@@ -251,6 +251,7 @@ def check(spec: KernelSpec) -> None:
         if kind != kinds[0]:
             raise UnsupportedKernel(f"expected members alike, got {kind} beside {kinds[0]}")
     levels, varies = visitor.levels(spec.tree), visitor.dependencies(spec.tree, spec.space)
+    late = sums.read_late(spec.tree)
     for position, node in enumerate(spec.tree):
         match node:
             case visitor.Reduce():
@@ -258,6 +259,8 @@ def check(spec: KernelSpec) -> None:
                     raise UnsupportedKernel(
                         f"expected reductions of what varies and is none, got {node}"
                     )
+                if position in late and not is_float(node.dtype):
+                    raise UnsupportedKernel(f"expected floats that tensors need, got {node}")
             case visitor.Store(output, operand, index) if index == SCALAR:
                 if varies[operand] or not levels[operand]:
                     raise UnsupportedKernel(f"expected numbers made of sums, got {node}")

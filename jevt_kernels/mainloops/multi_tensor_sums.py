@@ -61,9 +61,10 @@ def sums_of(tree: Sequence[Node]) -> dict[int, Reduce]:
     return {position: node for position, node in enumerate(tree) if isinstance(node, Reduce)}
 
 
-def waits(tree: Sequence[Node]) -> bool:
-    """Whether a tensor that is written needs a sum."""
-    return bool(_read_late(tree))
+def read_late(tree: Sequence[Node]) -> list[int]:
+    """The sums that a tensor needs which is written."""
+    full = [p for p, n in enumerate(tree) if isinstance(n, Store) and n.index == FULL]
+    return [p for p in visitor.ancestors(tree, *full) if isinstance(tree[p], Reduce)]
 
 
 def pointers(tree: Sequence[Node], inputs: int, tensors: int, numbers: int) -> int:
@@ -76,7 +77,7 @@ def pointers(tree: Sequence[Node], inputs: int, tensors: int, numbers: int) -> i
       numbers: those that have one element.
     """
     scalars = inputs if any(isinstance(n, Load) and n.index == SCALAR for n in tree) else 0
-    return len(sums_of(tree)) + max(inputs + tensors, scalars + numbers + len(_read_late(tree)))
+    return len(sums_of(tree)) + max(inputs + tensors, scalars + numbers + len(read_late(tree)))
 
 
 def in_one_program(tree: Sequence[Node], size: int) -> bool:
@@ -115,12 +116,6 @@ def stages(spec: KernelSpec, block: int) -> Stages:
     return _Staging(spec, block).stages()
 
 
-def _read_late(tree: Sequence[Node]) -> list[int]:
-    """The sums that tensors need which are written."""
-    full = [p for p, n in enumerate(tree) if isinstance(n, Store) and n.index == FULL]
-    return [p for p in visitor.ancestors(tree, *full) if isinstance(tree[p], Reduce)]
-
-
 #: What an input of a member is: a value, and the element at which the member's part begins in it.
 type _Given = tuple[int, int]
 
@@ -136,7 +131,7 @@ class _Staging:
     def __init__(self, spec: KernelSpec, block: int) -> None:
         self.spec = spec
         self.sums = sums_of(spec.tree)
-        self.late = _read_late(spec.tree)
+        self.late = read_late(spec.tree)
         self.sizes = [member.size for member in spec.members]
         self.places = places(self.sizes, block)
         self.values: list[TensorType] = list(spec.inputs)

@@ -134,11 +134,16 @@ def number(w: Any, m: Any, g: Any, rate: Any) -> Any:
     return rate * 2, m + g + w - w.sum()
 
 
+def if_finite(w: Any, m: Any, g: Any, rate: Any) -> Any:
+    """Numbers that are no floats are kept as another type."""
+    return jnp.where(jnp.isfinite(g).all(), w - rate * g, w), m + g
+
+
 def of_rows(w: Any, m: Any, g: Any, rate: Any) -> Any:
     return w - w.sum(-1, keepdims=True) * rate, m + g + w
 
 
-@pytest.mark.parametrize("function", [norm_twice, number, of_rows])
+@pytest.mark.parametrize("function", [norm_twice, number, if_finite, of_rows])
 def test_what_is_not_flat(function: Any) -> None:
     assert multi_tensor.flat(one(function, (6, 8), np.float32)) is None
 

@@ -84,6 +84,8 @@ def make_case(p: Product, e: Epilogue, suffix: str = "") -> Case:
     def kernel() -> KernelSpec:
         tree = GemmTree(p.sizes, batch=p.batch, m=p.m, n=p.n, k=p.k)
         value = tree.contract(tree.load(p.lhs, DTYPE), tree.load(p.rhs, DTYPE))
+        if e is not PLAIN:  # as in a plan: rounded where the function rounds it
+            value = tree.compute("convert", value, dtype=DTYPE)
         e.tree(tree, p, value, *(tree.load(i.layout, i.dtype) for i in e.inputs))
         return tree.spec("gemm_" + e.name)
 

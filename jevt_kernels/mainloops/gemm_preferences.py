@@ -15,6 +15,12 @@ share a large tile and do not wait for each other, with four stages, take 222 µ
 with three stages and waiting (32768×3072×768), and 190 instead of 198 (16384×4096×1024). A fifth
 stage takes small tiles of a product that waits for memory from 1310 µs to 1207 (512×670208×1024),
 and kept rows with six stages a loss over labels from 3060 to 2760 (1024×670208×512).
+
+An overlapped epilogue takes large tiles on: alone 204 µs instead of 226 (32768×3072×768), 181
+instead of 192 (16384×4096×1024), 50 instead of 56 (16384×1024×1024, with a bias 51 instead of 55),
+with a residual 71 instead of 80 (32768×768×768), updating weights 1097 instead of 1206
+(512×670208×1024). Long epilogues it does not help: eight warps compute too slowly, and with sums
+they wait for each other (a gelu 296 µs where 264 is possible, its gradient 550 instead of 282).
 """
 
 from __future__ import annotations

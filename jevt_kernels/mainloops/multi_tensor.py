@@ -44,9 +44,9 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
     if _reduces_members(spec):
         return (Config((("i", longest),), min(16, max(1, longest // 512))),)
     # More elements a warp than in pointwise kernels: each warp has the search to pay for.
-    choices = ((2048, 4), (1024, 4), (4096, 8), (1024, 2))
+    choices = [(2048, 4), (1024, 4), (4096, 8), (1024, 2)]
     if 2048 * _bytes_a_point(spec) < _LEAST_MOVED:
-        choices = ((4096, 4), *choices)
+        choices.insert(0, (4096, 4))
     found = (Config((("i", min(block, longest)),), warps) for block, warps in choices)
     return tuple(dict.fromkeys(found))
 

@@ -78,17 +78,8 @@ def registers(spec: KernelSpec, config: Config) -> int:
     return math.ceil(most * elements / (32 * config.num_warps) / 4)
 
 
-def _printed(tree: visitor.Tree) -> list[int]:
+def _printed(tree: visitor.Tree) -> tuple[int, ...]:
     """Positions in the order in which the printer comes to them."""
     roots = [p for p, node in enumerate(tree) if isinstance(node, visitor.Reduce)]
     roots += [p for p, node in enumerate(tree) if isinstance(node, visitor.Store)]
-    order: dict[int, None] = {}
-    for root in roots:
-        stack = [root]
-        while stack:
-            missing = [o for o in visitor.operands(tree[stack[-1]]) if o not in order]
-            if missing:
-                stack.append(missing[0])
-            else:
-                order.setdefault(stack.pop())
-    return list(order)
+    return visitor.as_printed(tree, *roots)

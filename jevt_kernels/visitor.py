@@ -216,6 +216,22 @@ def ancestors(tree: Sequence[Node], *roots: int, known: tuple[type, ...] = ()) -
     return tuple(sorted(found))
 
 
+def as_printed(tree: Sequence[Node], *roots: int, known: tuple[type, ...] = ()) -> tuple[int, ...]:
+    """:func:`ancestors` in the order in which they are printed, each after its operands."""
+    order: dict[int, None] = {}
+    for root in roots:
+        stack = [root]
+        while stack:
+            here = tree[stack[-1]]
+            below = () if isinstance(here, known) else operands(here)
+            missing = [operand for operand in below if operand not in order]
+            if missing:
+                stack.append(missing[0])
+            else:
+                order.setdefault(stack.pop())
+    return tuple(order)
+
+
 def dependencies(tree: Tree, space: Space) -> tuple[frozenset[str], ...]:
     """For each node, the names of the tile axes along which its value varies.
 

@@ -139,6 +139,10 @@ GALLERY: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
             tensor(16384, 1024, dtype=BFLOAT16),
         ),
     ),
+    "rowwise_logsumexp_30528": (
+        lambda x: jax.nn.logsumexp(x, axis=-1),
+        (tensor(4096, 30528, dtype=np.float16),),
+    ),
     "rowwise_float16_30528": (softmax, (tensor(4096, 30528, dtype=np.float16),)),
 }
 

@@ -22,7 +22,7 @@ from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer, power_of_two
 from jevt_kernels.mainloops import long_rows, parts, pipelining
 from jevt_kernels.mainloops.again import print_stores
-from jevt_kernels.mainloops.passes import Passes, passes
+from jevt_kernels.mainloops.loops import Loops, alive, loops
 from jevt_kernels.mainloops.picks import Pick, picks, print_pick
 from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.reduction import before_reductions, hoist, reductions
@@ -49,30 +49,35 @@ _PROGRAMS = 1056
 #: an H100 (132), each of which holds one.
 _WALKERS = 528
 
-#: Tiles of loops that read a row more than once: columns, warps, and blocks that walk the rows. Not
-#: more rows should be under way than the L2 cache keeps, 36 MB of an H100's 50. If it keeps two for
-#: each of 132 multiprocessors, two blocks of the first are on each, by their registers; but three
-#: if they take few, and where it does not keep three, the threads of the second are as many as fit
-#: on one, twice. Walking blocks have other registers, for addresses. Of longer rows each
-#: multiprocessor has one, whose threads have 64 registers: room for three tiles or sums of 16
-#: elements a thread, 8 if they are wide.
-_AGAIN = (8192, 16, 0)
-_AGAIN_IN_TWO = (8192, 32, 0)
-_AGAIN_LONG = (16384, 32, 132)
-_AGAIN_LONG_AND_WIDE = (8192, 32, 132)
-_MOST_TILES = 3
+#: Tiles of loops that read a row more than once, from the L2 cache: columns and warps.
+_AGAIN = ((8192, 16), (8192, 32), (4096, 16), (4096, 8))
+
+#: What the L2 cache keeps of rows under way: 36 MB of an H100's 50.
 _KEPT_BYTES = 36 << 20
 _MULTIPROCESSORS = 132
 
-#: Tiles of which three blocks may fit on a multiprocessor.
-_FEW_TILES = 2
+#: Threads and registers of a multiprocessor, and rows under way beyond which nothing is gained.
+_THREADS = 2048
+_REGISTERS = 1 << 16
+_MOST_ROWS = 4
+
+#: Registers of a thread beside its elements', and how many compilers make do with.
+_OTHER_REGISTERS = 12
+_MOST_REGISTERS = 64
+
+#: Elements under way on a multiprocessor with which loops are as fast as whole rows.
+_AS_WHOLE = 20480
+
+#: Tiles of longer rows, of which each multiprocessor has one under way: columns, warps, and blocks
+#: that walk the rows. 1024 threads have 64 registers: room for three tiles or sums of 16 elements a
+#: thread, 8 if they are wide. Walking blocks have other registers, for addresses.
+_AGAIN_LONG = (16384, 32, 132)
+_AGAIN_LONG_AND_WIDE = (8192, 32, 132)
+_MOST_TILES = 3
 
 #: Parts of the multiprocessors on which longer rows may be under way: fewer than all, so that the
 #: L2 cache keeps them, with loads issued ahead to keep memory busy.
 _SHARES = (1, 3 / 4, 1 / 2)
-
-#: Warps of loops that are on a multiprocessor, by their registers.
-_WARPS = 48
 
 #: Operations of which one takes as long as loading dozens of elements.
 _HEAVY = frozenset({"threefry2x32"})
@@ -86,14 +91,17 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
     rows, columns = (spec.space.extent(spec.space.tile_axis(name)) for name in ("row", "col"))
     width = power_of_two(columns)
     tiles = [Config((("row", 1), ("col", block)), warps) for block, warps in parts.TILES]
-    looped = [*_again(spec, rows), *tiles]
+    again = _again(spec, rows)
+    looped = [*again, *tiles]
     if width > MAX_WHOLE:
         split = [dataclasses.replace(c, splits=_splits(rows, columns, c)) for c in tiles]
         return tuple(dict.fromkeys([*split, *looped] if rows < FEW_ROWS else looped))
     if width == MAX_WHOLE:
-        one = held(spec) <= 1
-        found = (*_widest(spec, rows), *looped) if one else (*looped, _whole_row())
-        return tuple(dict.fromkeys(found))
+        whole = _widest(spec, rows) if held(spec) <= 1 else ()
+        as_whole = _AS_WHOLE * _worth(columns, MAX_WHOLE)
+        if whole and (not again or _under_way(spec, rows, again[0])[0] <= as_whole):
+            return tuple(dict.fromkeys((*whole, *looped)))
+        return tuple(dict.fromkeys((*looped, *whole, _whole_row())))
     warps = max(1, width // _PER_WARP)
     height = min(max(1, _PER_WARP // width), power_of_two(rows))
     blocks = (("row", height), ("col", width))
@@ -130,20 +138,19 @@ def _widest(spec: KernelSpec, rows: int) -> tuple[Config, ...]:
 def _again(spec: KernelSpec, rows: int) -> tuple[Config, ...]:
     """Configurations for rows that loops read more than once, from the L2 cache if it keeps them.
 
-    On an H100, in bfloat16, against blocks of 4096 columns and 8 warps for each row: a softmax of
-    [1024, 131072] in 207 us and 283, its gradient in 376 and 471, that of [4096, 30528] in 269 and
-    432 (320 with 16 warps).
+    Most elements under way are fastest; of as many, most rows, which do not wait for each other;
+    then most threads. Cross entropies and their gradients [16384, 30528] in bfloat16 on an H100,
+    in blocks of 8192 columns and 16 warps, 4096 and 16, 4096 and 8: 681 us, 734 and 809 where three
+    of the first fit on a multiprocessor, as one value of an element is alive at a time; 825, 760
+    and 808 with two values; 975, 1123 and 815 with four.
     """
-    loops = _loops(spec)
-    if len(loops.reads) < 2 or loops.tiles > _MOST_TILES:
+    found = loops(spec)
+    if len(found.reads) < 2 or found.tiles > _MOST_TILES:
         return ()
-    size = _row_bytes(spec)
-    if 2 * _MULTIPROCESSORS * size <= _KEPT_BYTES:
-        tiles = [_AGAIN, _AGAIN_IN_TWO]
-        if loops.tiles <= _FEW_TILES and 3 * _MULTIPROCESSORS * size > _KEPT_BYTES:
-            tiles.reverse()
-        return tuple(_looped(*tile) for tile in tiles)
-    loads = frozenset[visitor.Load]().union(*loops.reads)
+    if 2 * _MULTIPROCESSORS * _row_bytes(spec) <= _KEPT_BYTES:
+        tiles = [_looped(columns, warps, 0) for columns, warps in _AGAIN]
+        return tuple(sorted(tiles, key=lambda c: _under_way(spec, rows, c), reverse=True))
+    loads = frozenset[visitor.Load]().union(*found.reads)
     wide = any(spec.inputs[load.input].dtype.itemsize > 2 for load in loads)
     columns, warps, programs = _AGAIN_LONG_AND_WIDE if wide else _AGAIN_LONG
     result = [_looped(columns, warps, programs)]
@@ -152,6 +159,40 @@ def _again(spec: KernelSpec, rows: int) -> tuple[Config, ...]:
         result += [_looped(columns, warps, walkers, stages) for stages in (1, 2)]
         result += [_looped(8192, warps, walkers, 3)]
     return tuple(dict.fromkeys(result))
+
+
+def _under_way(spec: KernelSpec, rows: int, config: Config) -> tuple[float, int, int]:
+    """What of a looped kernel is on a multiprocessor at a time: elements, rows, warps of a row.
+
+    Nothing counts if it is more than the L2 cache keeps.
+    """
+    columns, blocks = config.block("col"), _blocks(spec, config)
+    if blocks * _MULTIPROCESSORS * _row_bytes(spec) > _KEPT_BYTES:
+        return 0, 0, 0
+    blocks = min(blocks, _MOST_ROWS, -(-rows // _MULTIPROCESSORS))
+    worth = _worth(spec.space.extent(spec.space.tile_axis("col")), columns)
+    return blocks * columns * worth, blocks, config.num_warps
+
+
+def _blocks(spec: KernelSpec, config: Config) -> int:
+    """Thread blocks of a looped kernel that are on a multiprocessor at a time.
+
+    A thread has registers for the values that are alive, and half as many for those on their way.
+    """
+    threads = 32 * config.num_warps
+    each = config.block("col") // threads
+    registers = _OTHER_REGISTERS + each // 2 + each * alive(spec)
+    registers = min(_MOST_REGISTERS, -(-registers // 8) * 8)
+    return min(_THREADS // threads, _REGISTERS // (registers * threads))
+
+
+def _worth(columns: int, block: int) -> float:
+    """What an element under way counts of a row whose last block ends beyond it.
+
+    The idle lanes of that block weigh more than their number: cross entropies of [16384, 17000] and
+    [16384, 20480] take 451 and 479 us in blocks of 8192 columns, 414 and 447 in blocks of 4096.
+    """
+    return (columns / (-(-columns // block) * block)) ** 3
 
 
 def _looped(columns: int, warps: int, programs: int, stages: int = 1) -> Config:
@@ -204,9 +245,9 @@ def traffic(spec: KernelSpec) -> tuple[int, int]:
         steps = long_rows.stages(spec, preferred.splits).steps
         moved = sum(operand.nbytes for s in steps for operand in (*s.spec.inputs, *s.spec.outputs))
         return moved, sum(s.spec.mainloop != "rowwise" for s in steps)
-    blocks = preferred.programs or _MULTIPROCESSORS * _WARPS // preferred.num_warps
+    blocks = preferred.programs or _MULTIPROCESSORS * _blocks(spec, preferred)
     kept = min(1.0, _KEPT_BYTES / (min(rows, blocks) * max(1, _row_bytes(spec))))
-    reads = collections.Counter(load.input for each in _loops(spec).reads for load in each)
+    reads = collections.Counter(load.input for each in loops(spec).reads for load in each)
     again = sum((count - 1) * spec.inputs[input_].nbytes for input_, count in reads.items())
     return once + round((1 - kept) * again), 1
 
@@ -276,61 +317,6 @@ def _takes_registers(spec: KernelSpec, position: int, node: visitor.Node) -> boo
     return any(isinstance(spec.tree[p], visitor.Load) for p in below)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Loops:
-    """The loops over a row.
-
-    Attributes:
-      plan: its passes; each has a loop.
-      wide: stores that run along the row.
-      last: the loop that makes them, one more than there are passes if all have to be over.
-      reads: the loads of each loop.
-    """
-
-    plan: Passes
-    wide: tuple[int, ...]
-    last: int
-    reads: tuple[frozenset[visitor.Load], ...]
-
-    @property
-    def tiles(self) -> int:
-        """Full tiles of a loop, most of them: what it loads, and sums that are not in groups."""
-        maxima = {online.maximum for online in self.plan.online.values()}
-        sums = [
-            sum(p not in self.plan.online and p not in maxima for p in one) for one in self.plan.of
-        ]
-        sums += [0] * (len(self.reads) - len(sums))
-        return max((len(r) + s for r, s in zip(self.reads, sums, strict=True)), default=0)
-
-
-def _loops(spec: KernelSpec) -> _Loops:
-    plan, col = passes(spec, free=picks(spec)), spec.space.tile_axis("col")
-    wide = tuple(
-        position
-        for position, node in enumerate(spec.tree)
-        if isinstance(node, visitor.Store) and node.index.depends_on(col)
-    )
-    stored = [o for position in wide for o in visitor.operands(spec.tree[position])]
-    last = len(plan.of) - 1
-    if any(plan.known[o] > last for o in stored):
-        last = len(plan.of)
-    roots = [[visitor.operands(spec.tree[p])[0] for p in one] for one in plan.of]
-    roots += [[]] * (last + 1 - len(roots) if wide else 0)
-    if wide:
-        roots[last] = [*roots[last], *stored]
-    return _Loops(plan, wide, last, tuple(_read(spec, each) for each in roots))
-
-
-def _read(spec: KernelSpec, roots: list[int]) -> frozenset[visitor.Load]:
-    """The loads of full tiles that values are made of, given all reductions."""
-    col, read = spec.space.tile_axis("col"), set[visitor.Load]()
-    for position in visitor.ancestors(spec.tree, *roots, known=(visitor.Reduce,)):
-        node = spec.tree[position]
-        if isinstance(node, visitor.Load) and node.index.depends_on(col):
-            read.add(node)
-    return frozenset(read)
-
-
 def emit(printer: Printer) -> int:
     """Prints the body; a program instance walks one block of rows, or several."""
     space, config = printer.spec.space, printer.config
@@ -377,8 +363,8 @@ def _emit_whole(printer: Printer) -> None:
 
 def _emit_looped(printer: Printer) -> None:
     reductions(printer, "col")  # raises for what none knows
-    loops = _loops(printer.spec)
-    plan, wide, last = loops.plan, list(loops.wide), loops.last
+    found = loops(printer.spec)
+    plan, wide, last = found.plan, list(found.wide), found.last
     narrow = [s for s in printer.stores() if s not in wide]
     picked = picks(printer.spec).values()
     for number in range(len(plan.of)):
@@ -387,7 +373,7 @@ def _emit_looped(printer: Printer) -> None:
         sweep.start()
         if number == last:
             hoist(printer, _stored(printer, wide), "col")
-        _open_loop(printer, loops, number)
+        _open_loop(printer, found, number)
         sweep.accumulate()
         if number == last:
             printer.store_all(wide)
@@ -398,7 +384,7 @@ def _emit_looped(printer: Printer) -> None:
     hoist(printer, _stored(printer, after), "col")
     printer.store_all(narrow)
     if wide and last == len(plan.of):
-        _open_loop(printer, loops, last)
+        _open_loop(printer, found, last)
         printer.store_all(wide)
         printer.close()
 
@@ -408,15 +394,15 @@ def _print_picks(printer: Printer, picked: Sequence[Pick]) -> None:
         print_pick(printer, pick)
 
 
-def _open_loop(printer: Printer, loops: _Loops, number: int) -> None:
+def _open_loop(printer: Printer, found: Loops, number: int) -> None:
     """Starts a loop over a row: every other one backwards, from what was read last."""
-    spec, count = printer.spec, len(loops.reads)
+    spec, count = printer.spec, len(found.reads)
     columns = spec.space.extent(spec.space.tile_axis("col"))
     last = (blocks_along(spec.space, printer.config, "col") - 1) * printer.config.block("col")
     if count > 1:
-        later = frozenset[visitor.Load]().union(*loops.reads[number + 1 :])
-        printer.evictions = {spec.tree[position]: "evict_first" for position in loops.wide}
-        for load in loops.reads[number]:
+        later = frozenset[visitor.Load]().union(*found.reads[number + 1 :])
+        printer.evictions = {spec.tree[position]: "evict_first" for position in found.wide}
+        for load in found.reads[number]:
             printer.evictions[load] = "evict_last" if load in later else "evict_first"
     printer.open_loop("start", "0", columns, "BLOCK_COL")
     printer.tile_index("col", f"{last} - start" if number % 2 else "start")

@@ -10,7 +10,7 @@ from partitions import context
 import jevt
 from jevt import pipeline
 from jevt.partition import partition
-from jevt_kernels import aot, visitor
+from jevt_kernels import aot, limits, visitor
 
 TOKENS, VOCABULARY = 16384, 30528
 LOGITS = jax.ShapeDtypeStruct((TOKENS, VOCABULARY), jnp.bfloat16)
@@ -177,35 +177,51 @@ def by_hand_with_z_loss(logits, labels):
     return by_hand(logits, labels) + 1e-4 * jnp.square(logsumexp(logits)).mean()
 
 
+def smoothed_with_z_loss(logits, labels):
+    return smoothed(logits, labels) + 1e-4 * jnp.square(logsumexp(logits)).mean()
+
+
 def one_hot_with_z_loss(logits, labels):
     return one_hot(logits, labels) + 1e-4 * jnp.square(logsumexp(logits)).mean()
+
+
+def of_a_probability(logits, labels):
+    """Of softmax's result: its gradient divides by it, and by the softmax's sum again."""
+    p = jax.nn.softmax(logits.astype(jnp.float32))
+    return -jnp.log(p[jnp.arange(len(labels)), labels]).mean()
 
 
 def logsumexp(logits):
     return jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
 
 
+SPELLINGS = (
+    (by_hand, (8192, 16), (8192, 16)),
+    (one_hot, (32768, 32), (8192, 16)),
+    (smoothed, (32768, 32), (8192, 16)),
+    (with_z_loss, (8192, 16), (8192, 16)),
+    (of_a_probability, (8192, 16), (8192, 16)),
+    (by_hand_with_z_loss, (4096, 16), (4096, 16)),
+    (one_hot_with_z_loss, (4096, 16), (4096, 16)),
+    (smoothed_with_z_loss, (4096, 8), (4096, 16)),
+)
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("read", [True, False], ids=["loss read", "gradient alone"])
-@pytest.mark.parametrize(
-    ("loss", "whole"),
-    [
-        (by_hand, True),
-        (one_hot, True),
-        (smoothed, True),
-        (with_z_loss, True),
-        (by_hand_with_z_loss, False),
-        (one_hot_with_z_loss, False),
-    ],
-)
-def test_every_spelling_keeps_to_its_registers(loss, whole, read):
-    """A row is held by 1024 threads of 64 registers, or walked through where two would have to."""
+@pytest.mark.parametrize(("loss", "both", "alone"), SPELLINGS)
+def test_every_spelling_keeps_to_its_registers(loss, both, alone, read):
+    """Columns and warps by what is alive: loops, the more threads or fewer columns the more it is.
+
+    A row is held where loops would be slower, and nothing of another tile lives as long as it does.
+    """
     differentiate = jax.value_and_grad if read else jax.grad
     groups = planned(differentiate(loss), LOGITS, LABELS)
     (spec,) = (g.spec for g in groups if g.spec.outputs[-1].shape == LOGITS.shape)
-    binary = aot.compile(spec, 90)
-    assert binary.spill_bytes == 0
-    assert (binary.num_warps == 32 and binary.registers == 64) == whole
+    config = limits.default_config(spec, 90)
+    assert (config.block("col"), config.num_warps) == (both if read else alone)
+    assert config.programs == (528 if config.block("col") > VOCABULARY else 0)
+    assert aot.compile(spec, 90).spill_bytes == 0
 
 
 def test_smoothed_labels_of_a_gradient_alone_are_a_choice():

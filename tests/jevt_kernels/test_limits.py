@@ -55,7 +55,7 @@ def test_other_mainloops_keep_their_first():
 @pytest.mark.parametrize(("capability", "under_way"), [(80, 2), (89, 1), (90, 2)])
 def test_rows_under_way_fit_into_shared_memory(capability, under_way):
     rows = jax.ShapeDtypeStruct((4096, 30528), contract.BFLOAT16)
-    spec = contract.build(jax.nn.softmax, rows)
+    spec = contract.build(lambda x: jax.nn.logsumexp(x, axis=-1), rows)
     config = limits.default_config(spec, capability)
     assert config.num_stages == 1 + under_way
     assert aot.compile(spec, capability).shared_bytes <= compat.shared_memory_limit(capability)

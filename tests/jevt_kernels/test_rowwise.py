@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -234,22 +235,76 @@ def test_loads_are_issued_ahead_where_few_blocks_fit(name: str, dtype: Any, walk
     assert ("in tl.range(pid, 16384, 1056, num_stages=" in text) == walks
 
 
+def logsumexp(x: Any) -> Any:
+    return jax.nn.logsumexp(x, axis=-1)
+
+
+def two_sums(x: Any) -> Any:
+    """The gradient of a cross entropy with a z-loss: the exponentials of two softmaxes."""
+    return jax.nn.softmax(x) + 2 * logsumexp(x)[:, None] * jnp.exp(x - logsumexp(x)[:, None])
+
+
+def weighted(x: Any, y: Any) -> Any:
+    """Two operands, of whose gradient's loop three values are alive, and a sum of a full tile."""
+    log_softmax = jax.nn.log_softmax(x)
+    return (y * log_softmax).sum(-1), jnp.exp(log_softmax) * y.sum(-1, keepdims=True) - y
+
+
+WALKING = Config((("row", 1), ("col", 32768)), 32, 3, 528)
+
+
 @pytest.mark.parametrize(
-    ("function", "operands", "first"),
+    ("function", "operands", "columns", "dtype", "first"),
     [
-        (softmax_of, 1, Config((("row", 1), ("col", 32768)), 32, 3, 528)),
-        (rms_norm, 2, Config((("row", 1), ("col", 32768)), 32)),
-        (softmax_gradient, 2, Config((("row", 1), ("col", 8192)), 32)),
+        (softmax_of, 1, 30528, contract.BFLOAT16, (8192, 16)),
+        (softmax_of, 1, 20480, contract.BFLOAT16, (4096, 16)),
+        (softmax_of, 1, 50304, contract.BFLOAT16, (8192, 32)),
+        (softmax_of, 1, 30528, np.float32, (32768, 32)),
+        (logsumexp, 1, 30528, contract.BFLOAT16, (32768, 32)),
+        (two_sums, 1, 30528, contract.BFLOAT16, (4096, 16)),
+        (softmax_gradient, 2, 30528, contract.BFLOAT16, (8192, 32)),
+        (weighted, 2, 30528, contract.BFLOAT16, (8192, 16)),
+        (rms_norm, 2, 30528, contract.BFLOAT16, (32768, 32)),
     ],
-    ids=["loads ahead", "vectors take the room", "two tiles do not fit"],
+    ids=[
+        "three rows under way",
+        "a tile that ends with the row",
+        "two rows are kept",
+        "wide elements",
+        "read once",
+        "two values are alive",
+        "two operands, two rows are kept",
+        "four values are alive, two rows are kept",
+        "as many rows as loops",
+    ],
 )
-def test_the_widest_rows(function: Callable[..., Any], operands: int, first: Config) -> None:
-    rows = jax.ShapeDtypeStruct((4096, 30528), contract.BFLOAT16)
-    vector = jax.ShapeDtypeStruct((30528,), contract.BFLOAT16)
+def test_the_widest_rows(
+    function: Callable[..., Any], operands: int, columns: int, dtype: Any, first: tuple[int, int]
+) -> None:
+    """Columns and warps: most elements under way, of rows that the L2 cache keeps."""
+    rows = jax.ShapeDtypeStruct((4096, columns), dtype)
+    vector = jax.ShapeDtypeStruct((columns,), dtype)
     arguments = (rows, vector if function is rms_norm else rows)[:operands]
-    assert codegen.generate(contract.build(function, *arguments)).config == first
-    few = jax.ShapeDtypeStruct((132, 30528), contract.BFLOAT16)
-    assert codegen.generate(contract.build(softmax_of, few)).config.programs == 0
+    config = codegen.generate(contract.build(function, *arguments)).config
+    assert (config.block("col"), config.num_warps) == first
+
+
+def test_rows_of_a_multiprocessor_load_the_next_ones() -> None:
+    """Unless there are few."""
+    for rows, walks in ((4096, True), (132, False)):
+        x = jax.ShapeDtypeStruct((rows, 30528), contract.BFLOAT16)
+        config = codegen.generate(contract.build(logsumexp, x)).config
+        assert config == (
+            WALKING if walks else dataclasses.replace(WALKING, programs=0, num_stages=1)
+        )
+
+
+def test_few_rows_are_held() -> None:
+    """Of rows that are not enough for loops to have several on each multiprocessor."""
+    for rows, held in ((132, True), (264, True), (600, False)):
+        x = jax.ShapeDtypeStruct((rows, 30528), contract.BFLOAT16)
+        config = codegen.generate(contract.build(softmax_of, x)).config
+        assert (config.block("col") == 32768) == held
 
 
 @pytest.mark.parametrize(

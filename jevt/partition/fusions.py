@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from typing import Any
 
 from jax.extend.core import Jaxpr, JaxprEqn, Var
@@ -29,7 +29,7 @@ def xla_us(
     jaxpr: Jaxpr,
     device: Device,
     reductions: Collection[int],
-    merged: Collection[Var] = (),
+    apart: Set[Var] = frozenset(),
 ) -> float:
     """XLA's own fusion of the same equations.
 
@@ -45,9 +45,9 @@ def xla_us(
       jaxpr: the group.
       device: that runs it.
       reductions: positions of the equations that reduce.
-      merged: results of products whose calls run others, too, and so take nothing along.
+      apart: results of equations that no call takes along, see :mod:`.epilogues`.
     """
-    calls = _called(jaxpr, merged)
+    calls = _called(jaxpr, apart)
     total = sum(products.cublas_us(jaxpr.eqns[call[0]], device) for call in calls)
     for kernel in _kernels(jaxpr, reductions, calls):
         traffic = sum(cost.fetched(kernel.eqns, v) for v in kernel.operands)
@@ -65,10 +65,10 @@ def kernels(jaxpr: Jaxpr, reductions: Collection[int]) -> int:
     return len(_kernels(jaxpr, reductions, _called(jaxpr)))
 
 
-def _called(jaxpr: Jaxpr, merged: Collection[Var] = ()) -> list[list[int]]:
+def _called(jaxpr: Jaxpr, apart: Set[Var] = frozenset()) -> list[list[int]]:
     """Positions of the equations that each call of cuBLAS runs, the product's first."""
     return [
-        [p] if eqn.outvars[0] in merged else products.folded(jaxpr, p)
+        products.folded(jaxpr, p, apart)
         for p, eqn in enumerate(jaxpr.eqns)
         if eqn.primitive.name == "dot_general"
     ]

@@ -21,7 +21,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from jevt import _jaxpr
 from jevt.lowering.errors import NotFusible
-from jevt.partition import siblings
+from jevt.partition import epilogues
 
 type NodeKind = Literal["pointwise", "view", "reduction", "contraction", "source", "opaque"]
 
@@ -139,9 +139,9 @@ class Reading:
         return uses(self.jaxpr)
 
     @functools.cached_property
-    def merged(self) -> frozenset[Var]:
-        """Results of matrix products that XLA multiplies together."""
-        return siblings.merged(self.jaxpr)
+    def apart(self) -> frozenset[Var]:
+        """Results of equations that XLA leaves out of its calls of cuBLAS."""
+        return epilogues.apart(self.jaxpr)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -244,7 +244,7 @@ def _calls(
     def time(nodes: Sequence[int]) -> float:
         positions = sorted(p for n in nodes for p in graph.nodes[n].eqns)
         reducing = {i for i, p in enumerate(positions) if single.nodes[p].kind == "reduction"}
-        return fusions.xla_us(graph.extract(positions), device, reducing, graph.merged)
+        return fusions.xla_us(graph.extract(positions), device, reducing, graph.apart)
 
     group, last, alone = [node], node, time([node])
     yield (node,), alone

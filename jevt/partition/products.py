@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
@@ -18,6 +18,7 @@ from jevt._context import Device
 from jevt._jaxpr import aval
 from jevt.lowering.products import product
 from jevt.partition import cost
+from jevt.partition.epilogues import VIEWS
 from jevt.partition.graph import elements, nbytes
 
 #: Rates by operand type and precision, for bfloat16's 1: cuBLAS's and ours.
@@ -40,9 +41,6 @@ _READS = 40.0
 
 #: What XLA folds into cuBLAS's call, if nothing else reads what it is applied to.
 _FOLDED = frozenset({"add", "add_jaxvals", "mul", "max", "convert_element_type"})
-
-#: Views of an operand that cuBLAS's layouts stand for.
-VIEWS = frozenset({"reshape", "squeeze", "transpose", "broadcast_in_dim"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +137,11 @@ def _mainloop_us(size: Size, device: Device) -> float:
     return min(time(m, n) for m, n in _TILES)
 
 
-def folded(jaxpr: Jaxpr, at: int) -> list[int]:
-    """Positions of the equations that XLA's call of cuBLAS takes along, the product's first."""
+def folded(jaxpr: Jaxpr, at: int, apart: Set[Var] = frozenset()) -> list[int]:
+    """Positions of the equations that XLA's call of cuBLAS takes along, the product's first.
+
+    ``apart`` are results of equations that it leaves out.
+    """
     readers: dict[Var, list[int]] = {}
     for p, eqn in enumerate(jaxpr.eqns):
         for v in dict.fromkeys(v for v in eqn.invars if isinstance(v, Var)):
@@ -156,6 +157,8 @@ def folded(jaxpr: Jaxpr, at: int) -> list[int]:
         eqn = jaxpr.eqns[reader]
         others = [v for v in eqn.invars if v is not var]
         if eqn.primitive.name not in _FOLDED or not all(_short(v, maker) for v in others):
+            return result
+        if not apart.isdisjoint(eqn.outvars):
             return result
         result.append(reader)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 
 from jax.extend.core import Jaxpr, Var
 
@@ -50,7 +50,7 @@ def choose(
         )
     parts = [single.nodes[p] for p in positions]
     kind = _kind(parts)
-    predicted, xla = _times(jaxpr, parts, graph.merged, context.device)
+    predicted, xla = _times(jaxpr, parts, graph.apart, context.device)
     group = Group(
         names.group_name(index, kind, jaxpr), "xla", kind, positions, jaxpr, None, xla, xla
     )
@@ -100,7 +100,7 @@ def predicted_us(graph: Graph, positions: Sequence[int], context: Context) -> fl
     """
     positions = sorted(positions)
     parts = [graph.nodes[p] for p in positions]
-    ours, xla = _times(graph.extract(positions), parts, graph.merged, context.device)
+    ours, xla = _times(graph.extract(positions), parts, graph.apart, context.device)
     if not chooses(context):
         return ours
     return xla if _trivial(parts, context) else min(ours, xla)
@@ -143,14 +143,14 @@ def _kind(parts: Sequence[Node]) -> str:
 
 
 def _times(
-    jaxpr: Jaxpr, parts: Sequence[Node], merged: Collection[Var], device: Device
+    jaxpr: Jaxpr, parts: Sequence[Node], apart: Set[Var], device: Device
 ) -> tuple[float, float]:
     """Predicted microseconds of a group as one kernel and as XLA runs it.
 
-    ``merged`` are results of products that XLA multiplies together with others.
+    ``apart`` are results of equations that XLA leaves out of calls.
     """
     reductions = {i for i, part in enumerate(parts) if part.kind == "reduction"}
-    xla = fusions.xla_us(jaxpr, device, reductions, merged)
+    xla = fusions.xla_us(jaxpr, device, reductions, apart)
     if products.position(jaxpr) is not None:
         sums = [jaxpr.eqns[i] for i in sorted(reductions)]
         return products.kernel_us(jaxpr, device) + products.second_stage_us(sums, device), xla

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import DropVar, Jaxpr, JaxprEqn, Literal, Primitive, Var, new_jaxpr_eqn
 from jax.extend.core import primitives as p
@@ -148,6 +149,13 @@ class Graph(Knowledge):
             broadcast_dimensions=tuple(dimensions),
             sharding=None,
         )
+
+    def barrier(self, atom: Atom) -> Atom:
+        """The same value; XLA does not look through to what computes it."""
+        result = Var(atom.aval)
+        info, ctx = self.source.source_info, self.source.ctx
+        self.add(new_jaxpr_eqn([atom], [result], lax.optimization_barrier_p, {}, set(), info, ctx))
+        return result
 
     def add(self, eqn: JaxprEqn) -> None:
         """Appends the equation, or what its rules make of it."""

@@ -36,8 +36,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 
-from jax import lax
-from jax.extend.core import Jaxpr, JaxprEqn, Var, new_jaxpr_eqn
+from jax.extend.core import Jaxpr, JaxprEqn, Var
 from jax.extend.core import primitives as p
 
 from jevt._context import Context
@@ -134,20 +133,7 @@ class _Barriers:
         """A value of the original behind so many barriers."""
         values = self._values.setdefault(source, [read(graph.env, source)])
         while len(values) <= number:
-            result = Var(values[-1].aval)
-            place = graph.source
-            graph.add(
-                new_jaxpr_eqn(
-                    [values[-1]],
-                    [result],
-                    lax.optimization_barrier_p,
-                    {},
-                    set(),
-                    place.source_info,
-                    place.ctx,
-                )
-            )
-            values.append(result)
+            values.append(graph.barrier(values[-1]))
         return values[number]
 
 

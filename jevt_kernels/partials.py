@@ -95,16 +95,23 @@ def combinations(spec: KernelSpec, source: Source) -> list[Combination]:
     for partial in source.partials:
         alike[partial.programs, spec.outputs[partial.output].size].append(partial)
     return [
-        _combination(spec, partials, *key)
+        combination(spec, partials, *key)
         for key, partials in alike.items()
         if len(partials) > 1 or key[0] >= _MANY
     ]
 
 
-def _combination(
+def combination(
     spec: KernelSpec, partials: Sequence[Partial], parts: int, size: int
 ) -> Combination:
-    """One kernel that reduces ``[parts, size]`` for each of the partial results."""
+    """One kernel that reduces ``[parts, size]`` for each of the partial results.
+
+    Args:
+      spec: the kernel that leaves them.
+      partials: the results.
+      parts: of each.
+      size: elements of each part.
+    """
     from jevt_kernels.codegen import power_of_two
     from jevt_kernels.mainloops.pipelining import stages
 

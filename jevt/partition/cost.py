@@ -21,14 +21,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from jevt._context import Device
 from jevt.partition import graph as graphs
-from jevt_kernels.codegen import power_of_two
 from jevt_kernels.mainloops import columnwise, rowwise
+from jevt_kernels.mainloops import narrow_columns as narrow
 from jevt_kernels.spec import KernelSpec
 from jevt_kernels.tuning import Calibration
 
@@ -90,12 +91,9 @@ OPERATIONS = {
     "div": 4, "sqrt": 4, "rsqrt": 4, "rem": 8,
 }  # fmt: skip
 
-#: Elements and columns of the tile with which a kernel of ours walks rows that it reduces along;
-#: elements of one that holds whole rows.
-_TILE, _ACROSS, _WHOLE_TILE = 4096, 64, 1024
-
-#: Columns from which on a kernel that reduces along rows is as fast as with many.
-_FULL_COLUMNS = 16
+#: By how much longer a kernel of ours is taken to run that takes rows of few columns side by side,
+#: whose results take a launch more.
+_BESIDE = 4 / 3
 
 #: Scalar float32 operations run at about this part of the matrix units' rate (H100: 67 of 989
 #: TFLOPS).
@@ -197,25 +195,36 @@ def parts_bytes(reduction: JaxprEqn, whole: bool = False) -> int:
       reduction: the equation.
       whole: the kernel reduces rows, too, so that each program holds whole ones.
     """
-    columns = max(1, graphs.elements(reduction.outvars[0].aval))
-    rows = graphs.elements(reduction.invars[0].aval) // columns
-    width = power_of_two(columns)
-    across, tile, most = min(_ACROSS, width), _TILE, columnwise.ROW_PROGRAMS
-    if whole:
-        across, tile, most = width, _WHOLE_TILE, columnwise.WHOLE_ROW_PROGRAMS
-    blocks = -(-rows // max(1, tile // across))
-    programs = min(blocks, max(1, most // -(-columns // across)))
-    return 2 * 4 * programs * columns if programs > 1 else 0
+    rows, columns, beside = _walked(reduction)
+    beside = 1 if whole else beside
+    programs = columnwise.parts(rows // beside, columns * beside, whole)
+    return 2 * 4 * programs * columns * beside if programs > 1 else 0
 
 
 def narrow_columns(reductions: Collection[JaxprEqn]) -> float:
     """How many times longer a kernel takes of ours that reduces along rows, for its few columns.
 
     A load of 16 columns and more is as wide as one of many. On an H100, sums of 3 columns ran at
-    21 % of the bandwidth, XLA's at 92 %. (A sum of everything has no columns.)
+    21 % of the bandwidth, ours of 64 rows side by side and XLA's at 92 %. Both are taken to run at
+    three quarters, as XLA's do of many columns. (A sum of everything has no columns.)
     """
-    columns = (graphs.elements(eqn.outvars[0].aval) for eqn in reductions)
-    return max((_FULL_COLUMNS / c for c in columns if 1 < c < _FULL_COLUMNS), default=1.0)
+    factors = [1.0]
+    for _, columns, beside in map(_walked, reductions):
+        if beside > 1:
+            factors.append(_BESIDE)
+        if columns > 1:
+            factors.append(narrow.FULL / (columns * beside))
+    return max(factors)
+
+
+def _walked(reduction: JaxprEqn) -> tuple[int, int, int]:
+    """Rows and columns of a reduction along rows, and how many rows its kernel takes as one."""
+    operand: Any = reduction.invars[0].aval
+    columns = max(1, graphs.elements(reduction.outvars[0].aval))
+    rows = graphs.elements(operand) // columns
+    axes = reduction.params.get("axes", ())
+    innermost = operand.shape[max(axes)] if axes else 1
+    return rows, columns, narrow.beside(columns, innermost, rows)
 
 
 def roofline_us(

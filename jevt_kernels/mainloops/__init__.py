@@ -48,6 +48,7 @@ MAINLOOPS: dict[str, Mainloop] = {
 
 #: Mainloops that can leave a kernel to several: which ones, in a configuration; None for one.
 STAGES: dict[str, Callable[[KernelSpec, Config], Stages | None]] = {
+    "columnwise": columnwise.stages,
     "gemm": gemm.stages,
     "multi_tensor": multi_tensor.stages,
     "rowwise": rowwise.stages,

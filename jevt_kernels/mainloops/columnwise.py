@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from jevt_kernels import visitor
 from jevt_kernels.codegen import Printer
-from jevt_kernels.mainloops.pipelining import stages
+from jevt_kernels.mainloops import narrow_columns
+from jevt_kernels.mainloops.pipelining import stages as stages_ahead
 from jevt_kernels.mainloops.pointwise import blocks_along, power_of_two
 from jevt_kernels.mainloops.reduction import (
     before_reductions,
@@ -22,53 +23,99 @@ from jevt_kernels.mainloops.reduction import (
     reductions,
     store_partial,
 )
-from jevt_kernels.spec import Config, KernelSpec, UnsupportedKernel
+from jevt_kernels.spec import Config, KernelSpec, Stages, UnsupportedKernel
 
 SMALLEST_BLOCK = 1
 
 #: Widest row, padded to a power of two, of a tile that holds whole rows and accumulators.
 MAX_WHOLE = 8192
 
-#: Programs that walk the rows: a few for each multiprocessor of any present GPU. The number decides
-#: the order of summation, so it does not depend on the device.
-ROW_PROGRAMS = 1056
+#: Programs that walk the rows: four for each of an H100's multiprocessors. The number decides the
+#: order of summation, so it does not depend on the device.
+_PROGRAMS = 528
 
-#: The same where tiles hold whole rows: fewer leave fewer partial results, and their loads, issued
-#: further ahead, keep memory busy. A layer norm's gradients [16384, 1024] in bfloat16 take 38.4 us
-#: on an H100, 40.5 with twice as many, and their second stage half the time.
-WHOLE_ROW_PROGRAMS = 528
+#: Elements and columns of the tile that is walked. Of many columns few programs have the same, so
+#: that partial results are few. BatchNorm's backward sums [128, 56, 56, 256] in bfloat16 take 135
+#: us on an H100, its statistics 69 and those of [6272, 2048] 12; 141, 72 and 15 in tiles of 64 rows
+#: and 64 columns of twice as many programs.
+_TILE, _ACROSS = 2048, 128
+
+#: Columns of the tile where more would end far beyond the last one.
+_FEWER = 64
+
+#: Elements of a tile that holds whole rows: a row on chip for each warp, its intermediates beside
+#: the accumulators.
+_WHOLE_TILE = 1024
 
 _PER_WARP = 1024
 
-#: Columns of tiles of which fewer programs walk the rows, so that partial results are half as many.
-_FEW_PARTS_COLUMNS = 128
+#: Blocks of rows under way at most.
+_AHEAD = 4
+
+#: Further tiles: elements, columns, programs.
+_OTHERS = ((2048, 64, 528), (1024, 64, 1056), (4096, 64, 1056), (4096, 128, 528))
 
 
 def configs(spec: KernelSpec) -> tuple[Config, ...]:
     """Configurations worth trying, the preferred one first."""
+    spec = narrow_columns.wide(spec) or spec
     rows, columns = (spec.space.extent(spec.space.tile_axis(name)) for name in ("row", "col"))
-    whole = any(isinstance(n, visitor.Reduce) and n.over == "col" for n in spec.tree)
     width = power_of_two(columns)
-    result: dict[Config, None] = {}
-    # A row on chip for each warp, its intermediates beside the accumulators; else short blocks of
-    # columns, so that the partial results are few.
-    shapes = ((1024, width), (2048, width)) if whole else ((4096, 64), (2048, 256), (4096, 128))
-    for elements, widest in shapes:
-        across = min(width, widest)
-        down = min(max(1, elements // across), power_of_two(rows))
+    if any(isinstance(n, visitor.Reduce) and n.over == "col" for n in spec.tree):
+        tiles = [(elements, width, _PROGRAMS) for elements in (_WHOLE_TILE, 2 * _WHOLE_TILE)]
+    else:
+        tiles = [(_TILE, _across(columns), _PROGRAMS), *_OTHERS]
+    found = []
+    for elements, most, programs in tiles:
+        across = min(width, most)
+        down = _down(rows, across, elements)
         blocks = (("row", down), ("col", across))
         warps = min(16, max(1, down * across // _PER_WARP))
-        ahead = stages(spec, "row", dict(blocks), most=4 if whole else 3)
-        programs = WHOLE_ROW_PROGRAMS if whole else 0
-        result.setdefault(Config(blocks, warps, ahead, programs))
-    if not whole and width > _FEW_PARTS_COLUMNS // 2:
-        # BatchNorm's backward sums [128, 56, 56, 256] in bfloat16 in 134 us on an H100, 141 with
-        # the first; statistics of few rows take longer.
-        across = _FEW_PARTS_COLUMNS
-        blocks = (("row", min(4096 // across, power_of_two(rows))), ("col", across))
-        ahead = stages(spec, "row", dict(blocks), most=3)
-        result.setdefault(Config(blocks, 4, ahead, ROW_PROGRAMS // 2))
-    return tuple(result)
+        found.append(
+            Config(blocks, warps, stages_ahead(spec, "row", dict(blocks), most=_AHEAD), programs)
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def _across(columns: int) -> int:
+    """Columns of the tile that is walked."""
+    width = power_of_two(columns)
+    few, many = (-(-columns // block) * block for block in (_FEWER, _ACROSS))
+    return min(width, _ACROSS if many <= 9 / 8 * few else _FEWER)
+
+
+def _down(rows: int, across: int, elements: int) -> int:
+    """Rows of a tile of so many elements."""
+    return min(max(1, elements // across), power_of_two(rows))
+
+
+def parts(rows: int, columns: int, whole: bool = False) -> int:
+    """Partial results of each reduction that a kernel leaves in its preferred configuration.
+
+    Args:
+      rows: that it reduces along.
+      columns: of a row.
+      whole: it reduces along columns too, so that its tiles hold whole rows.
+    """
+    across = power_of_two(columns) if whole else _across(columns)
+    down = _down(rows, across, _WHOLE_TILE if whole else _TILE)
+    return _walkers(-(-rows // down), -(-columns // across), _PROGRAMS, whole)
+
+
+def _walkers(row_blocks: int, column_blocks: int, programs: int, whole: bool) -> int:
+    """Programs that share the rows of a block of columns, of about so many programs in all.
+
+    Short blocks of rows are all under way at once, as many as a loop loads ahead: one program takes
+    them sooner than several leave partial results that have to be combined.
+    """
+    most = row_blocks if whole else -(-row_blocks // _AHEAD)
+    return min(most, max(1, round(programs / column_blocks)))
+
+
+def stages(spec: KernelSpec, config: Config) -> Stages | None:
+    """The kernels of a tensor of few columns; None where one is enough."""
+    del config
+    return narrow_columns.stages(spec)
 
 
 def emit(printer: Printer) -> int:
@@ -82,8 +129,8 @@ def emit(printer: Printer) -> int:
             f"rows of {space.extent(space.tile_axis('col'))} elements do not fit on chip "
             "beside sums along rows"
         )
-    most = config.programs or ROW_PROGRAMS
-    programs = min(row_blocks, max(1, most // column_blocks))
+    most = config.programs or _PROGRAMS
+    programs = _walkers(row_blocks, column_blocks, most, bool(along_columns))
     printer.constants()
     printer.line(f"pid = {printer.program_id()}")
     part = "pid" if column_blocks == 1 else f"pid // {column_blocks}"

@@ -103,9 +103,11 @@ def tensor(*shape: int) -> jax.ShapeDtypeStruct:
 @pytest.mark.parametrize(
     ("rows", "columns", "parts"),
     [
-        (16384, 1024, 66),  # 16 blocks of columns
+        (16384, 1024, 66),  # 8 blocks of columns
         (401408, 256, 264),
-        (33554432, 3, 1056),
+        (16384, 40000, 2),  # 313 blocks of columns: two programs each are nearer to 528 than one
+        (33554432, 3, 176),  # 64 rows side by side
+        (4099, 3, 3),  # few elements: nine blocks of rows, four for each program
         (8, 670208, 0),  # each program has all rows of its columns
         (64, 64, 0),
     ],
@@ -159,12 +161,21 @@ def test_second_stages_compile(arch: int) -> None:
     assert binary.registers <= 80
 
 
-def test_fewer_partial_results_are_offered_for_wide_rows() -> None:
-    x = jax.ShapeDtypeStruct((401408, 256), contract.BFLOAT16)
-    configs = columnwise.configs(contract.build(lambda x: x.sum(0), x))
-    assert configs[0].programs == 0
-    assert configs[-1] == Config((("row", 32), ("col", 128)), 4, 3, 528)
-    narrow = jax.ShapeDtypeStruct((401408, 64), contract.BFLOAT16)
-    assert not any(
-        c.programs for c in columnwise.configs(contract.build(lambda x: x.sum(0), narrow))
-    )
+@pytest.mark.parametrize(
+    ("rows", "columns", "block"),
+    [
+        (401408, 256, (16, 128)),
+        (401408, 64, (32, 64)),
+        (401408, 192, (32, 64)),  # a quarter of two blocks of 128 columns would be idle
+        (401408, 100, (16, 128)),
+        (401408, 16, (128, 16)),
+        (8, 900, (8, 128)),
+    ],
+)
+def test_tiles(rows: int, columns: int, block: tuple[int, int]) -> None:
+    """Of few elements, for many programs, which share few blocks of columns."""
+    spec = contract.build(statistics, tensor(rows, columns))
+    first = columnwise.configs(spec)[0]
+    assert (first.block("row"), first.block("col")) == block
+    assert first.programs == 528
+    assert codegen.generate(spec, first).grid <= 528

@@ -2,8 +2,8 @@
 
 The queries, keys and values of an attention are the usual case. XLA makes one call of cuBLAS of
 two or more, whose result has all of them side by side, and adds what follows each, as its bias,
-in a kernel of its own: on an H100 a BERT's three biases took 19 µs each. Large ones are kept apart
-by barriers, see :mod:`jevt.passes.separate_products`.
+in a kernel of its own: on an H100 a BERT's three biases took 19 µs each. Those of which a split
+concatenation consists are kept apart by barriers, see :mod:`jevt.passes.separate_products`.
 """
 
 from __future__ import annotations

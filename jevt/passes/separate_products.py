@@ -1,11 +1,9 @@
-"""Large matrix products that share an operand are kept apart. For GPUs.
+"""The parts of a split concatenation's product are kept apart. For GPUs.
 
-Purpose: XLA multiplies products together that share an operand, as the queries, keys and values of
-an attention, and so the gradients of their three weights: it concatenates their other operands, and
-takes slices of the one result. That is worth it where a launch counts. Of large products it has to
-copy what it joins, or to read it through a kernel that is slower than cuBLAS: in a BERT's layer,
-two of the three gradients of 32 MiB, for those of the weights. And what follows each of the
-products, a bias, is no longer part of a call of cuBLAS.
+Purpose: XLA multiplies products together that share an operand, as the gradients of the three
+weights of an attention: it concatenates their other operands, and takes slices of the one result.
+Where :mod:`.split_concatenations` made the products of a concatenation, in order not to have it,
+that brings 100 MB of it back.
 
 So the second of them reads the shared operand through a barrier, the third through one more, which
 XLA does not look through. (Barriers of the same value would be equal, and XLA would make one of
@@ -16,18 +14,22 @@ Invariant: the same products.
 XLA's pass (``DotMerger``) takes products whose shared operand shows the same value, whichever
 operand it is, contracts and has as batch the same of its axes, from the smallest on, until what is
 joined of operands and results is beyond ``xla_gpu_dot_merger_threshold_mb``, 64 MiB. Kept apart
-are those that read and write more than ``LEAST_BYTES`` each; XLA may join the others. A donated
-input has no barriers: what overwrites it has to know its readers.
+are those that read and write more than ``LEAST_BYTES`` each, if one of their results goes into a
+concatenation; XLA may join the others. (The three gradients of a BERT, each of a weight of its own,
+were not faster apart on an H100: 0.3 ms of 71 less in kernels, but a hundred launches more.) A
+donated input has no barriers: what overwrites it has to know its readers.
 
     before  { lambda ; a:bf16[16384,1024] b:bf16[16384,1024] c:bf16[16384,1024]. let
                 d:bf16[1024,1024] = dot_general[(([0], [0]), ([], []))] a b
                 e:bf16[1024,1024] = dot_general[(([0], [0]), ([], []))] a c
-                in (d, e) }
+                f:bf16[1024,2048] = concatenate[dimension=1] d e
+                in (f,) }
     after   { lambda ; a:bf16[16384,1024] b:bf16[16384,1024] c:bf16[16384,1024]. let
                 d:bf16[1024,1024] = dot_general[(([0], [0]), ([], []))] a b
-                f:bf16[16384,1024] = optimization_barrier a
-                e:bf16[1024,1024] = dot_general[(([0], [0]), ([], []))] f c
-                in (d, e) }
+                g:bf16[16384,1024] = optimization_barrier a
+                e:bf16[1024,1024] = dot_general[(([0], [0]), ([], []))] g c
+                f:bf16[1024,2048] = concatenate[dimension=1] d e
+                in (f,) }
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ def _replacements(jaxpr: Jaxpr, context: Context, outermost: bool) -> Replacemen
                 alike.setdefault(operand.use(), {}).setdefault(eqn.outvars[0], operand)
     barriers = _Barriers()
     found: dict[Var, list[tuple[_Operand, int]]] = {}
-    for operands in (operands for operands in alike.values() if len(operands) > 1):
+    for operands in alike.values():
+        if len(operands) < 2 or not any(_is_part(o.product, readers) for o in operands.values()):
+            continue
         large = [operand for operand in operands.values() if operand.is_large()]
         first = 0 if len(large) == len(operands) else 1  # apart from small ones, too
         for number, operand in enumerate(large, first):
@@ -150,6 +154,14 @@ def _emit(behind: Sequence[tuple[_Operand, int]], barriers: _Barriers, graph: Gr
         operands[operand.side] = value
     graph.place(product)
     return graph.emit(p.dot_general_p, *operands, **product.params)
+
+
+def _is_part(product: JaxprEqn, readers: Readers) -> bool:
+    """Whether the result of a product goes into a concatenation."""
+    (var,) = product.outvars
+    while len(found := readers.of(var)) == 1 and is_view(found[0]):
+        (var,) = found[0].outvars
+    return any(reader.primitive is p.concatenate_p for reader in found)
 
 
 def _operand(product: JaxprEqn, side: int, readers: Readers) -> _Operand:

@@ -15,7 +15,7 @@ product, so do parts of few columns (one key head for many queries), which cuBLA
 multiply. Left alone:
 
 * what somebody reads whole, as the gradient of a weight reads the gradient of q, k and v;
-* small products, which XLA puts together again (:mod:`.separate_products` keeps large ones apart).
+* small products, which XLA puts together again.
 
     before  { lambda ; a:bf16[64,512,256] b:bf16[256,768] c:bf16[1,1,768]. let
                 d:bf16[64,512,768] = dot_general[(([2], [0]), ([], []))] a b

@@ -128,7 +128,7 @@ class Prices:
         works, found = [], []
         for node in part:
             t = self.times[node]
-            short, long, beside = (round(us / unit) for us in t.parts)
+            short, long, beside = (math.ceil(us / unit) for us in t.parts)  # a launch hangs on it
             least = _LEAST * self.device.xla_launch_us
             ours, xla = (round(us / unit) if us > least else 0 for us in (t.ours, t.xla))
             more = round(t.more / unit)

@@ -108,3 +108,18 @@ def test_products_of_that_size_are_solved_right():
         long = times(problem, (1 << 27) // together(problem))
         outcome = solve.solve(long, ANYTHING, solve.Limits(60.0))
         assert outcome.cost == outcome.bound == brute_force(long, lambda nodes: True), seed
+
+
+def test_the_smallest_second_stage_is_a_launch():
+    x, y = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((256, 8), (8, 8)))
+    where = context("triton")
+    graph = graphs.from_jaxpr(trace(product, x, y)[0], classify)
+    reach = Reach.of(graph)
+    parts, links = split(graph, reach, 0)
+    costs = prices.prices(graph, graph, where)
+    (problem,) = (pose(graph, reach, part, links, costs) for part in parts if len(part) > 1)
+    beside = [time.parts[2] for time in costs.times if time.parts[2]]
+    assert beside and max(beside) < problem.unit / 2
+    assert [work.parts[2] for work in problem.works] == [0, 0, 1]
+    apart, together = (problem.time(range(n), 0, spread=True) for n in (2, 3))
+    assert together >= apart + problem.launch.stage

@@ -144,7 +144,7 @@ class Prices:
         return tuple(works), tuple(found)
 
 
-def prices(graph: Graph, single: Reading, context: Context) -> Prices:
+def prices(graph: Graph, single: Graph, context: Context) -> Prices:
     """The prices of a graph's nodes.
 
     Args:
@@ -227,19 +227,20 @@ def _chained(graph: Graph, single: Reading) -> dict[int, list[int]]:
     return result
 
 
-def _product(graph: Graph, single: Reading, node: int, context: Context) -> Call:
+def _product(graph: Graph, single: Graph, node: int, context: Context) -> Call:
     device = context.device
     (position,) = (p for p in graph.nodes[node].eqns if single.nodes[p].kind == "contraction")
     eqn = graph.jaxpr.eqns[position]
     moved = sum(nbytes(v.aval) for v in (*eqn.invars, *eqn.outvars))
-    calls = tuple(_calls(graph, single, node, device)) if targets.chooses(context) else ()
+    calls = tuple(_calls(graph, single, node, context)) if targets.chooses(context) else ()
     return Call(products.mainloop_us(eqn, device) / targets.unsure(context), moved, calls)
 
 
 def _calls(
-    graph: Graph, single: Reading, node: int, device: Device
+    graph: Graph, single: Graph, node: int, context: Context
 ) -> Iterator[tuple[tuple[int, ...], float]]:
     """A product alone, and with as much of what follows it as cuBLAS takes along."""
+    device = context.device
 
     def time(nodes: Sequence[int]) -> float:
         positions = sorted(p for n in nodes for p in graph.nodes[n].eqns)
@@ -247,7 +248,7 @@ def _calls(
         return fusions.xla_us(graph.extract(positions), device, reducing, graph.apart)
 
     group, last, alone = [node], node, time([node])
-    yield (node,), alone
+    yield (node,), targets.predicted_us(single, graph.nodes[node].eqns, context)
     while True:
         readers = {c for t in graph.writes[last] for c in graph.tensors[t].consumers}
         if len(readers) != 1 or any(graph.tensors[t].escapes for t in graph.writes[last]):

@@ -54,7 +54,7 @@ def choose(
     group = Group(
         names.group_name(index, kind, jaxpr), "xla", kind, positions, jaxpr, None, xla, xla
     )
-    trivial = _trivial(parts, context)
+    trivial = _trivial(jaxpr, parts, context)
     if trivial:
         return dataclasses.replace(group, reason=trivial)
     jaxpr = merge_copies(jaxpr)
@@ -100,10 +100,11 @@ def predicted_us(graph: Graph, positions: Sequence[int], context: Context) -> fl
     """
     positions = sorted(positions)
     parts = [graph.nodes[p] for p in positions]
-    ours, xla = _times(graph.extract(positions), parts, graph.apart, context.device)
+    jaxpr = graph.extract(positions)
+    ours, xla = _times(jaxpr, parts, graph.apart, context.device)
     if not chooses(context):
         return ours
-    return xla if _trivial(parts, context) else min(ours, xla)
+    return xla if _trivial(jaxpr, parts, context) else min(ours, xla)
 
 
 def limit_fuel(plan: Plan, fuel: int) -> Plan:
@@ -160,14 +161,15 @@ def _times(
     return ours + cost.second_stage_us(ends, device, whole), xla
 
 
-def _trivial(parts: Sequence[Node], context: Context) -> str:
+def _trivial(jaxpr: Jaxpr, parts: Sequence[Node], context: Context) -> str:
     """Why a group is not worth a kernel, "" if it might be."""
     kinds = {part.kind for part in parts}
     if kinds <= {"view", "source"}:
         return "cost model: only views, no arithmetic"
     if all(part.size <= 1 for part in parts):
         return "cost model: scalars only"
-    if kinds <= {"view", "source", "contraction"} and chooses(context):
+    alone = kinds <= {"view", "source", "contraction"} and not products.is_padded(jaxpr)
+    if alone and chooses(context):
         return "cost model: a matrix product alone is cuBLAS's"
     return ""
 

@@ -322,7 +322,9 @@ def _bcsr_dot_general(eqn: JaxprEqn) -> Function | str | None:
     def csr(data: Any, indices: Any, indptr: Any, dense: Any) -> Any:
         count = indices.shape[-1]
         positions = jnp.arange(count, dtype=indptr.dtype)
-        search = functools.partial(jnp.searchsorted, v=positions, side="right")
+        search = functools.partial(
+            jnp.searchsorted, v=positions, side="right", method="scan_unrolled"
+        )
         for _ in edges[:-1]:
             search = jax.vmap(search)
         return product(data, [(search(indptr) - 1).astype(indices.dtype), indices], dense)

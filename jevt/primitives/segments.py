@@ -89,8 +89,14 @@ def sum_type(
 
 def order(indices: jax.Array) -> jax.Array:
     """Positions of the indices in ascending order, equal ones as they come."""
+    return _sorted(indices)[1]
+
+
+def _sorted(indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The indices in ascending order, and their positions."""
     positions = jnp.arange(indices.shape[0], dtype=_INT32)
-    return jax.lax.sort_key_val(indices, positions, is_stable=True)[1]
+    ascending, positions = jax.lax.sort_key_val(indices, positions, is_stable=True)
+    return ascending, positions
 
 
 def bounds(indices: jax.Array, *order: jax.Array, rows: int) -> jax.Array:
@@ -102,8 +108,10 @@ def bounds(indices: jax.Array, *order: jax.Array, rows: int) -> jax.Array:
       rows: R.
     """
     numbers = jnp.arange(rows + 1, dtype=indices.dtype)
-    ascending = indices[order[0]] if order else indices
-    return jnp.searchsorted(ascending, numbers).astype(_INT32)
+    # What sorts them has sorted them: XLA makes one of both sorts, and spares the lookup.
+    ascending = _sorted(indices)[0] if order else indices
+    # A loop's steps are three kernels and two copies each.
+    return jnp.searchsorted(ascending, numbers, method="scan_unrolled").astype(_INT32)
 
 
 def blocks(bounds: jax.Array, *, edges: int) -> jax.Array:

@@ -97,7 +97,7 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
         candidates = [config] if held < _MANY or (plain and loaded) else []
         candidates += [
             dataclasses.replace(config, splits=splits)
-            for splits in _SPLITS
+            for splits in _splits(found, config)
             if (loaded or held < _MANY) and found.k >= splits * _SHORTEST_PART
             if plain or split.divisible(spec, splits)
         ]
@@ -116,6 +116,13 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
     measured = preferred(spec, found, alive, plain) if loaded else ()
     fitting = (config for config in measured if _fits(spec, found, config))
     return tuple(dict.fromkeys((*fitting, *_with_descriptors(spec, found, alive, ordered))))
+
+
+def _splits(found: Product, config: Config) -> list[int]:
+    """Numbers of parts of ``k``: few, and as many as give each multiprocessor one tile or two."""
+    tiles = gemm_tiles.number(found, config)
+    filling = {MULTIPROCESSORS // tiles, 2 * MULTIPROCESSORS // tiles} - {0, 1}
+    return sorted({*_SPLITS, *filling})
 
 
 def _fits(spec: KernelSpec, found: Product, config: Config) -> bool:

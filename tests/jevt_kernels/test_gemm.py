@@ -355,6 +355,13 @@ def test_partial_results_beyond_32_bits() -> None:
     assert "int64" in codegen.generate(spec, dataclasses.replace(gemm.SMALL, splits=8)).text
 
 
+@pytest.mark.interpret
+def test_a_long_odd_k_in_as_many_parts_as_fill_a_gpu() -> None:
+    spec = gemm.product((1, 33, 40, 70001), BFLOAT16, "km", "kn", "mn")
+    config = next(c for c in configs(spec) if c.splits >= 66 and not c.descriptors)
+    gemm.check(spec, config)
+
+
 def test_configurations() -> None:
     def first(spec: KernelSpec) -> Config:
         return configs(spec)[0]

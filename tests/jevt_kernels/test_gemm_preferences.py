@@ -68,6 +68,35 @@ def test_short_epilogues_of_large_tiles_or_of_small_ones_where_memory_is_busy() 
     assert (config.specialized, config.num_warps, config.num_stages) == ("pingpong", 4, 5)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        gemm.product((1, 16384, 4096, 1024), gemm.BFLOAT16, out_dtype=gemm.BFLOAT16),
+        gemm.rounded_residual((1, 16384, 1024, 4096)),
+        gemm.rounded_residual((1, 32768, 768, 768)),
+    ],
+    ids=["plain", "residual", "busy memory"],
+)
+def test_short_epilogues_of_rounded_products_are_overlapped(spec: KernelSpec) -> None:
+    config = default(spec)
+    assert tile(config) == (128, 256)
+    assert (config.specialized, config.num_stages, config.subtiles) == ("overlapped", 4, 4)
+
+
+def test_what_no_next_tile_could_hide_is_not_overlapped() -> None:
+    one_each = default(gemm.product((1, 1024, 1024, 512), gemm.BFLOAT16, out_dtype=gemm.BFLOAT16))
+    assert one_each.specialized != "overlapped"
+    assert default(gemm.dgrad_gelu((1, 16384, 4096, 1024))).specialized == "pingpong"
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 64), (64, 352), (300, 300)])
+def test_a_small_product_of_long_operands_fills_the_gpu(sizes: tuple[int, int]) -> None:
+    config = default(gemm.product((1, *sizes, 736389), gemm.BFLOAT16, "bkm", "bkn"))
+    m, n = tile(config)
+    tiles = -(-sizes[0] // m) * -(-sizes[1] // n)
+    assert 120 <= tiles * config.splits <= 264
+
+
 def test_a_product_alone_is_split_as_fills_the_gpu() -> None:
     config = default(gemm.product((1, 16384, 4096, 1024), gemm.BFLOAT16))
     assert tile(config) == (128, 256)

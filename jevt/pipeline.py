@@ -32,6 +32,7 @@ from jevt.passes import (
     raise_cross_entropy,
     raise_norms,
     raise_softmax,
+    relu_masks,
     row_products,
     segment_epilogues,
     segment_sums,
@@ -83,6 +84,8 @@ PRODUCT_PASSES: tuple[tuple[str, Pass], ...] = (
 
 # After them, for GPUs only: what a CPU would not gain from.
 GPU_PASSES: tuple[tuple[str, Pass], ...] = (
+    # What a relu reads is not kept for its gradient's mask.
+    ("relu_masks", relu_masks.run),
     # Gradients of lookups in short tables become matrix products.
     ("table_gradient", table_gradient.run),
     # What both have made equal is computed once, and what they have left without a reader goes.

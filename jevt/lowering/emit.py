@@ -21,6 +21,7 @@ from jevt import _jaxpr
 from jevt._context import Context
 from jevt._jaxpr import aval
 from jevt.lowering import checking, waiting
+from jevt.lowering import stored as storing
 from jevt.lowering.alias import donated_aliases, donated_inputs, partners
 from jevt.lowering.errors import JevtWarning
 from jevt.lowering.naming import canonical, common_scope
@@ -123,11 +124,15 @@ def lower(plan: Plan, context: Context, *, top: bool = True) -> tuple[Jaxpr, Pla
     if top:
         _warn(planned, plan)
     eqns: list[JaxprEqn] = []
+    stored = storing.behind_barriers(plan.jaxpr, groups)
+    barriers: dict[Var, Var] = {}
     for group in groups:
         if group.target == "triton":
             eqns.append(_kernel_equation(plan, group, context))
-        else:
-            eqns.extend(_with_bodies(plan.jaxpr.eqns[i], i, bodies) for i in group.eqns)
+            continue
+        own = [_with_bodies(plan.jaxpr.eqns[i], i, bodies) for i in group.eqns]
+        product = storing.is_product(group)
+        eqns += storing.emit(own, stored, barriers) if product else own
     return plan.jaxpr.replace(eqns=eqns), plan
 
 

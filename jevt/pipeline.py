@@ -27,6 +27,7 @@ from jevt.passes import (
     fold_constants,
     hoist_orders,
     inline,
+    max_pools,
     one_hot,
     raise_attention,
     raise_cross_entropy,
@@ -86,6 +87,8 @@ PRODUCT_PASSES: tuple[tuple[str, Pass], ...] = (
 GPU_PASSES: tuple[tuple[str, Pass], ...] = (
     # What a relu reads is not kept for its gradient's mask.
     ("relu_masks", relu_masks.run),
+    # Gradients of maximum pooling become arithmetic on shifted arrays.
+    ("max_pools", max_pools.run),
     # Gradients of lookups in short tables become matrix products.
     ("table_gradient", table_gradient.run),
     # What both have made equal is computed once, and what they have left without a reader goes.

@@ -187,7 +187,7 @@ _AWAITED: dict[Primitive, str] = _table(
 #: Primitives that run as one call each, of a library or of a kernel that no group joins.
 _CALLS: dict[Primitive, str] = {
     segment_order_p: "XLA's sort",
-    segment_bounds_p: "XLA",
+    segment_bounds_p: "a kernel of its own",
     segment_blocks_p: "XLA",
     segment_sum_p: "a kernel of its own",
     fused_segment_sum_p: "a kernel of its own",

@@ -113,7 +113,8 @@ class _Run:
         index = access.numbers(indices, mode, graph)
         ascends = eqn.params["indices_are_sorted"] and not access.batch
         order = () if ascends else (graph.emit(segment_order_p, index),)
-        bounds = graph.emit(segment_bounds_p, index, *order, rows=rows)
+        capability = self.capability
+        bounds = graph.emit(segment_bounds_p, index, *order, rows=rows, capability=capability)
         number = graph.constant(updates)
         if number is not None and np.isfinite(number):
             total = _counted(bounds, number, (rows, access.width), out.dtype, graph)

@@ -12,8 +12,9 @@ float32 and rounded once. Weights [E, H] are one for each of H equal parts of a 
 the positions that programs of their own add up where a row is long.
 
 A pass puts them in the place of ``scatter-add``. On CUDA the sum is a kernel of
-``jevt_kernels.segment_sum``; the others, and the sum elsewhere, are equations of JAX. They come
-after differentiation and batching, so they have no rules for either.
+``jevt_kernels.segment_sum`` and the bounds are one of ``jevt_kernels.row_bounds``; the others, and
+all elsewhere, are equations of JAX. They come after differentiation and batching, so they have no
+rules for either.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from jevt import _jax_internals as internals
 from jevt.primitives._define import compile_ahead, composite
 from jevt_kernels import launch
 from jevt_kernels.ops import compute_dtype
+from jevt_kernels.row_bounds import row_bounds
 from jevt_kernels.segment_sum import BLOCK, block_sums
 from jevt_kernels.segment_sum import segment_sum as kernel
 from jevt_kernels.spec import KernelSpec, TensorType
@@ -48,8 +50,8 @@ def _order_type(indices: Any) -> Any:
     return internals.array_like(indices, indices.shape, _INT32)
 
 
-def _bounds_type(indices: Any, *order: Any, rows: int) -> Any:
-    del order
+def _bounds_type(indices: Any, *order: Any, rows: int, capability: int = 0) -> Any:
+    del order, capability
     return internals.array_like(indices, (rows + 1,), _INT32)
 
 
@@ -99,19 +101,36 @@ def _sorted(indices: jax.Array) -> tuple[jax.Array, jax.Array]:
     return ascending, positions
 
 
-def bounds(indices: jax.Array, *order: jax.Array, rows: int) -> jax.Array:
+def bounds(indices: jax.Array, *order: jax.Array, rows: int, capability: int = 0) -> jax.Array:
     """Where the positions of each row begin, and where the last row's end.
 
     Args:
       indices: ``[E]``.
       *order: what sorts them; nothing if they are sorted.
       rows: R.
+      capability: not used.
     """
+    del capability
     numbers = jnp.arange(rows + 1, dtype=indices.dtype)
-    # What sorts them has sorted them: XLA makes one of both sorts, and spares the lookup.
-    ascending = _sorted(indices)[0] if order else indices
     # A loop's steps are three kernels and two copies each.
-    return jnp.searchsorted(ascending, numbers, method="scan_unrolled").astype(_INT32)
+    found = jnp.searchsorted(_ascending(indices, order), numbers, method="scan_unrolled")
+    return found.astype(_INT32)
+
+
+def _ascending(indices: jax.Array, order: Sequence[jax.Array]) -> jax.Array:
+    """The indices, sorted: what sorts them has done so, and XLA makes one of both sorts."""
+    return _sorted(indices)[0] if order else indices
+
+
+def _bounds_kernel(
+    indices: jax.Array, *order: jax.Array, rows: int, capability: int = 0
+) -> jax.Array:
+    if indices.dtype == _INT32 and indices.size > 0:
+        spec = row_bounds(indices.size, rows)
+        if compile_ahead((spec,), capability, "a search for rows runs through XLA: its kernel"):
+            ascending = _ascending(indices, order)
+            return launch.call(spec, ascending, compute_capability=capability or None)[0]
+    return bounds(indices, *order, rows=rows)
 
 
 def blocks(bounds: jax.Array, *, edges: int) -> jax.Array:
@@ -229,6 +248,6 @@ def _kernel(*operands: jax.Array, dtype: Any, fills: bool, capability: int) -> j
 
 
 segment_order_p = composite("segment_order", _order_type, order, several=False)
-segment_bounds_p = composite("segment_bounds", _bounds_type, bounds, several=False)
+segment_bounds_p = composite("segment_bounds", _bounds_type, bounds, _bounds_kernel, several=False)
 segment_blocks_p = composite("segment_blocks", _blocks_type, blocks, several=False)
 segment_sum_p = composite("segment_sum", sum_type, reference, _kernel, several=False)

@@ -164,7 +164,8 @@ def test_a_step_calls_the_kernel():
     h, src, dst, weight = graph(**LARGE)
     step = jevt.jit(lambda h: aggregate(h, src, dst, weight))
     text = step.trace(h).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("triton_kernel_call") == 2  # blocks of long rows, then all rows
+    # Where rows begin, blocks of long rows, then all rows.
+    assert text.count("triton_kernel_call") == 3
     assert "scatter" not in text
 
 
@@ -176,9 +177,12 @@ def test_a_kernel_that_does_not_compile_falls_back_with_a_warning(monkeypatch):
     monkeypatch.setattr(launch, "precompile", refuse)
     h, src, dst, weight = graph(**LARGE)
     step = jevt.jit(lambda h: aggregate(h, src, dst, weight))
-    with pytest.warns(jevt.JevtWarning, match="sum of segments.*no registers left"):
+    with pytest.warns(jevt.JevtWarning, match="no registers left") as caught:
         text = step.trace(h).lower(lowering_platforms=("cuda",)).as_text()
     assert "triton_kernel_call" not in text
+    told = {str(w.message) for w in caught}
+    assert {"search for rows" in t for t in told} == {"sum of segments" in t for t in told}
+    assert len(told) == 2
 
 
 def test_the_plan_says_what_it_is():

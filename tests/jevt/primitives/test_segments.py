@@ -61,3 +61,19 @@ def test_what_does_not_belong_together():
                 lambda *a: segments.segment_sum_p.bind(*a, **params),
                 *(bounds, blocks, columns, table, weights),
             )
+
+
+@pytest.mark.cuda_lowering
+@pytest.mark.parametrize("ordered", [False, True])
+def test_bounds_are_a_kernel_on_cuda(ordered):
+    def function(indices):
+        order = (segments.segment_order_p.bind(indices),) if ordered else ()
+        return segments.segment_bounds_p.bind(indices, *order, rows=7, capability=90)
+
+    def text(dtype):
+        indices = jax.ShapeDtypeStruct((1000,), dtype)
+        lowered = jax.jit(function).trace(indices).lower(lowering_platforms=("cuda",))
+        return lowered.as_text()
+
+    assert "triton_kernel_call" in text(jnp.int32)
+    assert "triton_kernel_call" not in text(jnp.uint8)  # rows of other types are searched by XLA

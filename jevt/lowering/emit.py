@@ -124,7 +124,8 @@ def lower(plan: Plan, context: Context, *, top: bool = True) -> tuple[Jaxpr, Pla
     if top:
         _warn(planned, plan)
     eqns: list[JaxprEqn] = []
-    stored = storing.behind_barriers(plan.jaxpr, groups)
+    gpu = context.platform == "cuda"
+    stored = storing.behind_barriers(plan.jaxpr, groups) if gpu else frozenset[Var]()
     barriers: dict[Var, Var] = {}
     for group in groups:
         if group.target == "triton":

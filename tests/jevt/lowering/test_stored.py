@@ -35,10 +35,10 @@ def product_of_an_input(x, scale, d):
     return convolved(x, scale), x.T @ d
 
 
-def lowered(fun, *args):
-    jaxpr, _ = trace(fun, *args)
-    plan = partition(jaxpr, context("auto"))
-    return emit.lower(plan, context("auto", platform="cpu"))[0]
+def lowered(fun, *args, platform="cuda"):
+    """The jaxpr that is lowered; none of its groups is a kernel of ours."""
+    plan = partition(trace(fun, *args)[0], context("auto"))
+    return emit.lower(plan, context("auto", platform=platform))[0]
 
 
 def arguments(rows=N):
@@ -72,6 +72,10 @@ def test_a_product_reads_what_a_call_reads():
 )
 def test_left_alone(fun, rows):
     assert not barriers(lowered(fun, *arguments(rows)))
+
+
+def test_cpus_have_none():
+    assert not barriers(lowered(product_of_what_a_call_reads, *arguments(), platform="cpu"))
 
 
 def test_small_values_are_left_alone(monkeypatch):

@@ -5,7 +5,7 @@ tensor's. Results of these are left to a second kernel, a small one:
 
     sums of [n, c]  =  sums of [q, c], which are the sums of [n / q, q·c]
 
-On an H100, sums of [33554432, 3] in bfloat16 take 324 us as they are, 74 in two kernels.
+On an H100, sums of [33554432, 3] in bfloat16 take 324 µs as they are, of [524288, 192] 71.
 """
 
 from __future__ import annotations

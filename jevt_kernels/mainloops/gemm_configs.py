@@ -120,7 +120,7 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
 
 def _splits(found: Product, config: Config) -> list[int]:
     """Numbers of parts of ``k``: few, and as many as give each multiprocessor one tile or two."""
-    tiles = gemm_tiles.number(found, config)
+    tiles = max(1, gemm_tiles.number(found, config))
     filling = {MULTIPROCESSORS // tiles, 2 * MULTIPROCESSORS // tiles} - {0, 1}
     return sorted({*_SPLITS, *filling})
 

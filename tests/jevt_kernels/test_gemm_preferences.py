@@ -6,6 +6,7 @@ import gemm_kernels as gemm
 import pytest
 
 from jevt_kernels import limits
+from jevt_kernels.mainloops import gemm_configs
 from jevt_kernels.spec import Config, KernelSpec
 
 
@@ -95,6 +96,11 @@ def test_a_small_product_of_long_operands_fills_the_gpu(sizes: tuple[int, int]) 
     m, n = tile(config)
     tiles = -(-sizes[0] // m) * -(-sizes[1] // n)
     assert 120 <= tiles * config.splits <= 264
+
+
+@pytest.mark.parametrize("sizes", [(1, 0, 64, 64), (0, 64, 64, 64), (1, 64, 64, 0)])
+def test_products_of_no_elements_have_configurations(sizes: tuple[int, int, int, int]) -> None:
+    assert gemm_configs.configs(gemm.product(sizes, gemm.BFLOAT16))[0].splits == 1
 
 
 def test_a_product_alone_is_split_as_fills_the_gpu() -> None:

@@ -51,8 +51,8 @@ class Config:
       ahead: of matrix products: whether full tiles that the epilogue loads are loaded before the
         loop, so that their loads overlap with it; they take registers meanwhile.
       specialized: of matrix products on sm_90: how warps share the work beside the one that loads
-        operands: "cooperative", "pingpong" (:mod:`jevt_kernels.mainloops.specialized`) or "": all
-        warps do the same.
+        operands: "cooperative", "pingpong", "overlapped"
+        (:mod:`jevt_kernels.mainloops.specialized`) or "": all warps do the same.
     """
 
     blocks: tuple[tuple[str, int], ...]

@@ -11,7 +11,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import DropVar, Jaxpr, Literal
+from jax.extend.core import DropVar, Jaxpr, JaxprEqn, Literal
 
 from jevt.passes import (
     canonicalize,
@@ -63,6 +63,25 @@ def rewritten(passes, jaxpr: Jaxpr) -> Jaxpr:
     assert result.in_avals == jaxpr.in_avals
     assert result.out_avals == jaxpr.out_avals
     return dce.run(cse.run(result))
+
+
+def cleaned(graph_pass: Callable[[Jaxpr], Jaxpr], jaxpr: Jaxpr, *cleaning) -> Jaxpr:
+    """The jaxpr after a pass and ``cleaning``, after which there is nothing left for the pass."""
+    after = graph_pass(jaxpr)
+    jax.extend.core.check_jaxpr(after)
+    assert after.out_avals == jaxpr.out_avals
+    for other in cleaning:
+        after = other(after)
+    assert graph_pass(after) is after
+    return after
+
+
+def largest(jaxpr: Jaxpr, size: Callable[[JaxprEqn], int]) -> int:
+    """The largest size of an equation, bodies included."""
+    found = [0, *map(size, jaxpr.eqns)]
+    for eqn in jaxpr.eqns:
+        found += [largest(body, size) for body in jax.extend.core.jaxprs_in_params(eqn.params)]
+    return max(found)
 
 
 def evaluate(jaxpr: Jaxpr, *args, compiled: bool = False):

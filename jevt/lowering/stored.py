@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from jax import lax
-from jax.extend.core import Jaxpr, JaxprEqn, Var, new_jaxpr_eqn, no_effects
+from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from jevt.partition.fusions import relabels
 from jevt.partition.graph import nbytes
 from jevt.partition.plan import Group
-from jevt.passes._rewrite import substitute
+from jevt.passes._rewrite import barrier, substitute
 
 #: Kinds of groups that XLA makes fusions of.
 _FUSED = frozenset({"pointwise", "rowwise", "columnwise"})
@@ -60,16 +59,10 @@ def emit(
     for eqn in eqns:
         for atom in eqn.invars:
             if isinstance(atom, Var) and atom in values and atom not in known:
-                known[atom] = Var(atom.aval)
-                result.append(_barrier(atom, known[atom], eqn))
+                result.append(barrier([atom], eqn))
+                (known[atom],) = result[-1].outvars
         result.append(substitute(known, eqn))
     return result
-
-
-def _barrier(value: Var, result: Var, place: JaxprEqn) -> JaxprEqn:
-    return new_jaxpr_eqn(
-        [value], [result], lax.optimization_barrier_p, {}, no_effects, place.source_info, place.ctx
-    )
 
 
 def _is_fused(group: Group) -> bool:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, Var
+from jax import lax
+from jax.extend.core import (
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Primitive,
+    Var,
+    new_jaxpr_eqn,
+    no_effects,
+)
 from jax.extend.core import primitives as p
 
 from jevt import _jax_internals as internals
@@ -93,6 +102,25 @@ def rebuild(
         eqns=list(eqns),
         effects=set().union(*(eqn.effects for eqn in eqns)),
         debug_info=jaxpr.debug_info,
+    )
+
+
+def barrier(values: Sequence[Atom], place: JaxprEqn) -> JaxprEqn:
+    """An equation of the same values, through which XLA does not look.
+
+    Args:
+      values: whatever they are.
+      place: gives the equation its place and settings.
+    """
+    results = [Var(value.aval) for value in values]
+    return new_jaxpr_eqn(
+        list(values),
+        results,
+        lax.optimization_barrier_p,
+        {},
+        no_effects,
+        place.source_info,
+        place.ctx,
     )
 
 

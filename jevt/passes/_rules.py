@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import DropVar, Jaxpr, JaxprEqn, Literal, Primitive, Var, new_jaxpr_eqn
 from jax.extend.core import primitives as p
@@ -24,7 +23,7 @@ from jax.extend.core import primitives as p
 from jevt import _jax_internals as internals
 from jevt._jaxpr import Atom
 from jevt.passes._knowledge import Knowledge
-from jevt.passes._rewrite import map_bodies, once, read, rebuild, substitute
+from jevt.passes._rewrite import barrier, map_bodies, once, read, rebuild, substitute
 
 type Rule = Callable[[JaxprEqn, Graph], Atom | None]
 type Rules = Mapping[Primitive, Sequence[Rule]]
@@ -152,10 +151,9 @@ class Graph(Knowledge):
 
     def barrier(self, atom: Atom) -> Atom:
         """The same value; XLA does not look through to what computes it."""
-        result = Var(atom.aval)
-        info, ctx = self.source.source_info, self.source.ctx
-        self.add(new_jaxpr_eqn([atom], [result], lax.optimization_barrier_p, {}, set(), info, ctx))
-        return result
+        eqn = barrier([atom], self.source)
+        self.add(eqn)
+        return eqn.outvars[0]
 
     def add(self, eqn: JaxprEqn) -> None:
         """Appends the equation, or what its rules make of it."""

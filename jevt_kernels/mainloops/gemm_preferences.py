@@ -128,7 +128,7 @@ def preferred(spec: KernelSpec, found: Product, alive: int, plain: bool) -> tupl
 def _many_tiles(found: Product, config: Config) -> bool:
     """Whether no multiprocessor is idle for long."""
     tiles = gemm_tiles.number(found, config)
-    if config.specialized in ("cooperative", "overlapped"):
+    if config.specialized in gemm_tiles.SHARING:
         rounds = math.ceil(tiles / MULTIPROCESSORS)
         return _fits(found, config) and tiles >= _FILLED * rounds * MULTIPROCESSORS
     return _fits(found, config) and tiles >= _LEAST_TILES

@@ -10,6 +10,9 @@ from jevt_kernels.spec import Config
 #: Rows of the result that a warp holds of an instruction of sm_90.
 _ROWS = 16
 
+#: Specialised kernels all of whose groups of warps share a tile.
+SHARING = ("cooperative", "overlapped")
+
 #: Elements of a row that a thread of a specialised kernel computes together: 16 bytes of a 16-bit
 #: type.
 VECTOR = 8
@@ -27,7 +30,7 @@ def members(config: Config) -> int:
     Warps of an instruction hold 16 rows each, so that a cooperative kernel has as many groups as
     the tile has rows for.
     """
-    if config.specialized not in ("cooperative", "overlapped"):
+    if config.specialized not in SHARING:
         return 1
     return max(1, config.block("m") // (_ROWS * config.num_warps))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.extend
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
-from rewriting import count, evaluate, near, same, traced
+from rewriting import cleaned, count, evaluate, near, same, traced
 
 from jevt._context import Context
 from jevt.partition.cost import DEVICES
@@ -29,12 +30,7 @@ def small(monkeypatch):
 
 def separated(jaxpr, context=CUDA):
     """The jaxpr after the pass, which is well-typed and idempotent."""
-    after = separate_products.run(jaxpr, context)
-    jax.extend.core.check_jaxpr(after)
-    assert after.out_avals == jaxpr.out_avals
-    after = dce.run(after)
-    assert separate_products.run(after, context) is after
-    return after
+    return cleaned(functools.partial(separate_products.run, context=context), jaxpr, dce.run)
 
 
 def arrays(*shapes, dtype=jnp.float32):

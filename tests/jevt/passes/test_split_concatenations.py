@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from attentions import raised
 from jax import lax
 from jax.sharding import PartitionSpec
-from rewriting import count, evaluate, near, relative_norm, traced
+from rewriting import cleaned, count, evaluate, largest, near, relative_norm, traced
 
 from jevt import _jax_internals as internals
 from jevt import pipeline
@@ -41,22 +42,14 @@ def small(monkeypatch):
 
 def split(jaxpr, context=CUDA):
     """The jaxpr after the pass, which is well-typed and idempotent."""
-    after = split_concatenations.run(jaxpr, context)
-    jax.extend.core.check_jaxpr(after)
-    assert after.out_avals == jaxpr.out_avals
-    after = dce.run(cse.run(after))
-    assert split_concatenations.run(after, context) is after
-    return after
+    run = functools.partial(split_concatenations.run, context=context)
+    return cleaned(run, jaxpr, cse.run, dce.run)
 
 
-def largest(jaxpr) -> int:
+def largest_joined(jaxpr) -> int:
     """Elements of the largest concatenation, bodies included."""
-    found = [0]
-    for eqn in jaxpr.eqns:
-        if eqn.primitive is lax.concatenate_p:
-            found.append(eqn.outvars[0].aval.size)
-        found += [largest(b) for b in jax.extend.core.jaxprs_in_params(eqn.params)]
-    return max(found)
+    joins = lax.concatenate_p
+    return largest(jaxpr, lambda e: e.outvars[0].aval.size if e.primitive is joins else 0)
 
 
 def arrays(*shapes, dtype=jnp.float32):
@@ -104,8 +97,8 @@ def test_same_values(widths, join, dtype, small):
     args = arrays((B, T, D), (D, sum(widths)), *parts, dtype=dtype)
     before = traced(gradients(join), *args)
     after = split(before)
-    assert largest(before) == B * T * sum(widths)
-    assert largest(after) == D * sum(widths)  # the weight's gradient
+    assert largest_joined(before) == B * T * sum(widths)
+    assert largest_joined(after) == D * sum(widths)  # the weight's gradient
     assert count(after, "dot_general") == 2 * len(widths)
     near(evaluate(after, *args), evaluate(before, *args))
     wide = [a.astype(jnp.float32) for a in args]
@@ -122,7 +115,7 @@ def test_stacked(small):
     args = arrays((B, T, F), (F, 3 * F), *[(B, T, H, D)] * 3)
     before = raised(stacked, *args)[0]
     after = split(before)
-    assert largest(after) == F * 3 * F
+    assert largest_joined(after) == F * 3 * F
     near(evaluate(after, *args), jax.jit(stacked)(*args))
 
 
@@ -134,7 +127,7 @@ def test_in_the_middle_of_an_axis(small):
     args = arrays((B, T, F), (F, 3 * F), *[(B, T, H, D)] * 3)
     before = raised(interleaved, *args)[0]
     after = split(before)
-    assert largest(after) == F * 3 * F
+    assert largest_joined(after) == F * 3 * F
     near(evaluate(after, *args), jax.jit(interleaved)(*args))
 
 
@@ -147,7 +140,7 @@ def test_on_the_right(small):
     args = arrays((B, 4, 5 * D), (B, 4, F), (B, 2 * D, F), (B, 3 * D, F))
     before = traced(right, *args)
     after = split(before)
-    assert largest(after) == B * 4 * 5 * D < largest(before)
+    assert largest_joined(after) == B * 4 * 5 * D < largest_joined(before)
     assert count(after, "dot_general") == 4
     near(evaluate(after, *args), jax.jit(right)(*args))
 
@@ -183,7 +176,7 @@ def test_error_of_rounded_sums(small):
     before = traced(gradients(along_columns), *args)
     exact = jax.jit(gradients(along_columns))(*[a.astype(jnp.float32) for a in args])
     after = split(before)
-    assert largest(after) < largest(before)
+    assert largest_joined(after) < largest_joined(before)
     one, three = (relative_norm(evaluate(j, *args)[:1], exact[:1]) for j in (before, after))
     assert 1e-3 < one < three < 1.8 * one
 
@@ -252,7 +245,7 @@ def test_gradients_of_attention(fun, small):
     before = raised(trained(fun), *args)[0]
     after = split(before)
     assert count(before, "attention_backward") == 1
-    assert largest(after) <= F * 3 * F < largest(before)
+    assert largest_joined(after) <= F * 3 * F < largest_joined(before)
     # One forward; of each part, the gradients with respect to input and weight.
     assert count(after, "dot_general") == count(before, "dot_general") + 4
     near(evaluate(after, *args), evaluate(before, *args))
@@ -272,7 +265,7 @@ def test_layers_of_a_scan(small):
     step = jax.value_and_grad(loss, (0, 1, 2))
     before = raised(step, w, b, x)[0]
     after = split(before)
-    assert largest(after) <= F * 3 * F < largest(before)
+    assert largest_joined(after) <= F * 3 * F < largest_joined(before)
     near(evaluate(after, w, b, x, compiled=True), evaluate(before, w, b, x, compiled=True))
 
 
@@ -280,7 +273,7 @@ def test_vmap_over_weights(small):
     args = arrays((2, B, T, F), (2, F, 3 * F), *[(2, B, T, F)] * 3)
     before = traced(jax.vmap(gradients(along_columns)), *args)
     after = split(before)
-    assert largest(after) == 2 * F * 3 * F < largest(before)
+    assert largest_joined(after) == 2 * F * 3 * F < largest_joined(before)
     near(evaluate(after, *args), evaluate(before, *args))
 
 
@@ -299,7 +292,7 @@ def test_inside_shard_map_only(small):
     partitioned = dataclasses.replace(CUDA, partitioned=True)
     before = traced(inside, *args)
     after = split(before, partitioned)
-    assert largest(after) == F * 2 * F < largest(before)
+    assert largest_joined(after) == F * 2 * F < largest_joined(before)
     near(evaluate(after, *args, compiled=True), evaluate(before, *args, compiled=True))
     outside = traced(fun, *args)
     assert split_concatenations.run(outside, partitioned) is outside
@@ -467,7 +460,7 @@ def test_nothing_large_is_joined(is_causal, monkeypatch):
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     result = plan(step, *args, monkeypatch=monkeypatch)
     assert [g.kind for g in result.groups].count("attention") == 2
-    assert largest(result.jaxpr) == math.prod(shapes[1])
+    assert largest_joined(result.jaxpr) == math.prod(shapes[1])
     # XLA does not join the weight's gradients again.
     (weight,) = (e for e in result.jaxpr.eqns if e.outvars == [result.jaxpr.outvars[2]])
     assert siblings.merged(result.jaxpr).isdisjoint(weight.invars)
@@ -476,7 +469,7 @@ def test_nothing_large_is_joined(is_causal, monkeypatch):
     assert {g.kind for g in adding} == {"gemm"}
     monkeypatch.setattr(split_concatenations, "MIN_COLUMNS", 1 << 20)
     whole = plan(step, *args, monkeypatch=monkeypatch)
-    assert largest(whole.jaxpr) == 3 * math.prod(shapes[0])
+    assert largest_joined(whole.jaxpr) == 3 * math.prod(shapes[0])
     times = [sum(g.predicted_us or 0 for g in p.groups) for p in (result, whole)]
-    copy = 2 * 2 * largest(whole.jaxpr) / DEVICES["H100"].bytes_per_us  # no group counts it
+    copy = 2 * 2 * largest_joined(whole.jaxpr) / DEVICES["H100"].bytes_per_us  # no group counts it
     assert times[0] < times[1] + copy - (10 if is_causal else 30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
-from rewriting import count, evaluate, near
+from rewriting import cleaned, count, evaluate, largest, near
 
 from jevt import _jax_internals as internals
 from jevt import pipeline
@@ -47,22 +48,12 @@ def canonical(fun, *args):
 
 def split(jaxpr, context=CUDA):
     """The jaxpr after the pass, which is well-typed and idempotent."""
-    after = split_products.run(jaxpr, context)
-    jax.extend.core.check_jaxpr(after)
-    assert after.out_avals == jaxpr.out_avals
-    after = dce.run(cse.run(after))
-    assert split_products.run(after, context) is after
-    return after
+    return cleaned(functools.partial(split_products.run, context=context), jaxpr, cse.run, dce.run)
 
 
 def largest_slice(jaxpr) -> int:
     """Elements of the largest array that a slice is taken of, bodies included."""
-    found = [0]
-    for eqn in jaxpr.eqns:
-        if eqn.primitive is lax.slice_p:
-            found.append(eqn.invars[0].aval.size)
-        found += [largest_slice(b) for b in jax.extend.core.jaxprs_in_params(eqn.params)]
-    return max(found)
+    return largest(jaxpr, lambda e: e.invars[0].aval.size if e.primitive is lax.slice_p else 0)
 
 
 def arrays(*shapes, dtype=jnp.float32):

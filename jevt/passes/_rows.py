@@ -188,6 +188,15 @@ class Access:
         return graph.emit(p.select_n_p, inside, nowhere, number)
 
 
+def lookup_mode(eqn: JaxprEqn) -> Mode:
+    """What becomes of a gather's indices out of bounds: XLA clips what is promised to be in bounds.
+
+    ``x[i]`` promises so, whatever ``i`` is, and JAX documents the nearest row.
+    """
+    mode: Mode = eqn.params["mode"]
+    return Mode.CLIP if mode == Mode.PROMISE_IN_BOUNDS else mode
+
+
 def of_gather(eqn: JaxprEqn) -> Access | None:
     """The access of a ``gather``, None unless it takes whole parts along one axis."""
     array, indices = eqn.invars

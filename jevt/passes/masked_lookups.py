@@ -154,7 +154,7 @@ class _Mask:
         """Rows of a table, whose indices are beyond it where they are masked."""
         graph = self.graph
         table, indices = eqn.invars
-        access, mode, aval = _rows.of_gather(eqn), eqn.params["mode"], indices.aval
+        access, mode, aval = _rows.of_gather(eqn), _rows.lookup_mode(eqn), indices.aval
         if access is None or access.column is not None or mode not in _rows.MODES:
             return None
         if mode == Mode.FILL_OR_DROP and eqn.params["fill_value"] != 0:
@@ -168,7 +168,8 @@ class _Mask:
         def write() -> Atom:
             index: Atom = indices
             if mode == Mode.CLIP:
-                last, first = (graph.literal(n, aval) for n in (access.rows - 1, 0))
+                nearest = min(access.rows - 1, int(np.iinfo(aval.dtype).max))  # type: ignore[attr-defined]
+                last, first = (graph.literal(n, aval) for n in (nearest, 0))
                 index = graph.emit(p.min_p, graph.emit(p.max_p, index, first), last)
             shape = shape_of(indices)
             which = graph.reshape(spread(mask(), access.indices, graph), shape)

@@ -14,7 +14,7 @@ elements, lookups of more than rows, and sums over only a part of a row that is 
                 f:f32[50,4] = gather[FILL_OR_DROP fill_value=0] b d
                 g:f32[50,4] = mul e f; h:f32[50] = reduce_sum[axes=(1,)] g in (h,) }
     after   { lambda ; a:f32[9,4] b:f32[7,4] c:i32[50,1] d:i32[50,1]. let
-                e:i32[50] = reshape c; f:i32[50] = reshape d
+                e:i32[50] = clamp 0 (reshape c) 8; f:i32[50] = reshape d
                 g:f32[50,1] = row_products[heads=1 fills=(False, True)] e f a b
                 h:f32[50] = reshape g in (h,) }
 """
@@ -113,8 +113,9 @@ def _product(
     for lookup, access, _, casts in found.lookups:
         array, indices = lookup.invars
         tables.append(_terms.rounded(access.table(array, graph), casts, graph))
-        rows.append(access.numbers(indices, lookup.params["mode"], graph))
-        fills.append(lookup.params["mode"] == Mode.FILL_OR_DROP)
+        mode = _rows.lookup_mode(lookup)
+        rows.append(access.numbers(indices, mode, graph))
+        fills.append(mode == Mode.FILL_OR_DROP)
     total = graph.emit(
         row_products_p,
         *rows,

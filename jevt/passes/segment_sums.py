@@ -13,7 +13,8 @@ matrix is in CSR form.
     bcsr_dot_general(data, c, indptr, x) = segment_sum(indptr, c, x, data)
 
 Invariant: the same sums, each rounded once and in an order that does not change from run to run.
-An index outside of the result adds nothing (CLIP: to the nearest row), as in the scatter. Left
+An index outside of the result adds nothing (CLIP: to the nearest row), as in the scatter; one that
+looks up beyond the table takes the nearest row, as in the gather (FILL_OR_DROP: a row of 0). Left
 alone: few updates, for which sorting is not worth it, updates that are not floating-point, indices
 that are known to differ from one another, and rows that are many more than the indices.
 
@@ -24,8 +25,8 @@ that are known to differ from one another, and rows that are many more than the 
     after   { lambda ; a:f32[9,4] b:i32[50,1] c:i32[50,1] d:f32[50]. let
                 e:i32[50] = reshape c; f:i32[50] = segment_order e
                 g:i32[10] = segment_bounds[rows=9] e f; h:i32[2,0] = segment_blocks[edges=50] g
-                i:i32[50] = reshape b; j:i32[50] = gather i f; k:f32[50] = gather d f
-                l:f32[9,4] = segment_sum g h j a k in (l,) }
+                i:i32[50] = clamp 0 (reshape b) 8; j:i32[50] = gather i f
+                k:f32[50] = gather d f; l:f32[9,4] = segment_sum g h j a k in (l,) }
 """
 
 from __future__ import annotations

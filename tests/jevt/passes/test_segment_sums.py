@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jevt
-from jevt.passes import cse, dce, inline, segment_sums
+from jevt.passes import cse, dce, inline, row_products, segment_sums
 from jevt_kernels import launch
 
 
@@ -108,6 +108,37 @@ def test_gradient_of_a_lookup(mode, index_shape, width):
         evaluate(before, table, index, cotangent),
         jnp.float32,
     )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mode", [None, "clip", "fill"])
+def test_lookups_far_beyond_the_table(mode, masked):
+    """They take the nearest row, unless they count as 0: no kernel reads beyond its table."""
+    nodes, edges = 30, 200
+    h, *_, weight = graph(nodes, edges)
+    rng = np.random.default_rng(1)
+    src, dst = jnp.asarray(rng.integers(-3 * nodes, 4 * nodes, (2, edges)), jnp.int32)
+    keep = jnp.asarray(rng.random(edges) < 0.7)
+
+    def loss(h, weight, src, dst, keep):
+        terms = h.at[src].get(mode=mode, fill_value=0) * weight[:, None]
+        terms = jnp.where(keep[:, None], terms, 0) if masked else terms
+        total = jax.ops.segment_sum(terms, dst, num_segments=nodes)
+        return jnp.sum(total**2), total
+
+    args = h, weight, src, dst, keep
+    before = traced(jax.grad(loss, (0, 1), has_aux=True), *args)
+    after = segment_sums.run(before, 90, smallest=1)
+    after = dce.run(cse.run(row_products.run(after, 90, smallest=1)))
+    assert count(after, "segment_sum") == 2
+    assert count(after, "row_products") == 1
+    close(evaluate(after, *args), evaluate(before, *args), jnp.float32)
+    sums = [eqn for eqn in after.eqns if eqn.primitive.name == "segment_sum"]
+    unfilled = [(e.invars[2], e.invars[3].aval.shape[0]) for e in sums if not e.params["fills"]]
+    assert unfilled or mode == "fill" or masked
+    for columns, rows in unfilled:
+        (found,) = evaluate(after.replace(outvars=[columns]), *args)
+        assert 0 == found.min() <= found.max() == rows - 1
 
 
 def test_rows_that_are_missing_and_a_table_with_nan():

@@ -156,6 +156,40 @@ def erfc(x):
 
 
 @triton.jit
+def of_odds(m):
+    """The probability m / (1 + m) of odds 0 <= m <= 8e37."""
+    return quotient(m, 1.0 + m)
+
+
+@triton.jit
+def gaussian(x, scale: tl.constexpr):
+    """exp(-(scale x)²)."""
+    return tl.exp2(x * x * (-1.4426950408889634 * scale * scale))
+
+
+@triton.jit
+def scaled_erfc(x, scale: tl.constexpr, factor: tl.constexpr):
+    """factor erfc(scale x), to a relative 3e-4: an eighth of what rounding to bfloat16 changes.
+
+    As :func:`erfc`, with t = 1 / (1 + 0.716 |x|) and Q of the third degree.
+    """
+    slope: tl.constexpr = 0.716 * scale if scale > 0 else -0.716 * scale
+    t = quotient(1.0, 1.0 + slope * tl.abs(x))
+    q = -0.2527822746760128 * factor * t + 0.47584841782829357 * factor
+    q = q * t + 0.3706885207541778 * factor
+    q = q * t + 0.4059618573521088 * factor
+    near = t * q * gaussian(x, scale)
+    return tl.where(x < 0 if scale > 0 else x > 0, 2.0 * factor - near, near)
+
+
+@triton.jit
+def short_tanh(x):
+    """tanh(x) to a relative 2e-6, enough for 16 bits: 1 - 2 / (1 + exp(2x)) but near 0."""
+    near = x - x * (x * x * 0.3333333333333333)
+    return tl.where(tl.abs(x) < 0.03, near, 1.0 - quotient(2.0, 1.0 + exp(x + x)))
+
+
+@triton.jit
 def nan_max(x, y):
     """Maximum that propagates NaN, for ``tl.reduce``."""
     return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)

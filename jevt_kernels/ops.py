@@ -112,6 +112,21 @@ def _erfc(args: tuple[Arg, ...], dtype: np.dtype) -> str:
     return f"{library}.erfc({args[0].text})"
 
 
+def _tanh(args: tuple[Arg, ...], dtype: np.dtype) -> str:
+    function = "dm.short_tanh" if dtype.itemsize == 2 else "libdevice.tanh"
+    return f"{function}({args[0].text})"
+
+
+def _with_numbers(function: str) -> Emit:
+    """A call whose operands but the first are constants."""
+
+    def emit(args: tuple[Arg, ...], dtype: np.dtype) -> str:
+        numbers = [repr(float(arg.literal)) for arg in args[1:] if arg.literal is not None]
+        return f"{function}({', '.join([args[0].text, *numbers])})"
+
+    return emit
+
+
 def _extremum(function: str) -> Emit:
     def emit(args: tuple[Arg, ...], dtype: np.dtype) -> str:
         x, y = args[0].text, args[1].text
@@ -283,6 +298,10 @@ OPS: dict[str, Op] = {
     "exp2": _row(_call("tl.exp2"), lax.exp2),
     "expm1": _row(_float_call("expm1"), lax.expm1),
     "floor": _row(_call("tl.floor"), lax.floor),
+    # exp(-(scale x)²) of x and scale.
+    "gaussian": _row(
+        _with_numbers("dm.gaussian"), lambda x, scale: jnp.exp(-jnp.square(scale * x))
+    ),
     "ge": _row(_infix(">="), lax.ge, literals=True),
     "gt": _row(_infix(">"), lax.gt, literals=True),
     "integer_pow": _row(_integer_pow, lambda x, y: lax.integer_pow(x, int(y.flat[0]))),
@@ -309,6 +328,8 @@ OPS: dict[str, Op] = {
         lambda args, dtype: f"(1 - {args[0].text}) * (1 + {args[0].text})",
         lambda x: (1 - x) * (1 + x),
     ),
+    # The probability m / (1 + m) of odds m.
+    "of_odds": _row(_call("dm.of_odds"), lambda m: m / (1 + m)),
     "or": _row(_infix("|"), lax.bitwise_or),
     "pow": _row(
         lambda args, dtype: (
@@ -328,6 +349,10 @@ OPS: dict[str, Op] = {
         _round_to_bfloat16_reference,
     ),
     "rsqrt": _row(lambda args, dtype: f"tl.rsqrt({args[0].text})", lax.rsqrt),
+    # factor erfc(scale x) of x, scale and factor, as bfloat16 needs it.
+    "scaled_erfc": _row(
+        _with_numbers("dm.scaled_erfc"), lambda x, scale, factor: factor * lax.erfc(scale * x)
+    ),
     "select_n": _row(_select, lax.select_n),
     "shift_left": _row(_shift_left, lax.shift_left),
     "shift_right_arithmetic": _row(
@@ -341,7 +366,7 @@ OPS: dict[str, Op] = {
     "square": _row(lambda args, dtype: f"{args[0].text} * {args[0].text}", lambda x: x * x),
     "sub": _row(_infix("-"), lax.sub, literals=True),
     "tan": _row(_float_call("tan"), lax.tan),
-    "tanh": _row(_float_call("tanh"), lax.tanh),
+    "tanh": _row(_tanh, lax.tanh),
     "threefry2x32": Op(_call("dm.threefry2x32"), _threefry_reference, results=2),
     "xor": _row(_infix("^"), lax.bitwise_xor),
 }
@@ -350,8 +375,8 @@ OPS: dict[str, Op] = {
 _FLOAT_ONLY = frozenset(
     """
     acos acosh asin asinh atan atan2 atanh cbrt ceil cos cosh erf erf_inv erfc exp exp2 expm1
-    floor is_finite lgamma log log1p log1p_of_unit log2 logistic logistic_of nextafter pow
-    round_away round_even round_to_bfloat16 rsqrt sin sinh sqrt tan tanh
+    floor gaussian is_finite lgamma log log1p log1p_of_unit log2 logistic logistic_of nextafter
+    of_odds pow round_away round_even round_to_bfloat16 rsqrt scaled_erfc sin sinh sqrt tan tanh
     """.split()  # noqa: SIM905
 )
 

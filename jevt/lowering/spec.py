@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jax.extend.core import Jaxpr, Literal, Var
 
 from jevt._jaxpr import aval
-from jevt.lowering import gemm, rules, tiles
+from jevt.lowering import bfloat16, binary_cross_entropy, gemm, rules, tiles
 from jevt.lowering.builder import Builder
 from jevt.lowering.errors import NotFusible
 from jevt.lowering.layout import Resolved
@@ -111,7 +112,7 @@ def _resolve(builder: Builder, name: str) -> KernelSpec:
         name=name,
         mainloop=layout.mainloop,
         space=space,
-        tree=_compact(share_exponentials(nodes)),
+        tree=_compact(_simplified(nodes)),
         inputs=tuple(_tensor(var) for var in builder.jaxpr.invars),
         outputs=tuple(_tensor(var) for var in builder.jaxpr.outvars),
     )
@@ -126,7 +127,13 @@ def _tensor(var: Var | Literal) -> TensorType:
     return TensorType(tuple(aval(var).shape), np.dtype(aval(var).dtype))
 
 
-def _compact(nodes: list[visitor.Node]) -> visitor.Tree:
+def _simplified(nodes: list[visitor.Node]) -> Sequence[visitor.Node]:
+    """The nodes with less arithmetic to the same results; some are read by nothing any more."""
+    shared = _compact(share_exponentials(nodes))
+    return bfloat16.shorten(_compact(binary_cross_entropy.simplify(shared)))
+
+
+def _compact(nodes: Sequence[visitor.Node]) -> visitor.Tree:
     """Merges equal nodes and drops what no store needs."""
     stores = (i for i, node in enumerate(nodes) if isinstance(node, visitor.Store))
     renamed: dict[int, int] = {}

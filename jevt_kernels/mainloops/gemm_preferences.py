@@ -53,7 +53,7 @@ _BUSY = 0.6
 _LONG_OPERATIONS = frozenset(
     """
     acos acosh asin asinh atan atan2 atanh cos cosh erf erf_inv erfc expm1 lgamma log log1p
-    log1p_of_unit logistic logistic_of pow sin sinh tan tanh threefry2x32
+    log1p_of_unit logistic logistic_of of_odds pow scaled_erfc sin sinh tan tanh threefry2x32
     """.split()  # noqa: SIM905
 )
 
@@ -100,16 +100,19 @@ def preferred(spec: KernelSpec, found: Product, alive: int, plain: bool) -> tupl
             candidates.append(_config(128, 128, 4, 3, programs=_WALKING))
     elif _has_long_operation(spec, found):
         candidates += [
-            c for stages in (6, 8) if (c := _keeping(found, _pingpong(64, 8, 1, stages)))
+            c for stages in (8, 6) if (c := _keeping(found, _pingpong(64, 8, 1, stages)))
         ]
         if alive > 4:
             candidates += [_pingpong(64, 8, subtiles) for subtiles in (1, 4)]
             candidates.append(_config(64, 128, 8, 3, subtiles=2))
         else:
-            whole, parts = _pingpong(128, 8, 1), _pingpong(128, 8, 4, 6)
-            # A product of 32 bits and all of a tile's values take too many registers together.
-            short = gemm_epilogue.rounded(spec, found) is not None
-            candidates += [whole, parts] if short else [parts, whole]
+            whole, halves, parts = (_pingpong(128, 8, *p) for p in ((1, 4), (2, 6), (4, 6)))
+            if gemm_epilogue.rounded(spec, found) is None:
+                # A product of 32 bits and all of a tile's values take too many registers together.
+                candidates += [parts, whole]
+            else:
+                sums = any(isinstance(node, visitor.Reduce) for node in spec.tree)
+                candidates += [whole, parts] if sums else [halves, whole]
             candidates.append(_config(128, 128, 8, 3, subtiles=2, programs=_WALKING))
     elif alive > 2:
         candidates += [_pingpong(128, 8, 1), _pingpong(128, 4, 2)]

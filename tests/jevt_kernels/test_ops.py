@@ -111,6 +111,11 @@ CASES: dict[str, Case] = {
     "nextafter": exact(lax.nextafter, 2),
     "not": exact(lax.bitwise_not),
     "one_minus_square": Case(lambda x: (1 - x) * (1 + x), ulps=4),
+    "of_odds": Case(
+        lambda m: lax.logistic(lax.log(m)),  # no integers
+        domain=(0.0, 1e-30, 1e-7, 0.01, 0.3, 1.0, 7.0, np.nan),
+        ulps=64,
+    ),
     "or": exact(lax.bitwise_or, 2),
     "pow": Case(lax.pow, 2, ulps=128),
     "rem": exact(lax.rem, 2),
@@ -133,7 +138,9 @@ CASES: dict[str, Case] = {
 }
 
 #: Tested by functions of their own below: their operands or results have several types.
-OTHERS = {"bitcast", "convert", "integer_pow", "select_n", "threefry2x32"}
+OTHERS = {
+    *("bitcast", "convert", "gaussian", "integer_pow", "scaled_erfc", "select_n", "threefry2x32"),
+}
 
 
 def test_every_operation_is_tested() -> None:
@@ -352,6 +359,27 @@ def test_erfc_is_accurate_everywhere() -> None:
     near = x < 3
     np.testing.assert_allclose(got[near], exact[near], rtol=2e-6)
     np.testing.assert_allclose(got[~near], exact[~near], rtol=1e-5)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("scale", [-0.70703125, 1.0, 3.5])
+def test_what_bfloat16_needs(scale: float) -> None:
+    """exp(-(c·x)²) and b·erfc(c·x), far better than bfloat16's own rounding of a 256th."""
+    x = np.concatenate([np.linspace(-12, 12, 4001), [0.0, -0.0, np.inf, -np.inf, np.nan, 1e30]])
+    x = x.astype(BFLOAT16)
+    wide = scale * x.astype(np.float64)
+    numbers = np.float32(scale), np.float32(-0.75)
+    float32 = np.dtype("float32")
+    spec, arrays = contract.pointwise(
+        [
+            contract.Term("gaussian", (x, numbers[0]), float32),
+            contract.Term("scaled_erfc", (x, *numbers), float32),
+        ]
+    )
+    exact = [np.exp(-wide * wide), -0.75 * np.array([math.erfc(value) for value in wide.tolist()])]
+    for results in (interpreter.run(spec, *arrays), reference(spec, *arrays)):
+        for got, want in zip(results, exact, strict=True):
+            np.testing.assert_allclose(got, want, rtol=3e-4, atol=1e-36)
 
 
 @pytest.mark.interpret

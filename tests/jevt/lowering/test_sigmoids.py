@@ -25,7 +25,7 @@ def bce(x, y):
 
 
 PROGRAMS = {
-    "binary cross entropy": (bce, 3),
+    "binary cross entropy": (bce, 2),
     "softplus": (lambda x, y: softplus(x) * y, 1),
     "both sigmoids": (lambda x, y: (jax.nn.sigmoid(x), jax.nn.sigmoid(-x) * y), 2),
     "of a negative": (
@@ -61,7 +61,7 @@ def test_one_exponential(name: str) -> None:
     x = np.zeros(5, np.float32)
     ops = ops_of(contract.build(function, x, x))
     assert ops.count("exp") == 1
-    assert ops.count("log1p_of_unit") + ops.count("logistic_of") >= arguments
+    assert sum(map(ops.count, ("log1p_of_unit", "logistic_of", "of_odds"))) >= arguments
     assert "log1p" not in ops
     assert "logistic" not in ops
 

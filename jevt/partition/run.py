@@ -12,7 +12,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 from jevt import _jaxpr
 from jevt._context import Context
 from jevt.lowering.errors import NotFusible
-from jevt.partition import copies, horizontal, order, prices, targets
+from jevt.partition import copies, horizontal, order, prices, side_by_side, targets
 from jevt.partition import graph as graphs
 from jevt.partition.absorb import absorb, allowance
 from jevt.partition.batch import Component, Solver
@@ -125,6 +125,7 @@ class _Run:
         )
         # 5. those that do the same for tensors of their own, a launch for many
         chosen = horizontal.merge(chosen, order.quotient(ordered, laid.successors), jaxpr, context)
+        chosen = side_by_side.merge(chosen, context)
         lost = allowance(graph, launch) / context.device.bytes_per_us
         lost += prices.unproven_us(graph, single, context.device)
         solution = Solution(

@@ -10,7 +10,7 @@ from typing import Any
 from jax.extend.core import Jaxpr
 
 from jevt import _jaxpr
-from jevt.lowering import multi_tensor
+from jevt.lowering import multi_tensor, side_by_side
 from jevt.lowering.errors import NotFusible
 from jevt.partition.build import Build, Builder
 from jevt.partition.duplicate import merge_copies
@@ -129,6 +129,9 @@ def _kernel(jaxpr: Jaxpr, kind: str, name: str, builder: Builder) -> tuple[Jaxpr
     if kind == "multi_tensor":
         parts = [merge_copies(part) for part in multi_tensor.split(jaxpr)]
         return multi_tensor.join(parts, [builder.spec(part, name) for part in parts], name)
+    if kind == "columnwise" and len(apart := multi_tensor.split(jaxpr)) > 1:
+        parts = [merge_copies(part) for part in apart]
+        return side_by_side.join(parts, [builder.spec(part, name) for part in parts], name)
     jaxpr = merge_copies(jaxpr)
     return jaxpr, builder.spec(jaxpr, name)
 

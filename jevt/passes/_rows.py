@@ -141,7 +141,10 @@ class Access:
         return graph.reshape(moved, (self.count, self.width))
 
     def numbers(self, indices: Atom, mode: Any, graph: Graph) -> Atom:
-        """Numbers of rows of the table, ``int32[B · E]``; no row's for what is out of bounds."""
+        """Numbers of rows of the table, ``int32[B · E]``; ``mode`` is one of ``mode_of``.
+
+        What is out of bounds has the nearest row's number, or no row's.
+        """
         if self.column is not None:
             indices = graph.emit(
                 p.slice_p,
@@ -157,7 +160,7 @@ class Access:
         if mode == Mode.CLIP:
             last = graph.literal(self.rows - 1, aval)
             moved = graph.emit(p.clamp_p, graph.literal(0, aval), moved, last)
-        elif mode != Mode.PROMISE_IN_BOUNDS and aval.dtype != _INT32:
+        elif aval.dtype != _INT32:
             low = -1 if np.issubdtype(aval.dtype, np.signedinteger) else 0
             bounds = graph.literal(low, aval), graph.literal(self.rows, aval)
             moved = graph.emit(p.clamp_p, bounds[0], moved, bounds[1])
@@ -188,13 +191,16 @@ class Access:
         return graph.emit(p.select_n_p, inside, nowhere, number)
 
 
-def lookup_mode(eqn: JaxprEqn) -> Mode:
-    """What becomes of a gather's indices out of bounds: XLA clips what is promised to be in bounds.
+def mode_of(eqn: JaxprEqn) -> Mode:
+    """What becomes of a gather's or scatter's indices out of bounds.
 
-    ``x[i]`` promises so, whatever ``i`` is, and JAX documents the nearest row.
+    ``x[i]`` promises that there are none, whatever ``i`` is; XLA clips them, as JAX documents, and
+    drops those of its gradient.
     """
     mode: Mode = eqn.params["mode"]
-    return Mode.CLIP if mode == Mode.PROMISE_IN_BOUNDS else mode
+    if mode != Mode.PROMISE_IN_BOUNDS:
+        return mode
+    return Mode.CLIP if eqn.primitive is p.gather_p else Mode.FILL_OR_DROP
 
 
 def of_gather(eqn: JaxprEqn) -> Access | None:

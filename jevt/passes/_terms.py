@@ -184,7 +184,7 @@ def read(updates: Atom, access: Access, dtype: Any, graph: Graph) -> Terms:
     assert of_table is not None
     array, indices = lookup.invars
     table = rounded(of_table.table(array, graph), casts, graph)
-    mode = _rows.lookup_mode(lookup)
+    mode = _rows.mode_of(lookup)
     return Terms(
         table,
         of_table.numbers(indices, mode, graph),

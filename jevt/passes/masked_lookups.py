@@ -154,7 +154,7 @@ class _Mask:
         """Rows of a table, whose indices are beyond it where they are masked."""
         graph = self.graph
         table, indices = eqn.invars
-        access, mode, aval = _rows.of_gather(eqn), _rows.lookup_mode(eqn), indices.aval
+        access, mode, aval = _rows.of_gather(eqn), _rows.mode_of(eqn), indices.aval
         if access is None or access.column is not None or mode not in _rows.MODES:
             return None
         if mode == Mode.FILL_OR_DROP and eqn.params["fill_value"] != 0:

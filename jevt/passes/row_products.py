@@ -113,7 +113,7 @@ def _product(
     for lookup, access, _, casts in found.lookups:
         array, indices = lookup.invars
         tables.append(_terms.rounded(access.table(array, graph), casts, graph))
-        mode = _rows.lookup_mode(lookup)
+        mode = _rows.mode_of(lookup)
         rows.append(access.numbers(indices, mode, graph))
         fills.append(mode == Mode.FILL_OR_DROP)
     total = graph.emit(

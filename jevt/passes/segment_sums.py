@@ -110,8 +110,8 @@ class _Run:
         if access is None or reason:
             self.remarks.add(eqn, "the scatter that adds", f" stays: {reason}")
             return None
-        rows, mode = access.tables * access.rows, eqn.params["mode"]
-        index = access.numbers(indices, mode, graph)
+        rows = access.tables * access.rows
+        index = access.numbers(indices, _rows.mode_of(eqn), graph)
         ascends = eqn.params["indices_are_sorted"] and not access.batch
         order = () if ascends else (graph.emit(segment_order_p, index),)
         capability = self.capability

@@ -141,6 +141,27 @@ def test_lookups_far_beyond_the_table(mode, masked):
         assert 0 == found.min() <= found.max() == rows - 1
 
 
+@pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
+def test_lookups_far_beyond_one_of_many_tables(axes):
+    """They take the nearest row of their own table, and their gradients are added to none."""
+    nodes, edges = 20, 100
+    rng = np.random.default_rng(2)
+    h = jnp.asarray(rng.normal(size=(3, nodes, 4)), jnp.float32)
+    src = jnp.asarray(rng.integers(-3 * nodes, 4 * nodes, (3, edges)), jnp.int32)
+
+    def gradient(h, src):
+        def loss(h):
+            return jnp.sum(jax.ops.segment_sum(h[src], src[::-1], num_segments=nodes) ** 2)
+
+        return jax.grad(loss)(h)
+
+    args = [a if axis == 0 else a[0] for a, axis in zip((h, src), axes, strict=True)]
+    before = traced(jax.vmap(gradient, axes), *args)
+    after = rewritten(before)
+    assert count(after, "segment_sum") == 2
+    close(evaluate(after, *args), evaluate(before, *args), jnp.float32)
+
+
 def test_rows_that_are_missing_and_a_table_with_nan():
     """What is looked up beyond the table is 0, and no other row's NaN comes in its place."""
     h, src, dst, weight = graph(outside=5)

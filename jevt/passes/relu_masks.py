@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.extend.core import primitives as p
 
@@ -28,7 +29,7 @@ from jevt.passes._rewrite import is_scalar_literal, map_bodies, once, rebuild
 def run(jaxpr: Jaxpr) -> Jaxpr:
     """Takes the masks of ``jaxpr`` and of its bodies from the results of relus."""
     body = once(run)
-    results: dict[tuple[Var, float], Var] = {}
+    results: dict[tuple[Var, int | float], Var] = {}
     eqns: list[JaxprEqn] = []
     for original in jaxpr.eqns:
         eqn = map_bodies(original, body)
@@ -41,8 +42,8 @@ def run(jaxpr: Jaxpr) -> Jaxpr:
     return rebuild(jaxpr, eqns, {})
 
 
-def _key(eqn: JaxprEqn) -> tuple[Var, float] | None:
-    """The value and the finite constant that a maximum or a comparison has as operands."""
+def _key(eqn: JaxprEqn) -> tuple[Var, int | float] | None:
+    """The value and the finite real constant that a maximum or a comparison has as operands."""
     if eqn.primitive not in (p.max_p, p.gt_p):
         return None
     operands = list(eqn.invars)
@@ -52,5 +53,5 @@ def _key(eqn: JaxprEqn) -> tuple[Var, float] | None:
     if not isinstance(value, Var) or not is_scalar_literal(constant):
         return None
     assert isinstance(constant, Literal)
-    number = float(constant.val)
-    return (value, number) if math.isfinite(number) else None
+    number = np.asarray(constant.val).item()
+    return None if isinstance(number, complex) or not math.isfinite(number) else (value, number)

@@ -83,6 +83,21 @@ def test_left_alone(fun):
     assert relu_masks.run(before) is before
 
 
+def test_constants_that_are_equal_as_floats_only():
+    """Of which the smaller one has another mask than the result's."""
+    with jax.enable_x64(True):
+        least = 2**53
+        x = jnp.asarray([least - 1, least, least + 1, least + 2])
+        before = traced(lambda x: (lax.max(x, np.int64(least + 1)), x > np.int64(least)), x)
+        assert relu_masks.run(before) is before
+
+
+def test_complex_numbers():
+    x = jnp.asarray([1 + 2j, -1j], jnp.complex64)
+    before = traced(lambda x: lax.max(x, np.complex64(1)), x)
+    assert relu_masks.run(before) is before
+
+
 def test_nothing_else_reads_what_the_relu_reads():
     """A layer keeps its result for the backward pass, not what its relu reads."""
 

@@ -6,8 +6,8 @@ has it, XLA makes two fusions that read and write little more than they must.
 
 Invariant: the element that ``select_and_scatter_add`` selects, which is the first of equal ones,
 window by window in the order of memory; beyond the array there is −∞. Gradients are added in
-float32 and in a fixed order. Left alone: large windows, small arrays, pools of integers, and those
-on a mesh of devices.
+float32 and in a fixed order. Left alone: large windows, small arrays, pools of integers and of
+8-bit floats, and those on a mesh of devices.
 
     before  { lambda ; a:f32[64,64] b:f32[64,256]. let
                 c:f32[64,256] = select_and_scatter_add[
@@ -49,6 +49,7 @@ def _gradient(eqn: JaxprEqn, graph: Graph) -> Atom | None:
         and 1 < math.prod(params["window_dimensions"]) <= _LARGEST
         and dy.dtype == x.dtype
         and jnp.issubdtype(x.dtype, jnp.floating)
+        and x.dtype.itemsize > 1
         and dy.sharding.mesh.empty
         and x.sharding.mesh.empty
         and x.size >= _SMALLEST

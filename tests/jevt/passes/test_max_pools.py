@@ -95,12 +95,14 @@ def test_it_is_a_call_of_its_own():
 
 
 def test_left_alone(monkeypatch):
-    def of(shape, *arguments):
-        return traced(lambda x: gradient(x, 1, *arguments), jnp.ones(shape))
+    def of(shape, *arguments, dtype=jnp.float32):
+        return traced(lambda x: gradient(x, 1, *arguments), jnp.ones(shape, dtype))
 
     large = of((64,), (64,), (1,), ((0, 0),))
     assert max_pools.run(large) is large
     shape, *arguments = CASES["resnet"]
+    narrow = of(shape, *arguments, dtype=jnp.float8_e5m2)
+    assert max_pools.run(narrow) is narrow
     monkeypatch.setattr(max_pools, "_SMALLEST", 1 << 20)
     small = of(shape, *arguments)
     assert max_pools.run(small) is small

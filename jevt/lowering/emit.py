@@ -20,7 +20,7 @@ from jax.interpreters import mlir
 from jevt import _jaxpr
 from jevt._context import Context
 from jevt._jaxpr import aval
-from jevt.lowering import checking, waiting
+from jevt.lowering import checking, compiling, waiting
 from jevt.lowering import stored as storing
 from jevt.lowering.alias import donated_aliases, donated_inputs, partners
 from jevt.lowering.errors import JevtWarning
@@ -117,9 +117,9 @@ def lower(plan: Plan, context: Context, *, top: bool = True) -> tuple[Jaxpr, Pla
     plan = dataclasses.replace(plan, groups=waiting.in_order(plan.groups, donated))
     free = _free_at(plan, donated)
     wanted = partners(plan.jaxpr, donated)
-    groups = tuple(
-        _confirm(position, plan, inputs, wanted, context) for position, inputs in enumerate(free)
-    )
+    groups = tuple(_final(position, plan, inputs, wanted) for position, inputs in enumerate(free))
+    if context.platform == "cuda":
+        groups = _compiled(groups, context.device.compute_capability)
     planned, plan = plan, dataclasses.replace(plan, groups=groups, nested=tuple(nested))
     if top:
         _warn(planned, plan)
@@ -151,44 +151,41 @@ def _free_at(plan: Plan, donated: frozenset[Var]) -> list[frozenset[Var]]:
     return [frozenset(f) for f in free]
 
 
-def _confirm(
-    position: int,
-    plan: Plan,
-    free: frozenset[Var],
-    wanted: Mapping[Var, Var],
-    context: Context,
-) -> Group:
-    """The group with its final kernel, or left to XLA if that does not compile.
-
-    Final means named, and with outputs in place where they may be: what is compiled here is run.
-    """
+def _final(position: int, plan: Plan, free: frozenset[Var], wanted: Mapping[Var, Var]) -> Group:
+    """The group with its final kernel: named, and with outputs in place where they may be."""
     group = plan.groups[position]
     if group.target != "triton" or group.spec is None:
         return group
     spec = canonical(group.spec, group.jaxpr, _stacks(plan, group))
     spec = dataclasses.replace(spec, aliases=donated_aliases(spec, group.jaxpr, free, wanted))
     group = dataclasses.replace(group, spec=spec)
-    if not spec.members:
-        group, spec = _waiting(group, spec, plan, position)
-    if context.platform != "cuda":
-        return group
-    try:
-        launch.precompile(spec, context.device.compute_capability, group.config)
-    except Exception as error:  # noqa: BLE001 - whatever the compiler stack raises, the program must still run
+    return group if spec.members else _waiting(group, spec, plan, position)
+
+
+def _compiled(groups: Iterable[Group], capability: int) -> tuple[Group, ...]:
+    """The groups with those left to XLA whose final kernels do not compile."""
+    kernels = {g: (g.spec, g.config) for g in groups if g.target == "triton" and g.spec is not None}
+    errors = compiling.compile_all(kernels.values(), capability)
+
+    def settled(group: Group) -> Group:
+        error = errors.get(kernels[group]) if group in kernels else None
+        if error is None:
+            return group
         first_line = (str(error).splitlines() or [""])[0]
         reason = f"kernel did not compile: {type(error).__name__}: {first_line}"
         return dataclasses.replace(group, target="xla", reason=reason, fallback=True, config=None)
-    return group
+
+    return tuple(map(settled, groups))
 
 
-def _waiting(group: Group, spec: KernelSpec, plan: Plan, position: int) -> tuple[Group, KernelSpec]:
+def _waiting(group: Group, spec: KernelSpec, plan: Plan, position: int) -> Group:
     """The group with operands that it does not read, so that it follows those who made them."""
     overwritten = [group.jaxpr.invars[i] for i, _ in spec.aliases]
     operands = waiting.awaited(plan, position, overwritten)
     types = (TensorType(aval(v).shape, np.dtype(aval(v).dtype)) for v in operands)
     spec = dataclasses.replace(spec, inputs=(*spec.inputs, *types))
     jaxpr = group.jaxpr.replace(invars=[*group.jaxpr.invars, *operands])
-    return dataclasses.replace(group, spec=spec, jaxpr=jaxpr), spec
+    return dataclasses.replace(group, spec=spec, jaxpr=jaxpr)
 
 
 def _warn(planned: Plan, plan: Plan) -> None:

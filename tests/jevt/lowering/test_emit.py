@@ -310,4 +310,6 @@ def test_what_is_compiled_beforehand_is_what_runs(monkeypatch):
     _, trace = lower_for_cuda(step, params, state, params)
     run = [e.params["spec"] for e in kernel_equations(trace)]
     assert any(spec.aliases for spec in run)
-    assert run == tried == [g.spec for g in trace.plan.groups if g.target == "triton"]
+    assert run == [g.spec for g in trace.plan.groups if g.target == "triton"]
+    assert len(tried) == len(set(tried))
+    assert set(tried) == set(run)

@@ -42,8 +42,7 @@ class Config:
         tile an instance.
       group: of matrix products: rows of tiles that are walked column by column, so that the
         operands of tiles computed at the same time stay in the L2 cache.
-      splits: of matrix products: parts of the contracted axis, each summed by a program of its own
-        (of "streamed" ones the most that a tile has);
+      splits: of matrix products: parts of the contracted axis, each summed by a program of its own;
         of rowwise kernels: parts of a row, each reduced by a program of its own.
       subtiles: of matrix products: parts of a tile for which the epilogue runs one after the other,
         a power of two.
@@ -52,7 +51,7 @@ class Config:
       ahead: of matrix products: whether full tiles that the epilogue loads are loaded before the
         loop, so that their loads overlap with it; they take registers meanwhile.
       specialized: of matrix products on sm_90: how warps share the work beside the one that loads
-        operands: "cooperative", "pingpong", "overlapped", "streamed"
+        operands: "cooperative", "pingpong", "overlapped"
         (:mod:`jevt_kernels.mainloops.specialized`) or "": all warps do the same.
     """
 

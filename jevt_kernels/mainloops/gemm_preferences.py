@@ -30,7 +30,7 @@ import dataclasses
 import math
 
 from jevt_kernels import visitor
-from jevt_kernels.mainloops import gemm_epilogue, gemm_tiles, product, specialized, stream_k
+from jevt_kernels.mainloops import gemm_epilogue, gemm_tiles, product, specialized
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.spec import Config, KernelSpec
 
@@ -169,29 +169,13 @@ def _plain(spec: KernelSpec, found: Product) -> tuple[Config, ...]:
         if _fits(found, config)
         for splits in range(1, max(1, min(_MOST_SPLITS, steps // _LEAST_STEPS)) + 1)
     ]
-    candidates += _streamed(found, large)
     return tuple(sorted(candidates, key=lambda config: _split_seconds(found, config))[:3])
-
-
-def _streamed(found: Product, large: Config) -> list[Config]:
-    """Large tiles whose steps are divided evenly, if they are enough for all programs."""
-    tiles, steps = gemm_tiles.number(found, large), -(-found.k // 64)
-    if not _fits(found, large) or tiles * steps < _LEAST_STEPS * MULTIPROCESSORS:
-        return []
-    parts = stream_k.parts(tiles, steps, MULTIPROCESSORS)
-    group = stream_k.group(tiles, MULTIPROCESSORS)
-    if parts > _MOST_SPLITS:
-        return []
-    return [dataclasses.replace(large, specialized="streamed", splits=parts, group=group)]
 
 
 def _split_seconds(found: Product, config: Config) -> float:
     """The time that a product takes whose parts of ``k`` programs take in turn, all as fast."""
     rounds = math.ceil(gemm_tiles.number(found, config) / MULTIPROCESSORS)
     steps = math.ceil(math.ceil(found.k / 64) / config.splits)
-    if config.specialized == "streamed":  # the end of a tile and the start of another
-        rounds = 2
-        steps = math.ceil(gemm_tiles.number(found, config) * found.k / 64 / MULTIPROCESSORS / 2)
     tile = config.block("m") * config.block("n")
     multiplied = 2 * tile * 64 * steps * MULTIPROCESSORS / _LARGE_TILES_RATE + _TILE
     parts = 2 * 4 * config.splits * found.batch * found.m * found.n if config.splits > 1 else 0

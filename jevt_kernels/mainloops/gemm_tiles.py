@@ -11,7 +11,7 @@ from jevt_kernels.spec import Config
 _ROWS = 16
 
 #: Specialised kernels all of whose groups of warps share a tile.
-SHARING = ("cooperative", "overlapped", "streamed")
+SHARING = ("cooperative", "overlapped")
 
 #: Elements of a row that a thread of a specialised kernel computes together: 16 bytes of a 16-bit
 #: type.
@@ -21,7 +21,7 @@ VECTOR = 8
 def number(found: Product, config: Config) -> int:
     """The number of tiles, those of each split and batch counted."""
     rows, columns = -(-found.m // config.block("m")), -(-found.n // config.block("n"))
-    return found.batch * _splits(config) * rows * columns
+    return found.batch * config.splits * rows * columns
 
 
 def members(config: Config) -> int:
@@ -45,12 +45,12 @@ def coordinates(printer: Printer, found: Product) -> None:
     """Prints where tile ``pid`` lies."""
     config, line = printer.config, printer.line
     rows, columns = (blocks_along(printer.spec.space, config, name) for name in ("m", "n"))
-    tiles, splits = rows * columns, _splits(config)
+    tiles = rows * columns
     if found.batch > 1:
-        line(f"batch = pid // {tiles * splits}")
-    if splits > 1:
-        line(f"part_pid = pid // {tiles} % {splits}")
-    if found.batch > 1 or splits > 1:
+        line(f"batch = pid // {tiles * config.splits}")
+    if config.splits > 1:
+        line(f"part_pid = pid // {tiles} % {config.splits}")
+    if found.batch > 1 or config.splits > 1:
         line(f"tile_pid = pid % {tiles}")
     else:
         line("tile_pid = pid")
@@ -66,8 +66,3 @@ def coordinates(printer: Printer, found: Product) -> None:
         line(f"height = min({rows} - first, {group})")
         line(f"pid_m = first + tile_pid % {group * columns} % height")
         line(f"pid_n = tile_pid % {group * columns} // height")
-
-
-def _splits(config: Config) -> int:
-    """Parts of ``k`` that are numbered as tiles."""
-    return 1 if config.specialized == "streamed" else config.splits

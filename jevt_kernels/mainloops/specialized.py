@@ -2,7 +2,7 @@
 
 One warp does nothing but ask for tiles of the operands, which the tensor memory accelerator copies
 into a ring of buffers; it runs ahead of the others, from one tile of the result to the next. The
-others multiply, compute the epilogue and store it, in one of four ways (the first two names are
+others multiply, compute the epilogue and store it, in one of three ways (the first two names are
 CUTLASS's):
 
 * cooperative: all of them compute one tile, in groups of four that share its rows. Operands of the
@@ -13,8 +13,6 @@ CUTLASS's):
 * overlapped: as cooperative, but a group holds its part of a tile, rounded, while it multiplies the
   next one, and computes and stores pieces of it between the steps along k: large tiles, and an
   epilogue of few instructions that hides behind the products. It takes registers for both.
-* streamed: as cooperative, but programs begin and end in the middle of tiles, so that all have as
-  many steps (:mod:`jevt_kernels.mainloops.stream_k`): for few tiles, of which parts are stored.
 
 A program all of whose tiles have the same rows keeps those of the left operand, if they fit, and
 only the right one's tiles go through the ring: small tiles read less often what would otherwise
@@ -29,7 +27,7 @@ from __future__ import annotations
 import numpy as np
 
 from jevt_kernels.codegen import Printer
-from jevt_kernels.mainloops import gemm_epilogue, gemm_tiles, stream_k
+from jevt_kernels.mainloops import gemm_epilogue, gemm_tiles
 from jevt_kernels.mainloops.descriptors import Described
 from jevt_kernels.mainloops.gemm_epilogue import RESULT
 from jevt_kernels.mainloops.gemm_tiles import VECTOR
@@ -39,7 +37,7 @@ from jevt_kernels.ops import TRITON_TYPES
 from jevt_kernels.spec import Config, UnsupportedKernel
 
 #: How many groups of warps take turns.
-GROUPS = {"cooperative": 1, "pingpong": 2, "overlapped": 1, "streamed": 1}
+GROUPS = {"cooperative": 1, "pingpong": 2, "overlapped": 1}
 
 #: Warps that an instruction of sm_90 multiplies with, and by which registers are allotted.
 _WARPS = 4
@@ -55,7 +53,6 @@ _MOST_REGISTERS = 240
 _MOST_HELD = 64
 
 _OPERANDS = ("lhs", "rhs")
-_INT32_MAX = 2**31 - 1
 _BARRIERS = ("filled", "free", "turn", "kept")
 
 #: Bytes of the left operand's rows that are kept at most.
@@ -67,7 +64,7 @@ def emit(printer: Printer, found: Product, described: dict[str, Described]) -> i
     _check(printer, found, described)
     spec, config = printer.spec, printer.config
     tiles = gemm_tiles.number(found, config)
-    programs = config.programs if _streamed(printer) else min(config.programs or tiles, tiles)
+    programs = min(config.programs or tiles, tiles)
     inputs, outputs = printer.pointers
     buffers = [f"{name}_tiles" for name in _OPERANDS]
     loading = [*(f"{name}_desc" for name in _OPERANDS), *buffers, "filled", "free", "kept"]
@@ -100,8 +97,6 @@ def _check(printer: Printer, found: Product, described: dict[str, Described]) ->
         raise UnsupportedKernel(f"{steps} steps along k cannot be split into {config.splits} parts")
     if config.specialized == "overlapped":
         _check_overlap(printer, found)
-    if _streamed(printer):
-        _check_stream(printer, found)
     rows = config.block("m") // config.num_warps
     if config.num_warps % _WARPS or rows % 16 or config.block("k") * found.dtype.itemsize != 128:
         raise UnsupportedKernel(
@@ -122,17 +117,6 @@ def _check_overlap(printer: Printer, found: Product) -> None:
         )
 
 
-def _check_stream(printer: Printer, found: Product) -> None:
-    config = printer.config
-    shape = gemm_tiles.number(found, config), blocks_along(printer.spec.space, config, "k")
-    if not 0 < config.programs <= shape[0] * shape[1]:
-        raise UnsupportedKernel(f"{config.programs} programs cannot divide {shape} tiles and steps")
-    if stream_k.largest(*shape, config.programs) > _INT32_MAX:
-        raise UnsupportedKernel("the steps of all tiles are too many to be divided")
-    if (parts := stream_k.parts(*shape, config.programs)) > config.splits:
-        raise UnsupportedKernel(f"expected splits of at least {parts}, got {config.splits}")
-
-
 def keeps_lhs(found: Product, config: Config) -> bool:
     """Whether each program keeps the left operand's rows."""
     rows = -(-found.m // config.block("m"))
@@ -149,32 +133,14 @@ def ring_bytes(found: Product, config: Config) -> int:
     return (m * lhs + n * config.num_stages) * k * found.dtype.itemsize
 
 
-def _streamed(printer: Printer) -> bool:
-    return printer.config.specialized == "streamed"
-
-
 def _steps(printer: Printer) -> int:
     """Steps of the loop along ``k`` for a tile, where each part of ``k`` has as many."""
     return blocks_along(printer.spec.space, printer.config, "k") // printer.config.splits
 
 
-def _open_tiles(printer: Printer, found: Product, tiles: int, programs: int, group: int) -> None:
-    """Prints the start of the loop over the tiles ``pid`` of a group of warps, one of so many."""
-    if _streamed(printer):
-        steps = blocks_along(printer.spec.space, printer.config, "k")
-        stream_k.open_tiles(printer, tiles, steps, programs)
-    else:
-        first = "tl.program_id(0)" if group == 1 else f"tl.program_id(0) + group * {programs}"
-        printer.open(f"for pid in range({first}, {tiles}, {group * programs}):")
-    gemm_tiles.coordinates(printer, found)
-
-
 def _open_steps(printer: Printer) -> None:
     """Prints the start of the loop along ``k``, from step ``start`` on."""
     splits = printer.config.splits
-    if _streamed(printer):
-        stream_k.open_steps(printer, blocks_along(printer.spec.space, printer.config, "k"))
-        return
     if splits == 1:
         printer.line("start = 0")
         printer.open(f"for step in range({_steps(printer)}):")
@@ -225,7 +191,8 @@ def _load(
         printer.close()
     line("slot = 0")
     line("phase = 1")
-    _open_tiles(printer, found, tiles, programs, 1)
+    printer.open(f"for pid in range(tl.program_id(0), {tiles}, {programs}):")
+    gemm_tiles.coordinates(printer, found)
     _open_steps(printer)
     line("hopper.mbarrier.wait(free.index(slot), phase)")
     line("barrier = filled.index(slot)")
@@ -275,7 +242,9 @@ def _in_turn(
     """Prints a group's tiles, each followed by its epilogue."""
     config, line = printer.config, printer.line
     groups, steps, stages = GROUPS[config.specialized], _steps(printer), config.num_stages
-    _open_tiles(printer, found, tiles, programs, groups)
+    first = "tl.program_id(0)" if groups == 1 else f"tl.program_id(0) + group * {programs}"
+    printer.open(f"for pid in range({first}, {tiles}, {groups * programs}):")
+    gemm_tiles.coordinates(printer, found)
     if groups > 1:
         line("hopper.mbarrier.wait(turn.index(group), turns ^ (1 - group))")
         line("turns ^= 1")
@@ -293,13 +262,7 @@ def _in_turn(
     # A part of k is stored as it is, in whole sectors.
     layout = "layout" if config.splits == 1 else "product_layout"
     _place(printer, layout)
-    if _streamed(printer):
-        every = blocks_along(printer.spec.space, config, "k")
-        stream_k.open_parts(printer, tiles, every, programs, config.splits)
     gemm_epilogue.emit(printer, found, layout)
-    if _streamed(printer):
-        line("acc = zeros")
-        printer.close()
     printer.close()
 
 

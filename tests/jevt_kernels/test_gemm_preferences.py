@@ -110,9 +110,6 @@ def test_a_product_alone_is_split_as_fills_the_gpu() -> None:
     config = default(gemm.product((1, 768, 768, 32768), gemm.BFLOAT16))
     assert tile(config) == (128, 256)
     assert (config.specialized, config.splits) == ("cooperative", 7)  # 126 of 132 have a part
-    config = default(gemm.product((1, 3072, 768, 32768), gemm.BFLOAT16))
-    assert tile(config) == (128, 256)
-    assert (config.specialized, config.splits) == ("streamed", 3)  # 72 tiles
 
 
 def test_a_loss_over_many_labels_keeps_the_rows() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jevt_kernels import aot, codegen, compat, launch, limits
-from jevt_kernels.mainloops import gemm_configs, gemm_tiles, product, specialized, stream_k
+from jevt_kernels.mainloops import gemm_configs, product, specialized
 from jevt_kernels.spec import Config, KernelSpec, UnsupportedKernel
 
 BFLOAT16 = contract.BFLOAT16
@@ -123,37 +123,6 @@ def test_uneven_parts_on_a_gpu(splits: int, sm_90: None) -> None:
     for name in ("one group", "two groups"):
         whole = dataclasses.replace(CONFIGS[name], splits=splits)
         gemm.check(gemm.weight_gradient((2, 304, 264, 1000)), whole, launch.run)
-
-
-def streamed(spec: KernelSpec, launched: Config, programs: int) -> Config:
-    """The configuration with the steps of all tiles divided among so many programs."""
-    found = product.find(spec)
-    shape = gemm_tiles.number(found, launched), -(-found.k // 64), programs
-    parts, group = stream_k.parts(*shape), stream_k.group(shape[0], programs)
-    return dataclasses.replace(
-        launched, specialized="streamed", programs=programs, splits=parts, group=group
-    )
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("programs", [1, 7, 20, 31])
-def test_streamed_on_a_gpu(programs: int, sm_90: None) -> None:
-    for sizes in ((1, 304, 264, 1000), (2, 304, 264, 520)):
-        spec = gemm.weight_gradient(sizes)
-        for name in ("one group", "two groups"):
-            gemm.check(spec, streamed(spec, CONFIGS[name], programs), launch.run)
-
-
-@pytest.mark.aot
-def test_streamed_compiles() -> None:
-    spec = gemm.weight_gradient((1, 3072, 768, 32768))
-    launched = streamed(spec, config("cooperative", 128, 256, 4, stages=4, subtiles=2), 132)
-    assert (launched.splits, launched.group) == (3, 6)
-    binary = aot.compile(spec, 90, config=launched)
-    assert binary.spill_bytes == 0
-    source = codegen.generate(spec, launched)
-    assert source.grid == 132
-    assert [partial.programs for partial in source.partials] == [3]
 
 
 @pytest.mark.gpu
@@ -350,12 +319,6 @@ WIDE = config("cooperative", 128, 128, 8)
         (CASES["residual"], dataclasses.replace(WIDE, ahead=True), "load nothing ahead"),
         (CASES["residual"], OVERLAPPED, "128 registers of a thread .* leave none for the next"),
         (CASES["rounded"], dataclasses.replace(OVERLAPPED, splits=2), "have no parts of k"),
-        (CASES["plain"], config("streamed", 128, 128, 4), "expected splits of at least 2, got 1"),
-        (
-            CASES["plain"],
-            dataclasses.replace(config("streamed", 128, 128, 4), programs=0, splits=2),
-            "0 programs cannot divide",
-        ),
         (CASES["gelu"], config("cooperative", 64, 128, 8), "cannot be multiplied by 8 warps"),
         (CASES["gelu"], dataclasses.replace(WIDE, descriptors=False), "both operands have a desc"),
     ],

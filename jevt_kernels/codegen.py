@@ -118,7 +118,7 @@ class Printer(IndexPrinter):
                 return self._full(literal(node.value, node.dtype), node.dtype)
             case visitor.Iota():
                 address = self.address(node.index)
-                if not self.dependencies[position]:
+                if not self.dependencies[position] or address.lstrip("-").isdecimal():
                     return self._full(address, node.dtype)
                 number = address if address.isidentifier() else f"({address})"
                 return f"{number}.to({triton_type(node.dtype)})"
@@ -252,6 +252,8 @@ class Printer(IndexPrinter):
         address = self.address(node.index)
         # An axis of one element has no part in the address, but the tile is longer than that.
         follows = {t.name for t in self.spec.space.tile if node.index.depends_on(t)}
+        if address.isdecimal():  # all of them have one element
+            follows = set()
         terms = [
             dimension.variable
             for dimension in self.view.dimensions

@@ -13,7 +13,8 @@ Invariant: the same products, in the same types. A product along the contraction
 whose sums so far are rounded to its type. In float32 that is nothing. In bfloat16 the error of
 three of one size, in the norm, is 1.3 times that of one (2.1e-3 for 1.7e-3) where one kernel adds
 the two others, 1.4 times where they are added in turn, and never more than √3 times, unless they
-cancel: as if the program had multiplied by three weights. Each addition is part of a product, of
+cancel: as if the program had multiplied by three weights. (In float16, sums so far may also be
+beyond 65504 where the whole sum is not; they are infinite.) Each addition is part of a product, of
 our kernel or of cuBLAS's call: with the product on the left of the sum so far, XLA adds in place.
 The products along a free axis share an operand; :mod:`.separate_products` keeps XLA from joining
 them, and their other operands, again.

@@ -11,9 +11,10 @@ takes 2·V·T·H operations on the tensor cores and one pass over the updates: 0
 
 Invariant: the same sums; accumulated in float32 and rounded once, where a scatter rounds every
 addition, and in an order that does not change from run to run. An index outside of the table adds
-nothing (CLIP: to the nearest row), as in the scatter. Left alone: tables of more than ``MAX_ROWS``
-rows, for which the scatter is faster (of 30528 rows by ten times), and updates other than bfloat16,
-float16 and float32.
+nothing (CLIP: to the nearest row), as in the scatter. But an update that is not finite is 0 · ∞ in
+all other rows: its column is NaN in every row of the table, not only in its own. Left alone: tables
+of more than ``MAX_ROWS`` rows, for which the scatter is faster (of 30528 rows by ten times), and
+updates other than bfloat16, float16 and float32.
 
     before  { lambda ; a:i32[64,1] b:bf16[64,8]. let
                 c:bf16[2,8] = broadcast_in_dim 0.0; d:bf16[2,8] = scatter-add c a b in (d,) }

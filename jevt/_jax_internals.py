@@ -23,6 +23,7 @@ from jax._src import (
     dtypes,
     flattree,
     named_sharding,
+    pjit,
     shard_map,
     tree_util,
 )
@@ -31,7 +32,7 @@ from jax._src.api import Inline
 from jax._src.array import ArrayImpl as ArrayImpl
 from jax._src.cudnn import fused_attention_stablehlo as fused_attention
 from jax._src.interpreters import pxla
-from jax._src.lax import control_flow
+from jax._src.lax import control_flow, parallel
 from jax._src.lib import cuda_versions
 from jax._src.random import prng
 from jax.extend.core import Jaxpr, JaxprEqn, Primitive, primitives
@@ -48,6 +49,14 @@ random_unwrap_p: Primitive = prng.random_unwrap_p
 iota_2x32_shape_p: Primitive = prng.iota_2x32_shape_p
 pure_callback_p: Primitive = callback.pure_callback_p
 platform_index_p: Primitive = control_flow.platform_index_p
+
+#: What JAX's own tracing puts into programs of many devices, under names that it does not export.
+distribution: frozenset[Primitive] = frozenset(
+    value
+    for module in (core, parallel, pjit)
+    for name, value in vars(module).items()
+    if name.endswith("_p") and isinstance(value, Primitive)
+)
 
 # What a nested ``jax.jit`` must not say if its equations are to run as part of their caller.
 _KEPT_BY_XLA = (Inline.XLA_EARLY, Inline.XLA_LATE)

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from jevt_kernels import visitor
 from jevt_kernels.ops import BFLOAT16
 
-#: Constants that are moved: no others, so that nothing overflows on the way that did not before.
+#: Constants that are moved, at once.
 _LEAST, _MOST = 2.0**-8, 2.0**8
 
 
@@ -40,11 +39,25 @@ def shorten(nodes: Sequence[visitor.Node]) -> list[visitor.Node]:
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """A constant times the values of nodes."""
+    """What multiplications multiply whose results nothing else reads.
+
+    Attributes:
+      constant: the product of all constants.
+      constants: their number.
+      parts: all else, as it is multiplied: positions, and products within.
+    """
 
     constant: float
     constants: int
-    factors: tuple[int, ...]
+    parts: tuple[int | _Product, ...]
+
+    def leaves(self) -> Iterator[int]:
+        """The positions, from left to right."""
+        for part in self.parts:
+            if isinstance(part, _Product):
+                yield from part.leaves()
+            else:
+                yield part
 
 
 class _Rewriter:
@@ -83,41 +96,57 @@ class _Rewriter:
 
     def _multiplied(self, position: int) -> int | None:
         product = self._product(position)
-        if not product.constants or not product.factors:
+        leaves = list(product.leaves())
+        if not product.constants or not leaves:
             return None
-        constant, factors = product.constant, list(product.factors)
-        complementary = next((f for f in factors if self._is(f, "erfc") and self._once(f)), None)
-        if complementary is None and product.constants < 2:
+        erfcs = [i for i, leaf in enumerate(leaves) if self._is(leaf, "erfc") and self._once(leaf)]
+        if not erfcs and product.constants < 2:
             return None
-        values = [self.renamed[f] for f in factors if f != complementary]
-        if complementary is not None:
-            x, scale = self._scaled(self._operand(complementary))
-            values.append(self._call("scaled_erfc", x, scale, constant))
-        elif constant != 1.0:
-            values.insert(0, self._constant(constant))
-        total, *others = values
-        for value in others:
-            total = self._add(visitor.Compute("mul", (total, value), BFLOAT16))
-        return total
+        values, constant = [self.renamed[leaf] for leaf in leaves], product.constant
+        # Applied there, it makes no value on the way larger than that is without it, or the result.
+        early = abs(constant) <= 1
+        if early and erfcs:
+            x, scale = self._scaled(self._operand(leaves[erfcs[0]]))
+            values[erfcs[0]] = self._call("scaled_erfc", x, scale, constant)
+        elif early:
+            values[0] = self._times(constant, values[0])
+        total = self._multiply(product, iter(values))
+        return total if early else self._times(constant, total)
+
+    def _multiply(self, product: _Product, values: Iterator[int]) -> int:
+        """A product in its own order, of new positions in the place of its leaves."""
+        factors = [
+            self._multiply(part, values) if isinstance(part, _Product) else next(values)
+            for part in product.parts
+        ]
+        if len(factors) == 1:
+            return factors[0]
+        return self._add(visitor.Compute("mul", tuple(factors), BFLOAT16))
+
+    def _times(self, constant: float, value: int) -> int:
+        if constant == 1.0:
+            return value
+        return self._add(visitor.Compute("mul", (self._constant(constant), value), BFLOAT16))
 
     def _product(self, position: int) -> _Product:
-        """What a multiplication multiplies, with those in it whose results nothing else reads."""
         constant, constants = 1.0, 0
-        factors: list[int] = []
+        parts: list[int | _Product] = []
         for operand in visitor.operands(self.nodes[position]):
             while self._is(operand, "neg") and self._once(operand):
                 constant, constants = -constant, constants + 1
                 operand = self._operand(operand)
             number = self._number(operand)
-            if number is not None:
-                constant, constants = constant * number, constants + 1
-            elif self._is(operand, "mul") and self._once(operand):
+            inner = None
+            if self._is(operand, "mul") and self._once(operand):
                 inner = self._product(operand)
+            if number is not None and _may_be_moved(constant * number):
+                constant, constants = constant * number, constants + 1
+            elif inner is not None and _may_be_moved(constant * inner.constant):
                 constant, constants = constant * inner.constant, constants + inner.constants
-                factors += inner.factors
+                parts.append(inner)
             else:
-                factors.append(operand)
-        return _Product(constant, constants, tuple(factors))
+                parts.append(operand)
+        return _Product(constant, constants, tuple(parts))
 
     def _scaled(self, position: int) -> tuple[int, float]:
         """x and c where the node's value is c·x."""
@@ -128,22 +157,20 @@ class _Rewriter:
                 continue
             if not self._is(position, "mul"):
                 return position, scale
-            operands = visitor.operands(self.nodes[position])
-            numbers = [self._number(operand) for operand in operands]
-            if numbers[0] is not None:
-                position, scale = operands[1], scale * numbers[0]
-            elif numbers[1] is not None:
-                position, scale = operands[0], scale * numbers[1]
-            else:
+            first, second = visitor.operands(self.nodes[position])
+            number, x = self._number(first), second
+            if number is None:
+                number, x = self._number(second), first
+            if number is None or not _may_be_moved(scale * number):
                 return position, scale
+            position, scale = x, scale * number
 
     def _number(self, position: int) -> float | None:
-        """The value of a constant that may be moved."""
+        """The value of a constant of bfloat16."""
         node = self.nodes[position]
         if not isinstance(node, visitor.Constant) or node.dtype != BFLOAT16:
             return None
-        value = float(node.value)
-        return value if math.isfinite(value) and _LEAST <= abs(value) <= _MOST else None
+        return float(node.value)
 
     def _is(self, position: int, op: str) -> bool:
         node = self.nodes[position]
@@ -167,3 +194,8 @@ class _Rewriter:
     def _add(self, node: visitor.Node) -> int:
         self.result.append(node)
         return len(self.result) - 1
+
+
+def _may_be_moved(constant: float) -> bool:
+    """Not those so large or small that a value on the way might overflow, or become 0."""
+    return _LEAST <= abs(constant) <= _MOST

@@ -199,8 +199,9 @@ _CALLS: dict[Primitive, str] = {
     internals.platform_index_p: "known when it is compiled",
 }
 
-#: All primitives that JAX itself exports: without a rule here they are known, and stay with XLA.
-_OF_JAX: frozenset[Primitive] = frozenset(
+#: All primitives that JAX itself exports, and those of its programs of many devices: without a rule
+#: here they are known, and stay with XLA.
+_OF_JAX: frozenset[Primitive] = internals.distribution | frozenset(
     value
     for module in (p, jax.lax)
     for name, value in vars(module).items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import kernel_contract as contract
@@ -91,6 +93,35 @@ def test_what_is_not_finite() -> None:
         np.isnan(got.astype(np.float32)), np.isnan(jax.jit(gelu)(x).astype(np.float32))
     )
     np.testing.assert_array_equal(got[[0, 3]], x[[0, 3]])
+
+
+LARGE = {
+    "many constants": (lambda x, g: functools.reduce(lambda y, _: y * 250, range(18), x), 0.0, 1.0),
+    "a large scale": (
+        lambda x, g: jax.scipy.special.erfc(functools.reduce(lambda y, _: y * 250, range(18), x)),
+        0.0,
+        1.0,
+    ),
+    "a small scale": (
+        lambda x, g: jax.scipy.special.erfc(functools.reduce(lambda y, _: y / 250, range(20), x)),
+        1e31,
+        1.0,
+    ),
+    "an erfc first": (lambda x, g: jax.lax.erfc(x) * x * 3 * x, 1e20, 1.0),
+    "products within": (lambda x, g: (jax.lax.erfc(x) * g) * (x * 2), 3.0, 3e38),
+    "large and small": (lambda x, g: 200 * (x * (g * 0.9)), 1e37, 1e-10),
+    "halves": (lambda x, g: 0.5 * (x * (0.5 * g)), 3e38, 1.5),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", LARGE)
+def test_nothing_overflows_on_the_way(name: str) -> None:
+    function, x, g = LARGE[name]
+    arguments = [np.full(3, value, BFLOAT16) for value in (x, g)]
+    (got,) = interpreter.run(contract.build(function, *arguments), *arguments)
+    want = jax.jit(function)(*arguments)
+    np.testing.assert_allclose(got.astype(np.float64), np.asarray(want, np.float64), rtol=1e-2)
 
 
 def test_a_gelu_is_two_operations() -> None:

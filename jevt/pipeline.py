@@ -29,6 +29,7 @@ from jevt.passes import (
     inline,
     max_pools,
     one_hot,
+    patches,
     raise_attention,
     raise_cross_entropy,
     raise_norms,
@@ -81,6 +82,8 @@ GRAPH_PASSES: tuple[tuple[str, Pass], ...] = (
 PRODUCT_PASSES: tuple[tuple[str, Pass], ...] = (
     # Convolutions that are matrix products become such.
     ("convolutions", convolutions.run),
+    # So do those whose windows are patches of an image.
+    ("patches", patches.run),
 )
 
 # After them, for GPUs only: what a CPU would not gain from.

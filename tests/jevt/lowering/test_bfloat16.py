@@ -10,7 +10,9 @@ import kernel_contract as contract
 import numpy as np
 import pytest
 
+from jevt.lowering import bfloat16
 from jevt_kernels import interpreter, visitor
+from jevt_kernels.index_map import IndexMap
 
 BFLOAT16 = contract.BFLOAT16
 
@@ -138,6 +140,23 @@ def test_constants_are_multiplied_once() -> None:
     assert ops_of(spec).count("mul") == 3
     constants = [node.value for node in spec.tree if isinstance(node, visitor.Constant)]
     assert sorted(constants) == pytest.approx([0.125, 3 * float(BFLOAT16.type(0.7))])
+
+
+def test_products_of_constants_alone() -> None:
+    """Which the passes would have folded."""
+    index = IndexMap((1,))
+    nodes: list[visitor.Node] = [
+        visitor.Load(0, index),
+        visitor.Constant(0.5, BFLOAT16),
+        visitor.Constant(0.25, BFLOAT16),
+        visitor.Compute("mul", (1, 2), BFLOAT16),
+        visitor.Compute("mul", (0, 3), BFLOAT16),
+        visitor.Store(0, 4, index),
+    ]
+    *_, constant, product, store = bfloat16.shorten(nodes)
+    assert constant == visitor.Constant(0.125, np.dtype("float32"))
+    assert isinstance(product, visitor.Compute) and product.op == "mul"
+    assert isinstance(store, visitor.Store)
 
 
 def test_what_is_left_alone() -> None:

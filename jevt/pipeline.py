@@ -29,7 +29,6 @@ from jevt.passes import (
     inline,
     max_pools,
     one_hot,
-    patches,
     raise_attention,
     raise_cross_entropy,
     raise_norms,
@@ -41,6 +40,7 @@ from jevt.passes import (
     separate_products,
     sink_constants,
     slices,
+    space_to_depth,
     sparse_products,
     split_concatenations,
     split_products,
@@ -82,8 +82,8 @@ GRAPH_PASSES: tuple[tuple[str, Pass], ...] = (
 PRODUCT_PASSES: tuple[tuple[str, Pass], ...] = (
     # Convolutions that are matrix products become such.
     ("convolutions", convolutions.run),
-    # So do those whose windows are patches of an image.
-    ("patches", patches.run),
+    # Strided ones of images of few channels become products, or convolutions of many channels.
+    ("space_to_depth", space_to_depth.run),
 )
 
 # After them, for GPUs only: what a CPU would not gain from.

@@ -41,8 +41,8 @@ from jevt.lowering import multi_tensor as lowering
 from jevt.lowering.alias import donated_inputs
 from jevt.partition import cost, fusions, names, order, targets
 from jevt.partition.graph import elements, nbytes
+from jevt.partition.joining import joined
 from jevt.partition.plan import Group
-from jevt.tuning import known
 from jevt_kernels import visitor
 from jevt_kernels.mainloops import multi_tensor_sums as sums
 from jevt_kernels.mainloops.multi_tensor import MAX_POINTERS
@@ -102,21 +102,7 @@ def _joined(groups: Sequence[Group], context: Context) -> Group | None:
     predicted += sum(cost.predict_us(g.jaxpr, context.device) - launch for g in groups)
     if sums.read_late(spec.tree):
         predicted += sum(operand.nbytes for operand in spec.inputs) / context.device.bytes_per_us
-    now = sum((g.predicted_us if g.measured_us is None else g.measured_us) or 0.0 for g in groups)
-    if predicted >= now:
-        return None
-    name = names.group_name(0, spec.mainloop, jaxpr)
-    together = Group(
-        name=name,
-        target="triton",
-        kind=spec.mainloop,
-        eqns=tuple(sorted(p for g in groups for p in g.eqns)),
-        jaxpr=jaxpr,
-        spec=dataclasses.replace(spec, name=name),
-        predicted_us=predicted,
-        xla_us=sum(g.xla_us or 0.0 for g in groups),
-    )
-    return known.settled(together, context) or together
+    return joined(groups, jaxpr, spec, predicted, context)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,8 @@ from jevt.lowering import side_by_side as lowering
 from jevt.lowering.errors import NotFusible
 from jevt.partition import names
 from jevt.partition.graph import elements
+from jevt.partition.joining import joined
 from jevt.partition.plan import Group
-from jevt.tuning import known
 
 #: Operands of one kernel: registers hold a tile of each.
 _MOST = 6
@@ -32,14 +32,14 @@ _MOST = 6
 
 def merge(groups: Sequence[Group], context: Context) -> tuple[Group, ...]:
     """The groups of a plan, in an executable order, with those joined that do the same together."""
-    joined: dict[int, Group] = {}
+    merged: dict[int, Group] = {}
     gone: set[int] = set()
     for members in _sets(groups):
         together = _joined([groups[m] for m in members], context)
         if together is not None:
-            joined[members[0]] = together
+            merged[members[0]] = together
             gone.update(members[1:])
-    left = [joined.get(i, group) for i, group in enumerate(groups) if i not in gone]
+    left = [merged.get(i, group) for i, group in enumerate(groups) if i not in gone]
     if len(left) == len(groups):
         return tuple(groups)
     return tuple(
@@ -91,18 +91,4 @@ def _joined(groups: Sequence[Group], context: Context) -> Group | None:
         return None
     predicted = sum(g.predicted_us or 0.0 for g in groups)
     predicted -= (len(groups) - 1) * context.device.triton_launch_us
-    now = sum((g.predicted_us if g.measured_us is None else g.measured_us) or 0.0 for g in groups)
-    if predicted >= now:
-        return None
-    name = names.group_name(0, spec.mainloop, jaxpr)
-    together = Group(
-        name=name,
-        target="triton",
-        kind=spec.mainloop,
-        eqns=tuple(sorted(p for g in groups for p in g.eqns)),
-        jaxpr=jaxpr,
-        spec=dataclasses.replace(spec, name=name),
-        predicted_us=predicted,
-        xla_us=sum(g.xla_us or 0.0 for g in groups),
-    )
-    return known.settled(together, context) or together
+    return joined(groups, jaxpr, spec, predicted, context)

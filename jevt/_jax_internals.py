@@ -52,9 +52,10 @@ platform_index_p: Primitive = control_flow.platform_index_p
 
 #: What JAX's own tracing puts into programs of many devices, under names that it does not export.
 distribution: frozenset[Primitive] = frozenset(
+    {core.pvary_p, core.reduced_vary_cast_p, pjit.reshard_p}
+).union(
     value
-    for module in (core, parallel, pjit)
-    for name, value in vars(module).items()
+    for name, value in vars(parallel).items()
     if name.endswith("_p") and isinstance(value, Primitive)
 )
 

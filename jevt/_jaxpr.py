@@ -64,6 +64,15 @@ def extract(jaxpr: Jaxpr, positions: Sequence[int]) -> Jaxpr:
     return make(list(inputs), outputs, eqns)
 
 
+def together(parts: Sequence[Jaxpr]) -> Jaxpr:
+    """The equations of parts that do not read each other's results; what they share, once."""
+    return make(
+        list(dict.fromkeys(v for part in parts for v in part.invars)),
+        [v for part in parts for v in part.outvars],
+        [eqn for part in parts for eqn in part.eqns],
+    )
+
+
 def make(invars: Sequence[Var], outvars: Sequence[Atom], eqns: Iterable[JaxprEqn]) -> Jaxpr:
     """A jaxpr without constants, its effects joined from its equations."""
     return compat.make_jaxpr(list(invars), list(outvars), list(eqns))

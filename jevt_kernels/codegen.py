@@ -19,6 +19,7 @@ import math
 import numpy as np
 
 from jevt_kernels import visitor
+from jevt_kernels.index_map import IndexMap
 from jevt_kernels.ops import OPS, TRITON_TYPES, Arg, compute_dtype, is_float, triton_type
 from jevt_kernels.printer import IndexPrinter, times
 from jevt_kernels.spec import Config, KernelSpec, Source, UnsupportedKernel
@@ -118,7 +119,7 @@ class Printer(IndexPrinter):
                 return self._full(literal(node.value, node.dtype), node.dtype)
             case visitor.Iota():
                 address = self.address(node.index)
-                if not self.dependencies[position] or address.lstrip("-").isdecimal():
+                if not self._addressed(node.index):
                     return self._full(address, node.dtype)
                 number = address if address.isidentifier() else f"({address})"
                 return f"{number}.to({triton_type(node.dtype)})"
@@ -251,9 +252,7 @@ class Printer(IndexPrinter):
         """The address of a store, of the shape of what it writes."""
         address = self.address(node.index)
         # An axis of one element has no part in the address, but the tile is longer than that.
-        follows = {t.name for t in self.spec.space.tile if node.index.depends_on(t)}
-        if address.isdecimal():  # all of them have one element
-            follows = set()
+        follows = self._addressed(node.index)
         terms = [
             dimension.variable
             for dimension in self.view.dimensions
@@ -268,6 +267,11 @@ class Printer(IndexPrinter):
                 return self.view.full(shape, address, "tl.int32")
             return f"{self.view.full(shape, '0', 'tl.int32')} + {address}"
         return " + ".join((address, *terms))
+
+    def _addressed(self, index: IndexMap) -> set[str]:
+        """The tile axes that have a part in an address."""
+        space = self.spec.space
+        return {tile.name for tile in space.tile if index.digits(space, tile)}
 
     def stores(self) -> list[int]:
         return [i for i, node in enumerate(self.spec.tree) if isinstance(node, visitor.Store)]

@@ -306,6 +306,12 @@ def precompile(spec: KernelSpec, compute_capability: int, config: Config | None 
     jax.jit(launched).trace(*operands).lower(lowering_platforms=("cuda",))
 
 
+def described(error: BaseException) -> str:
+    """An error in a line: its type, and how its message begins."""
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}"
+
+
 def cost_estimate(spec: KernelSpec) -> dict[str, int]:
     """Bytes moved and operations executed by one launch, in the form that jax-triton passes to XLA.
 

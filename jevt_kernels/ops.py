@@ -121,7 +121,11 @@ def _with_numbers(function: str) -> Emit:
     """A call whose operands but the first are constants."""
 
     def emit(args: tuple[Arg, ...], dtype: np.dtype) -> str:
-        numbers = [repr(float(arg.literal)) for arg in args[1:] if arg.literal is not None]
+        numbers = []
+        for arg in args[1:]:
+            if arg.literal is None:
+                raise ValueError(f"{function}: expected a constant, got {arg.text}")
+            numbers.append(repr(float(arg.literal)))
         return f"{function}({', '.join([args[0].text, *numbers])})"
 
     return emit

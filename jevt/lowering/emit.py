@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -118,13 +118,13 @@ def lower(plan: Plan, context: Context, *, top: bool = True) -> tuple[Jaxpr, Pla
     free = _free_at(plan, donated)
     wanted = partners(plan.jaxpr, donated)
     groups = tuple(_final(position, plan, inputs, wanted) for position, inputs in enumerate(free))
-    if context.platform == "cuda":
+    gpu = context.platform == "cuda"
+    if gpu:
         groups = _compiled(groups, context.device.compute_capability)
     planned, plan = plan, dataclasses.replace(plan, groups=groups, nested=tuple(nested))
     if top:
         _warn(planned, plan)
     eqns: list[JaxprEqn] = []
-    gpu = context.platform == "cuda"
     stored = storing.behind_barriers(plan.jaxpr, groups) if gpu else frozenset[Var]()
     barriers: dict[Var, Var] = {}
     for group in groups:
@@ -162,20 +162,21 @@ def _final(position: int, plan: Plan, free: frozenset[Var], wanted: Mapping[Var,
     return group if spec.members else _waiting(group, spec, plan, position)
 
 
-def _compiled(groups: Iterable[Group], capability: int) -> tuple[Group, ...]:
+def _compiled(groups: Sequence[Group], capability: int) -> tuple[Group, ...]:
     """The groups with those left to XLA whose final kernels do not compile."""
-    kernels = {g: (g.spec, g.config) for g in groups if g.target == "triton" and g.spec is not None}
-    errors = compiling.compile_all(kernels.values(), capability)
+    kernels = [(g.spec, g.config) for g in groups if g.target == "triton" and g.spec is not None]
+    errors = compiling.compile_all(kernels, capability)
 
     def settled(group: Group) -> Group:
-        error = errors.get(kernels[group]) if group in kernels else None
+        if group.target != "triton" or group.spec is None:
+            return group
+        error = errors.get((group.spec, group.config))
         if error is None:
             return group
-        first_line = (str(error).splitlines() or [""])[0]
-        reason = f"kernel did not compile: {type(error).__name__}: {first_line}"
+        reason = f"kernel did not compile: {launch.described(error)}"
         return dataclasses.replace(group, target="xla", reason=reason, fallback=True, config=None)
 
-    return tuple(map(settled, groups))
+    return tuple(map(settled, groups)) if errors else tuple(groups)
 
 
 def _waiting(group: Group, spec: KernelSpec, plan: Plan, position: int) -> Group:

@@ -38,12 +38,7 @@ def join(
         codegen.generate(spec)
     except (ValueError, UnsupportedKernel) as error:
         raise NotFusible(str(error)) from None
-    jaxpr = _jaxpr.make(
-        list(dict.fromkeys(v for part in parts for v in part.invars)),
-        [v for part in parts for v in part.outvars],
-        [eqn for part in parts for eqn in part.eqns],
-    )
-    return jaxpr, spec
+    return _jaxpr.together(parts), spec
 
 
 def split(jaxpr: Jaxpr) -> list[Jaxpr]:

@@ -62,9 +62,4 @@ def join(
         codegen.generate(joined)
     except UnsupportedKernel as error:
         raise NotFusible(str(error)) from None
-    jaxpr = _jaxpr.make(
-        list(inputs),
-        [v for part in parts for v in part.outvars],
-        [eqn for part in parts for eqn in part.eqns],
-    )
-    return jaxpr, joined
+    return _jaxpr.together(parts), joined

@@ -139,6 +139,26 @@ class Graph(Knowledge):
             return atom
         return self.emit(p.reshape_p, atom, new_sizes=tuple(shape), dimensions=None, sharding=None)
 
+    def dot_general(
+        self,
+        lhs: Atom,
+        rhs: Atom,
+        contracted: Sequence[Sequence[int]],
+        dtype: Any,
+        precision: Any,
+    ) -> Atom:
+        """A product without batch axes, whose result is of ``dtype``."""
+        left, right = map(tuple, contracted)
+        return self.emit(
+            p.dot_general_p,
+            lhs,
+            rhs,
+            dimension_numbers=((left, right), ((), ())),
+            precision=precision,
+            preferred_element_type=np.dtype(dtype),
+            out_sharding=None,
+        )
+
     def broadcast(self, atom: Atom, shape: Sequence[int], dimensions: Sequence[int]) -> Atom:
         """``atom``, whose axis i becomes axis ``dimensions[i]`` of an array of this shape."""
         return self.emit(

@@ -100,7 +100,7 @@ class _Spatial:
 def _convolution(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     lhs, rhs = eqn.invars
     numbers = eqn.params["dimension_numbers"]
-    if not _is_plain(eqn):
+    if not is_plain(eqn):
         return None
     found = [_spatial(eqn, position) for position in range(len(numbers.out_spec) - 2)]
     spatial = [s for s in found if s is not None]
@@ -125,7 +125,7 @@ def _convolution(eqn: JaxprEqn, graph: Graph) -> Atom | None:
     return _pad(graph.reshape(product, undilated), paddings, graph)
 
 
-def _is_plain(eqn: JaxprEqn) -> bool:
+def is_plain(eqn: JaxprEqn) -> bool:
     """Whether this is a convolution of floating-point numbers, without groups."""
     types = {np.dtype(aval(atom).dtype) for atom in eqn.invars}
     return (
@@ -197,19 +197,11 @@ def _product(
 ) -> Atom:
     (first, a), (second, b) = sides
     shared = [name for name in first.axes if name in second.axes]
-    contracted = tuple(tuple(map(list(side.axes).index, shared)) for side in (first, second))
+    contracted = [list(map(list(side.axes).index, shared)) for side in (first, second)]
     precision = eqn.params["precision"]
     if isinstance(precision, tuple):
         precision = tuple(precision[i] for i in order)
-    return graph.emit(
-        p.dot_general_p,
-        a,
-        b,
-        dimension_numbers=(contracted, ((), ())),
-        precision=precision,
-        preferred_element_type=np.dtype(aval(eqn.outvars[0]).dtype),
-        out_sharding=None,
-    )
+    return graph.dot_general(a, b, contracted, aval(eqn.outvars[0]).dtype, precision)
 
 
 def _slice(operand: Atom, taken: Sequence[tuple[int, int, int]], graph: Graph) -> Atom:

@@ -43,7 +43,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn
 from jax.extend.core import primitives as p
@@ -51,9 +50,9 @@ from jax.lax import ConvDimensionNumbers
 
 from jevt._jaxpr import Atom, aval
 from jevt.passes._facts import shape_of
+from jevt.passes._rows import transposed
 from jevt.passes._rules import Graph, rewrite
-
-_FLOATS = frozenset(map(np.dtype, (jnp.bfloat16, np.float16, np.float32)))
+from jevt.passes.convolutions import is_plain
 
 #: Bytes of a cell are a multiple of this; features that are, too, are left to cuDNN.
 _ALIGNED = 16
@@ -136,17 +135,14 @@ def _convolution(eqn: JaxprEqn, graph: Graph) -> Atom | None:
 
 
 def _is_plain(eqn: JaxprEqn) -> bool:
-    """Whether this is a convolution of floating-point numbers, without groups and zeros between."""
-    params = eqn.params
-    types = {np.dtype(aval(atom).dtype) for atom in (*eqn.invars, *eqn.outvars)}
+    """Whether this is a convolution of images without groups and without zeros between pixels."""
+    images, dtype = aval(eqn.invars[0]), aval(eqn.outvars[0]).dtype
     return (
-        len(types) == 1
-        and types.issubset(_FLOATS)
-        and params["feature_group_count"] == params["batch_group_count"] == 1
-        and params.get("out_sharding") is None
-        and all(d == 1 for d in params["lhs_dilation"])
-        and aval(eqn.invars[0]).ndim > 2
-        and all(math.prod(shape_of(atom)) > 0 for atom in (*eqn.invars, *eqn.outvars))
+        is_plain(eqn)
+        and images.dtype == dtype
+        and dtype != np.float64
+        and all(d == 1 for d in eqn.params["lhs_dilation"])
+        and images.ndim > 2
     )
 
 
@@ -210,7 +206,7 @@ def _weights_gradient(eqn: JaxprEqn, images: _Images, graph: Graph) -> Atom | No
         order[target] = [i, place[axis]]
     shape = shape_of(result)
     merged = [math.prod(shape[a] for a in group) for group in order]
-    result = _transposed(result, [a for group in order for a in group], graph)
+    result = transposed(result, [a for group in order for a in group], graph)
     return _cropped(graph.reshape(result, merged), shape_of(eqn.outvars[0]), graph)
 
 
@@ -225,22 +221,11 @@ def _cells(operand: Atom, images: _Images, graph: Graph) -> Atom:
     paddings = [(0, 0, 0)] * len(shape)
     for place, axis in images.spatial.items():
         paddings[place] = (axis.low, axis.cells * axis.stride - shape[place] - axis.low, 0)
-    operand = _padded(operand, paddings, graph)
-    split: list[int] = []
-    outer: dict[int, int] = {}
-    inner: dict[int, int] = {}
-    for place, size in enumerate(shape):
-        if place in images.spatial:
-            outer[place] = len(split)
-            split.append(images.spatial[place].cells)
-        (outer if place == images.batch else inner)[place] = len(split)
-        split.append(_extent(images, shape, place) if place in inner else size)
-    order = [outer[a] for a in (images.batch, *images.spatial)]
-    order += [inner[a] for a in images.inner]
-    rows = _transposed(graph.reshape(operand, split), order, graph)
-    length = math.prod(split[inner[a]] for a in images.inner)
-    cells = [axis.cells for axis in images.spatial.values()]
-    rows = graph.reshape(rows, (shape[images.batch], *cells, length))
+    cut = {place: (axis.cells, axis.stride) for place, axis in images.spatial.items()}
+    outer = [images.batch, *images.spatial]
+    rows = _cut(_padded(operand, paddings, graph), cut, outer, images.inner, graph)
+    length = math.prod(shape_of(rows)[len(outer) :])
+    rows = graph.reshape(rows, (*shape_of(rows)[: len(outer)], length))
     itemsize = np.dtype(aval(rows).dtype).itemsize
     return _lengthened(rows, -1, length + -length * itemsize % _ALIGNED // itemsize, graph)
 
@@ -250,37 +235,38 @@ def _weights(
 ) -> Atom:
     """Weights ``[cells of a window along each spatial axis, numbers of a cell, features]``."""
     shape = shape_of(operand)
-    target = list(shape)
-    axes = dict(zip(spec[2:], images.spatial, strict=True))
-    for place, axis in axes.items():
-        cut = images.spatial[axis]
-        target[place] = cut.reach * cut.stride
-    operand = _padded(operand, [(0, n - o, 0) for n, o in zip(target, shape, strict=True)], graph)
+    paddings = [(0, 0, 0)] * len(shape)
+    axis_of = {images.features: spec[1]}
+    cut: dict[int, tuple[int, int]] = {}
+    for place, (image, axis) in zip(spec[2:], images.spatial.items(), strict=True):
+        axis_of[image] = place
+        cut[place] = axis.reach, axis.stride
+        paddings[place] = (0, axis.reach * axis.stride - shape[place], 0)
+    inner = [*(axis_of[axis] for axis in images.inner), spec[0]]
+    rows = _cut(_padded(operand, paddings, graph), cut, spec[2:], inner, graph)
+    *sizes, features = shape_of(rows)
+    reach = sizes[: len(cut)]
+    rows = graph.reshape(rows, (*reach, math.prod(sizes[len(cut) :]), features))
+    return _lengthened(rows, -2, length, graph)
+
+
+def _cut(
+    operand: Atom,
+    cut: Mapping[int, tuple[int, int]],
+    outer: Sequence[int],
+    inner: Sequence[int],
+    graph: Graph,
+) -> Atom:
+    """The operand with some axes cut in two: the first part of these is outer, the other inner."""
     split: list[int] = []
-    outer: dict[int, int] = {}
-    inner: dict[int, int] = {}
-    for place, size in enumerate(shape):
-        if place in axes:
-            cut = images.spatial[axes[place]]
-            outer[axes[place]] = len(split)
-            split.append(cut.reach)
-        if place != spec[0]:
-            inner[axes.get(place, images.features)] = len(split)
-            split.append(images.spatial[axes[place]].stride if place in axes else size)
-        else:
-            last = len(split)
-            split.append(size)
-    order = [outer[a] for a in images.spatial] + [inner[a] for a in images.inner] + [last]
-    rows = _transposed(graph.reshape(operand, split), order, graph)
-    reach = [axis.reach for axis in images.spatial.values()]
-    own = math.prod(split[inner[a]] for a in images.inner)
-    return _lengthened(graph.reshape(rows, (*reach, own, shape[spec[0]])), -2, length, graph)
-
-
-def _transposed(operand: Atom, order: Sequence[int], graph: Graph) -> Atom:
-    if list(order) == sorted(order):
-        return operand
-    return graph.emit(p.transpose_p, operand, permutation=tuple(order))
+    first: list[int] = []
+    last: list[int] = []
+    for place, size in enumerate(shape_of(operand)):
+        first.append(len(split))
+        split += cut.get(place, (size,))
+        last.append(len(split) - 1)
+    order = [*(first[place] for place in outer), *(last[place] for place in inner)]
+    return transposed(graph.reshape(operand, split), order, graph)
 
 
 def _padded(operand: Atom, paddings: Sequence[tuple[int, int, int]], graph: Graph) -> Atom:
@@ -309,17 +295,10 @@ def _cropped(operand: Atom, shape: Sequence[int], graph: Graph) -> Atom:
 
 
 def _product(
-    eqn: JaxprEqn, left: Atom, right: Atom, contracted: tuple[Sequence[int], ...], graph: Graph
+    eqn: JaxprEqn, left: Atom, right: Atom, contracted: Sequence[Sequence[int]], graph: Graph
 ) -> Atom:
-    return graph.emit(
-        p.dot_general_p,
-        left,
-        right,
-        dimension_numbers=(tuple(map(tuple, contracted)), ((), ())),
-        precision=eqn.params["precision"],
-        preferred_element_type=np.dtype(aval(eqn.outvars[0]).dtype),
-        out_sharding=None,
-    )
+    dtype = aval(eqn.outvars[0]).dtype
+    return graph.dot_general(left, right, contracted, dtype, eqn.params["precision"])
 
 
 def _convolved(

@@ -86,15 +86,9 @@ def _product(index: Atom, updates: Atom, out: Any, graph: Graph) -> Atom:
     row = graph.emit(p.iota_p, dtype=index_aval.dtype, shape=shape, dimension=0, sharding=None)
     chosen = graph.emit(p.eq_p, row, graph.broadcast(index, shape, (1,)))
     highest = (Precision.HIGHEST, Precision.HIGHEST)
-    total = graph.emit(
-        p.dot_general_p,
-        _convert(chosen, out.dtype, graph),
-        updates,
-        dimension_numbers=(((1,), (0,)), ((), ())),
-        precision=highest if out.dtype == np.float32 else None,
-        preferred_element_type=np.dtype("float32"),
-        out_sharding=None,
-    )
+    precision = highest if out.dtype == np.float32 else None
+    left = _convert(chosen, out.dtype, graph)
+    total = graph.dot_general(left, updates, ((1,), (0,)), np.float32, precision)
     return graph.reshape(_convert(total, out.dtype, graph), out.shape)
 
 

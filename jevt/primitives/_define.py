@@ -71,8 +71,7 @@ def compile_ahead(specs: Iterable[KernelSpec], capability: int, what: str) -> bo
         for spec in specs:
             launch.precompile(spec, capability)
     except Exception as error:  # noqa: BLE001 - whatever the compiler stack raises, the program must still run
-        first_line = (str(error).splitlines() or [""])[0]
-        reason = f"did not compile: {type(error).__name__}: {first_line}"
+        reason = f"did not compile: {launch.described(error)}"
         warnings.warn(f"jevt: {what} {reason}", JevtWarning, stacklevel=3)
         return False
     return True

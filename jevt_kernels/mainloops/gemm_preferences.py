@@ -111,8 +111,7 @@ def preferred(spec: KernelSpec, found: Product, alive: int, plain: bool) -> tupl
                 # A product of 32 bits and all of a tile's values take too many registers together.
                 candidates += [parts, whole]
             else:
-                sums = any(isinstance(node, visitor.Reduce) for node in spec.tree)
-                candidates += [whole, parts] if sums else [halves, whole]
+                candidates += [whole, parts] if _has_sums(spec) else [halves, whole]
             candidates.append(_config(128, 128, 8, 3, subtiles=2, programs=_WALKING))
     elif alive > 2:
         candidates += [_pingpong(128, 8, 1), _pingpong(128, 4, 2)]
@@ -144,10 +143,9 @@ def _fits(found: Product, config: Config) -> bool:
 def _large(spec: KernelSpec, found: Product) -> Config:
     """Large tiles, each finished between the steps of the next one if registers allow that."""
     config = _cooperative(128, 256, 4, 2)
-    sums = any(isinstance(node, visitor.Reduce) for node in spec.tree)
     many = len(product.epilogue_tiles(spec, found)) > 1
     alone = gemm_tiles.number(found, config) <= MULTIPROCESSORS
-    if sums or many or alone or gemm_epilogue.rounded(spec, found) is None:
+    if _has_sums(spec) or many or alone or gemm_epilogue.rounded(spec, found) is None:
         return config
     return dataclasses.replace(config, specialized="overlapped", subtiles=4)
 
@@ -220,6 +218,10 @@ def _config(
         descriptors=True,
         ahead=ahead,
     )
+
+
+def _has_sums(spec: KernelSpec) -> bool:
+    return any(isinstance(node, visitor.Reduce) for node in spec.tree)
 
 
 def _has_long_operation(spec: KernelSpec, found: Product) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from jevt_kernels import launch
 from jevt_kernels.spec import Config
 from jevt_kernels.tuning.bench import Bench, Program, Work, undisturbed
 from jevt_kernels.tuning.space import describe
@@ -136,7 +137,7 @@ def contest(
 
 def first_line(error: BaseException) -> str:
     """An error in a few words."""
-    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:_MESSAGE]
+    return launch.described(error)[:_MESSAGE]
 
 
 def _prepared(

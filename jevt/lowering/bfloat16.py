@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from jevt.lowering.rewriting import Rewriter
 from jevt_kernels import visitor
 from jevt_kernels.ops import BFLOAT16
 
@@ -25,14 +26,14 @@ from jevt_kernels.ops import BFLOAT16
 _LEAST, _MOST = 2.0**-8, 2.0**8
 
 
-def shorten(nodes: Sequence[visitor.Node]) -> list[visitor.Node]:
+def shorten(nodes: Sequence[visitor.Node]) -> Sequence[visitor.Node]:
     """The nodes with the arithmetic of bfloat16 in as few operations as are known.
 
     Args:
       nodes: in an order in which each follows its operands, stores included.
 
     Returns:
-      Nodes in such an order, among them some that nothing reads any more.
+      Nodes in such an order, among them some that nothing reads any more; the same if none changed.
     """
     return _Rewriter(nodes).rewritten()
 
@@ -60,32 +61,21 @@ class _Product:
                 yield part
 
 
-class _Rewriter:
+class _Rewriter(Rewriter):
     def __init__(self, nodes: Sequence[visitor.Node]) -> None:
-        self.nodes = nodes
-        self.result: list[visitor.Node] = []
-        self.renamed: dict[int, int] = {}
+        super().__init__(nodes)
         reads = [operand for node in nodes for operand in visitor.operands(node)]
         self.readers = collections.Counter(reads)
 
-    def rewritten(self) -> list[visitor.Node]:
-        for position, node in enumerate(self.nodes):
-            new = None
-            if isinstance(node, visitor.Compute) and node.dtype == BFLOAT16:
-                new = self._shorter(position, node.op)
-            if new is None:
-                new = self._add(visitor.reading(node, self.renamed))
-            self.renamed[position] = new
-        return self.result
-
-    def _shorter(self, position: int, op: str) -> int | None:
-        """The position of a new node for a node of bfloat16; None where it stays as it is."""
-        if op == "erfc":
+    def replaced(self, position: int, node: visitor.Compute) -> int | None:
+        if node.dtype != BFLOAT16:
+            return None
+        if node.op == "erfc":
             x, scale = self._scaled(self._operand(position))
             return self._call("scaled_erfc", x, scale, 1.0)
-        if op == "exp":
+        if node.op == "exp":
             return self._gaussian(self._operand(position))
-        if op == "mul":
+        if node.op == "mul":
             return self._multiplied(position)
         return None
 
@@ -121,12 +111,12 @@ class _Rewriter:
         ]
         if len(factors) == 1:
             return factors[0]
-        return self._add(visitor.Compute("mul", tuple(factors), BFLOAT16))
+        return self.add(visitor.Compute("mul", tuple(factors), BFLOAT16))
 
     def _times(self, constant: float, value: int) -> int:
         if constant == 1.0:
             return value
-        return self._add(visitor.Compute("mul", (self._constant(constant), value), BFLOAT16))
+        return self.add(visitor.Compute("mul", (self._constant(constant), value), BFLOAT16))
 
     def _product(self, position: int) -> _Product:
         constant, constants = 1.0, 0
@@ -186,14 +176,10 @@ class _Rewriter:
 
     def _call(self, op: str, x: int, *numbers: float) -> int:
         constants = [self._constant(number) for number in numbers]
-        return self._add(visitor.Compute(op, (self.renamed[x], *constants), BFLOAT16))
+        return self.add(visitor.Compute(op, (self.renamed[x], *constants), BFLOAT16))
 
     def _constant(self, value: float) -> int:
-        return self._add(visitor.Constant(value, np.dtype("float32")))
-
-    def _add(self, node: visitor.Node) -> int:
-        self.result.append(node)
-        return len(self.result) - 1
+        return self.add(visitor.Constant(value, np.dtype("float32")))
 
 
 def _may_be_moved(constant: float) -> bool:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from jevt.lowering.rewriting import Rewriter, is_op, unsigned
 from jevt_kernels import visitor
 from jevt_kernels.ops import is_float
 
@@ -69,35 +70,22 @@ def simplify(nodes: Sequence[visitor.Node]) -> Sequence[visitor.Node]:
         each following its operands.
 
     Returns:
-      Nodes in such an order, among them some that nothing reads any more.
+      Nodes in such an order, among them some that nothing reads any more; the same if none changed.
     """
     return _Rewriter(nodes).rewritten()
 
 
-class _Rewriter:
-    def __init__(self, nodes: Sequence[visitor.Node]) -> None:
-        self.nodes = nodes
-        self.result: list[visitor.Node] = []
-        self.renamed: dict[int, int] = {}
-
-    def rewritten(self) -> list[visitor.Node]:
-        for position, node in enumerate(self.nodes):
-            new = None
-            if isinstance(node, visitor.Compute) and node.op in ("add", "sub"):
-                new = self._simpler(position, node.dtype)
-            if new is None:
-                new = self._add(visitor.reading(node, self.renamed))
-            self.renamed[position] = new
-        return self.result
-
-    def _simpler(self, position: int, dtype: np.dtype) -> int | None:
+class _Rewriter(Rewriter):
+    def replaced(self, position: int, node: visitor.Compute) -> int | None:
+        if node.op not in ("add", "sub") or not is_float(node.dtype):
+            return None
         terms = list(itertools.islice(self._terms(position, negative=False), 3))
-        if len(terms) != 2 or not is_float(dtype):
+        if len(terms) != 2:
             return None
         for first, second in (terms, terms[::-1]):
             found = self._complementary(first, second)
             if found is not None:
-                return self._write(found, first.negative, second.negative, dtype)
+                return self._write(found, first.negative, second.negative, node.dtype)
         return None
 
     def _complementary(self, first: _Term, second: _Term) -> _Labelled | None:
@@ -127,7 +115,7 @@ class _Rewriter:
         if not found.function.negated:
             x = self._compute("neg", dtype, x)
         y = self.renamed[found.label]
-        one, zero = (self._add(visitor.Constant(value, dtype)) for value in (1.0, 0.0))
+        one, zero = (self.add(visitor.Constant(value, dtype)) for value in (1.0, 0.0))
         positive = self._compute("ge", np.dtype(bool), x, zero)
         w = self._compute("select_n", dtype, positive, y, self._compute("sub", dtype, one, y))
         if logarithm is not None:
@@ -188,7 +176,7 @@ class _Rewriter:
             return None
         if node.op == "logistic_of":
             argument, exponential = node.operands
-            return _Pair(*self._unsigned(argument), exponential, None)
+            return _Pair(*unsigned(self.nodes, argument), exponential, None)
         if node.op != "add":
             return None
         for positive, logarithm in (node.operands, node.operands[::-1]):
@@ -196,7 +184,7 @@ class _Rewriter:
             if rectified is None or not self._is(logarithm, "log1p_of_unit"):
                 continue
             (exponential,) = visitor.operands(self.nodes[logarithm])
-            pair = _Pair(*self._unsigned(rectified), exponential, logarithm)
+            pair = _Pair(*unsigned(self.nodes, rectified), exponential, logarithm)
             if self._magnitude(exponential) == pair.x:
                 return pair
         return None
@@ -218,26 +206,13 @@ class _Rewriter:
             if not self._is(position, op):
                 return None
             (position,) = visitor.operands(self.nodes[position])
-        return self._unsigned(position)[0]
-
-    def _unsigned(self, position: int) -> tuple[int, bool]:
-        """x and whether it is negated, of x and -x."""
-        negated = False
-        while self._is(position, "neg"):
-            (position,) = visitor.operands(self.nodes[position])
-            negated = not negated
-        return position, negated
+        return unsigned(self.nodes, position)[0]
 
     def _is(self, position: int, op: str) -> bool:
-        node = self.nodes[position]
-        return isinstance(node, visitor.Compute) and node.op == op
+        return is_op(self.nodes[position], op)
 
     def _compute(self, op: str, dtype: np.dtype, *operands: int) -> int:
-        return self._add(visitor.Compute(op, operands, dtype))
-
-    def _add(self, node: visitor.Node) -> int:
-        self.result.append(node)
-        return len(self.result) - 1
+        return self.add(visitor.Compute(op, operands, dtype))
 
 
 def _opposite(a: _Pair, b: _Pair) -> bool:

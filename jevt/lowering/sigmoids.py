@@ -12,6 +12,7 @@ import collections
 import dataclasses
 from collections.abc import Sequence
 
+from jevt.lowering.rewriting import is_op, unsigned
 from jevt_kernels import visitor
 
 
@@ -33,8 +34,8 @@ def share_exponentials(nodes: Sequence[visitor.Node]) -> list[visitor.Node]:
     logarithms = {
         position
         for position, node in enumerate(nodes)
-        if _is(node, "log1p") and (m := visitor.operands(node)[0]) in arguments
-        if _is(nodes[m], "exp")
+        if is_op(node, "log1p") and (m := visitor.operands(node)[0]) in arguments
+        if is_op(nodes[m], "exp")
     }
     softplus = {arguments[visitor.operands(nodes[position])[0]] for position in logarithms}
     result: list[visitor.Node] = []
@@ -72,20 +73,10 @@ def share_exponentials(nodes: Sequence[visitor.Node]) -> list[visitor.Node]:
 def _argument(nodes: Sequence[visitor.Node], node: visitor.Compute) -> int | None:
     """The x, without its sign, of σ(±x) or exp(-|±x|)."""
     if node.op == "logistic":
-        return _unsigned(nodes, node.operands[0])
-    if node.op != "exp" or not _is(nodes[node.operands[0]], "neg"):
+        return unsigned(nodes, node.operands[0])[0]
+    if node.op != "exp" or not is_op(nodes[node.operands[0]], "neg"):
         return None
     (magnitude,) = visitor.operands(nodes[node.operands[0]])
-    if not _is(nodes[magnitude], "abs"):
+    if not is_op(nodes[magnitude], "abs"):
         return None
-    return _unsigned(nodes, visitor.operands(nodes[magnitude])[0])
-
-
-def _unsigned(nodes: Sequence[visitor.Node], position: int) -> int:
-    while _is(nodes[position], "neg"):
-        (position,) = visitor.operands(nodes[position])
-    return position
-
-
-def _is(node: visitor.Node, op: str) -> bool:
-    return isinstance(node, visitor.Compute) and node.op == op
+    return unsigned(nodes, visitor.operands(nodes[magnitude])[0])[0]

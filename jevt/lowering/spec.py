@@ -112,7 +112,7 @@ def _resolve(builder: Builder, name: str) -> KernelSpec:
         name=name,
         mainloop=layout.mainloop,
         space=space,
-        tree=_compact(_simplified(nodes)),
+        tree=_simplified(nodes),
         inputs=tuple(_tensor(var) for var in builder.jaxpr.invars),
         outputs=tuple(_tensor(var) for var in builder.jaxpr.outvars),
     )
@@ -127,10 +127,13 @@ def _tensor(var: Var | Literal) -> TensorType:
     return TensorType(tuple(aval(var).shape), np.dtype(aval(var).dtype))
 
 
-def _simplified(nodes: list[visitor.Node]) -> Sequence[visitor.Node]:
-    """The nodes with less arithmetic to the same results; some are read by nothing any more."""
-    shared = _compact(share_exponentials(nodes))
-    return bfloat16.shorten(_compact(binary_cross_entropy.simplify(shared)))
+def _simplified(nodes: list[visitor.Node]) -> visitor.Tree:
+    """The tree of the nodes, with less arithmetic to the same results."""
+    tree = _compact(share_exponentials(nodes))
+    for rewrite in (binary_cross_entropy.simplify, bfloat16.shorten):
+        rewritten = rewrite(tree)
+        tree = tree if rewritten is tree else _compact(rewritten)
+    return tree
 
 
 def _compact(nodes: Sequence[visitor.Node]) -> visitor.Tree:

@@ -13,6 +13,7 @@ from jevt._jaxpr import aval
 from jevt.lowering import rules
 from jevt.lowering.axes import Address, Axes, Factor, View, dense, flat, fresh, leaf, unify
 from jevt.lowering.errors import NotFusible
+from jevt.lowering.products import Term
 from jevt_kernels import visitor
 from jevt_kernels.index_map import IndexMap
 from jevt_kernels.ops import compute_dtype
@@ -43,13 +44,33 @@ class Reduction:
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """A matrix product in the making: its position, and the factors by the part that they play."""
+    """A matrix product, or a sum of several, in the making: the factors by their part in it.
 
-    node: int
+    Attributes:
+      terms: positions of the products.
+      batch, left, right: of the result, the same for all of them.
+      contracted: of each product.
+    """
+
+    terms: tuple[int, ...]
     batch: list[Factor]
     left: list[Factor]
     right: list[Factor]
-    contracted: list[Factor]
+    contracted: tuple[list[Factor], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Term:
+    """A product: its node and type, the axes of its batch, rows and columns, and those summed."""
+
+    node: int
+    dtype: np.dtype
+    axes: tuple[Axes, Axes, Axes]
+    contracted: Axes
+
+    @property
+    def result(self) -> Axes:
+        return tuple(axis for part in self.axes for axis in part)
 
 
 class Builder:
@@ -178,23 +199,49 @@ class Builder:
         self.env[eqn.outvars[0]] = Value(node, kept)
 
     def _contraction(self, eqn: JaxprEqn) -> None:
-        product = rules.CONTRACTIONS[eqn.primitive](eqn)
-        lhs, rhs = (self.operand(atom) for atom in eqn.invars)
+        terms = rules.CONTRACTIONS[eqn.primitive](eqn)
+        found = [self._term(term, number, eqn) for number, term in enumerate(terms)]
+        (batch, left, right), axes = found[0].axes, found[0].result
+        for other in found[1:]:
+            for mine, theirs in zip(axes, other.result, strict=True):
+                unify(mine, theirs, eqn.primitive.name)
+        self.contractions.append(
+            Contraction(
+                tuple(term.node for term in found),
+                flat(batch),
+                flat(left),
+                flat(right),
+                tuple(flat(term.contracted) for term in found),
+            )
+        )
+        node = found[0].node
+        for other in found[1:]:
+            node = self.add(visitor.Compute("add", (node, other.node), found[0].dtype))
+        dtype = np.dtype(aval(eqn.outvars[0]).dtype)
+        if dtype != found[0].dtype:
+            node = self.add(visitor.Compute("convert", (node,), dtype))
+        self.env[eqn.outvars[0]] = Value(node, axes)
+
+    def _term(self, term: Term, number: int, eqn: JaxprEqn) -> _Term:
+        """One product, along ``k``, ``k1`` and so on."""
+        product = term.product
+        lhs, rhs = self.operand(term.lhs), self.operand(term.rhs)
         for left, right in (*product.contracted, *product.batch):
             unify(lhs.axes[left], rhs.axes[right], eqn.primitive.name)
-        batch = tuple(lhs.axes[left] for left, _ in product.batch)
-        contracted = tuple(lhs.axes[left] for left, _ in product.contracted)
         pairs = (*product.contracted, *product.batch)
-        left_axes = _without(lhs.axes, {left for left, _ in pairs})
-        right_axes = _without(rhs.axes, {right for _, right in pairs})
-        node = self.add(visitor.Contract(lhs.node, rhs.node, "k", product.dtype, product.precision))
-        self.contractions.append(
-            Contraction(node, flat(batch), flat(left_axes), flat(right_axes), flat(contracted))
+        node = visitor.Contract(
+            lhs.node, rhs.node, f"k{number or ''}", product.dtype, product.precision
         )
-        dtype = np.dtype(aval(eqn.outvars[0]).dtype)
-        if dtype != product.dtype:
-            node = self.add(visitor.Compute("convert", (node,), dtype))
-        self.env[eqn.outvars[0]] = Value(node, (*batch, *left_axes, *right_axes))
+        return _Term(
+            self.add(node),
+            product.dtype,
+            (
+                tuple(lhs.axes[left] for left, _ in product.batch),
+                _without(lhs.axes, {left for left, _ in pairs}),
+                _without(rhs.axes, {right for _, right in pairs}),
+            ),
+            tuple(lhs.axes[left] for left, _ in product.contracted),
+        )
 
     def _source(self, eqn: JaxprEqn) -> None:
         shape = tuple(aval(eqn.outvars[0]).shape)

@@ -1,14 +1,15 @@
 """Tile axes of a group around a matrix product.
 
 The product's own axes are the space: ``batch`` and ``k``, which both operands have, ``m`` of the
-left one and ``n`` of the right one. What its operands are made of is the prologue and runs along
-``k``; everything else is the epilogue and runs along the other three.
+left one and ``n`` of the right one; each product of a sum has a ``k`` of its own. What operands are
+made of is the prologue and runs along ``k``; everything else is the epilogue and runs along the
+other three.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 from jevt.lowering.axes import Factor, flat
 from jevt.lowering.errors import NotFusible
@@ -18,12 +19,15 @@ from jevt_kernels import visitor
 
 @dataclasses.dataclass(frozen=True)
 class _Axes:
-    """The atoms of each tile axis; ``swapped`` if ``m`` is the right operand's."""
+    """The atoms of each tile axis, of each product's own ``k``.
+
+    ``swapped`` if ``m`` is the right operand's.
+    """
 
     batch: Atoms
     m: Atoms
     n: Atoms
-    k: Atoms
+    k: tuple[Atoms, ...]
     swapped: bool = False
 
 
@@ -34,8 +38,11 @@ def layout(group: Resolved) -> Layout:
       NotFusible: there are several products, or something in the group follows neither the tile of
         the operands nor that of the product.
     """
-    product = _product(group)
-    cones = _cone(group, product.lhs), _cone(group, product.rhs)
+    products = _products(group)
+    cones = (
+        _cone(group, [product.lhs for product in products]),
+        _cone(group, [product.rhs for product in products]),
+    )
     if any(isinstance(group.nodes[p], visitor.Reduce) for cone in cones for p in cone):
         raise NotFusible("a reduction before a matrix product")
     axes = _axes(group, cones)
@@ -52,35 +59,38 @@ def layout(group: Resolved) -> Layout:
         ("batch", group.memory_order(stores, axes.batch)),
         ("m", group.memory_order([*lhs, *stores], axes.m)),
         ("n", n),
-        ("k", group.memory_order(group.largest_first([*lhs, *rhs]), axes.k)),
+    ]
+    along = group.largest_first([*lhs, *rhs])
+    tiles += [
+        (product.over, group.memory_order(along, k))
+        for product, k in zip(products, axes.k, strict=True)
     ]
     return Layout("gemm", tiles, over, axes.swapped)
 
 
-def _product(group: Resolved) -> visitor.Contract:
+def _products(group: Resolved) -> list[visitor.Contract]:
     if len(group.contractions) > 1:
         raise NotFusible("several matrix products")
-    node = group.nodes[group.contractions[0].node]
-    assert isinstance(node, visitor.Contract)
-    return node
+    nodes = [group.nodes[position] for position in group.contractions[0].terms]
+    return [node for node in nodes if isinstance(node, visitor.Contract)]
 
 
-def _cone(group: Resolved, position: int) -> set[int]:
-    """The node and all that it is made of."""
-    return set(visitor.ancestors(group.nodes, position))
+def _cone(group: Resolved, positions: Sequence[int]) -> set[int]:
+    """The nodes and all that they are made of."""
+    return set(visitor.ancestors(group.nodes, *positions))
 
 
 def _axes(group: Resolved, cones: tuple[set[int], set[int]]) -> _Axes:
     (product,) = group.contractions
     parts = [
-        atoms_of(part) for part in (product.batch, product.left, product.right, product.contracted)
+        atoms_of(part) for part in (product.batch, product.left, product.right, *product.contracted)
     ]
     together = {atom: None for part in parts for atom in part}
     if len(together) < sum(map(len, parts)):
         raise NotFusible("two axes of a matrix product would be one (a diagonal)")
     if any(atom not in together for atom in group.live):
         raise NotFusible("a value runs along an axis that the matrix product does not have")
-    batch, left, right, contracted = parts
+    batch, left, right, *contracted = parts
     # An operand that all of a batch share makes it rows, or columns, of one larger product.
     varying = [_varying(group, cone) for cone in cones]
     rows = {atom: None for atom in batch if atom not in varying[1]}
@@ -88,8 +98,8 @@ def _axes(group: Resolved, cones: tuple[set[int], set[int]]) -> _Axes:
     batch = {atom: None for atom in batch if atom not in rows and atom not in columns}
     left, right = rows | left, columns | right
     if _last(group) in left:
-        return _Axes(batch, right, left, contracted, swapped=True)
-    return _Axes(batch, left, right, contracted)
+        return _Axes(batch, right, left, tuple(contracted), swapped=True)
+    return _Axes(batch, left, right, tuple(contracted))
 
 
 def _last(group: Resolved) -> Factor | None:
@@ -129,7 +139,7 @@ def _check_stores(group: Resolved, axes: _Axes, over: dict[int, tuple[str, ...]]
         own = group.strides[position].keys()
         (operand,) = visitor.operands(group.nodes[position])
         lost = {atom for name in over.get(operand, ()) for atom in getattr(axes, name)}
-        if not own.isdisjoint(axes.k):
+        if any(not own.isdisjoint(k) for k in axes.k):
             raise NotFusible("a value along the contracted axes is needed outside")
         if own != _tile(axes) - lost:
             raise NotFusible("an output does not run along every axis of the matrix product")

@@ -58,7 +58,7 @@ class Resolved:
         for reduction in self.reductions:
             result |= atoms_of(flat(reduction.axes))
         for product in self.contractions:
-            for part in (product.batch, product.left, product.right, product.contracted):
+            for part in (product.batch, product.left, product.right, *product.contracted):
                 result |= atoms_of(part)
         return result
 

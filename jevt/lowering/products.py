@@ -1,4 +1,4 @@
-"""What ``dot_general`` asks for: which axes, in which types, how exactly."""
+"""What matrix products ask for: which axes, in which types, how exactly."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from jevt._jaxpr import aval
+from jevt._jaxpr import Atom, aval
 from jevt.lowering.errors import NotFusible
+from jevt.primitives.product_sum import product_sum_p
 from jevt_kernels.ops import is_float
 
 
@@ -45,21 +46,43 @@ _ALGORITHMS = {
 }
 
 
-def product(eqn: JaxprEqn) -> Product:
-    """The product that a ``dot_general`` stands for.
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One of the products that an equation adds up; of a ``dot_general`` the only one."""
+
+    lhs: Atom
+    rhs: Atom
+    product: Product
+
+
+#: The equations that multiply matrices.
+PRODUCTS = frozenset({lax.dot_general_p, product_sum_p})
+
+
+def terms(eqn: JaxprEqn) -> tuple[Term, ...]:
+    """The products that an equation of ``PRODUCTS`` stands for, all of one type and precision.
 
     Raises:
       NotFusible: no kernel multiplies these types in this way.
     """
-    lhs, rhs = (np.dtype(aval(atom).dtype) for atom in eqn.invars)
-    if lhs != rhs:
-        raise NotFusible(f"no mainloop: dot_general of {lhs} and {rhs}")
-    contracted, batch = eqn.params["dimension_numbers"]
+    dimensions = eqn.params["dimension_numbers"]
+    if eqn.primitive is lax.dot_general_p:
+        dimensions = (dimensions,)
+    result = np.dtype(aval(eqn.outvars[0]).dtype)
+    precision = eqn.params["precision"]
+    return tuple(
+        Term(lhs, rhs, _product(lhs, rhs, numbers, precision, result))
+        for lhs, rhs, numbers in zip(eqn.invars[::2], eqn.invars[1::2], dimensions, strict=True)
+    )
+
+
+def _product(lhs: Atom, rhs: Atom, dimensions: Any, precision: Any, result: np.dtype) -> Product:
+    left, right = (np.dtype(aval(atom).dtype) for atom in (lhs, rhs))
+    if left != right:
+        raise NotFusible(f"no mainloop: dot_general of {left} and {right}")
+    contracted, batch = dimensions
     return Product(
-        _pairs(contracted),
-        _pairs(batch),
-        _sum_dtype(lhs, np.dtype(aval(eqn.outvars[0]).dtype)),
-        _precision(eqn.params["precision"], lhs),
+        _pairs(contracted), _pairs(batch), _sum_dtype(left, result), _precision(precision, left)
     )
 
 

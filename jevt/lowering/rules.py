@@ -8,7 +8,7 @@ with a reason that goes into the plan. Four kinds of rules exist:
 * ``VIEWS`` and ``REDUCTIONS`` are only named here: ``lowering.axes`` and ``lowering.builder`` know
   what they do;
 * ``SOURCES`` make values out of coordinates;
-* ``CONTRACTIONS`` maps an equation to the matrix product that it is.
+* ``CONTRACTIONS`` maps an equation to the matrix products that it adds up, one for most.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jax.extend.core import primitives as p
 from jevt import _jax_internals as internals
 from jevt._jaxpr import aval
 from jevt.lowering.errors import NotFusible
-from jevt.lowering.products import Product, product
+from jevt.lowering.products import PRODUCTS, Term, terms
 from jevt.primitives.attention import attention_backward_p, attention_p
 from jevt.primitives.pools import pool_gradient_p
 from jevt.primitives.row_products import row_products_p
@@ -155,7 +155,9 @@ SOURCES: dict[Primitive, str] = {
     internals.iota_2x32_shape_p: "iota_2x32_shape",
 }
 
-CONTRACTIONS: dict[Primitive, Callable[[JaxprEqn], Product]] = _table({"dot_general": product})
+CONTRACTIONS: dict[Primitive, Callable[[JaxprEqn], tuple[Term, ...]]] = dict.fromkeys(
+    PRODUCTS, terms
+)
 
 #: Primitives that a later mainloop will take; the plan names it.
 _AWAITED: dict[Primitive, str] = _table(

@@ -20,7 +20,7 @@ from jevt.partition.plan import Group, Plan
 _LEAST_BYTES = 1 << 20
 
 #: Equations whose results XLA stores in any case.
-_STORED = frozenset({"dot_general", "conv_general_dilated"})
+_STORED = frozenset({"dot_general", "product_sum", "conv_general_dilated"})
 
 
 def in_order(groups: Sequence[Group], donated: Set[Var]) -> tuple[Group, ...]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from jax import lax
 from jax.extend.core import Jaxpr, Var
 
 from jevt import _jaxpr
 from jevt.lowering.errors import NotFusible
+from jevt.lowering.products import PRODUCTS
 from jevt.partition.canonical import Keys
 from jevt.partition.graph import Graph, elements
 from jevt_kernels.spec import KernelSpec
@@ -71,7 +71,7 @@ def part(graph: Graph, positions: Iterable[int], stored: Iterable[Var] = ()) -> 
     outputs = {*_largest(ends), *stored}
     multiplied: set[Var] = set()
     for e in eqns:
-        product = e.primitive is lax.dot_general_p
+        product = e.primitive in PRODUCTS
         if product or any(isinstance(v, Var) and v in multiplied for v in e.invars):
             multiplied.update(e.outvars)
     if outputs.isdisjoint(multiplied):

@@ -9,6 +9,7 @@ from typing import Any
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from jevt._context import Device
+from jevt.lowering.products import PRODUCTS
 from jevt.partition import cost, products
 from jevt.partition import graph as graphs
 
@@ -70,7 +71,7 @@ def _called(jaxpr: Jaxpr, apart: Set[Var] = frozenset()) -> list[list[int]]:
     return [
         products.folded(jaxpr, p, apart)
         for p, eqn in enumerate(jaxpr.eqns)
-        if eqn.primitive.name == "dot_general"
+        if eqn.primitive in PRODUCTS
     ]
 
 

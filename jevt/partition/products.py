@@ -12,14 +12,16 @@ import dataclasses
 import math
 from collections.abc import Collection, Sequence, Set
 
+from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from jevt._context import Device
 from jevt._jaxpr import aval
-from jevt.lowering.products import product
+from jevt.lowering.products import PRODUCTS, Term, terms
 from jevt.partition import cost
 from jevt.partition.epilogues import VIEWS
 from jevt.partition.graph import elements, nbytes
+from jevt.primitives.product_sum import product_sum_p
 
 #: Rates by operand type and precision, for bfloat16's 1: cuBLAS's and ours.
 _RATES = {
@@ -56,7 +58,7 @@ class Size:
     """A matrix product's extents and the rates of its types.
 
     Attributes:
-      batch, m, n, k: extents.
+      batch, m, n, k: extents; of a sum of products the sum of their ``k``.
       moved: bytes of the operands and the result.
       rates: cuBLAS's and ours, in parts of bfloat16's.
     """
@@ -70,18 +72,18 @@ class Size:
 
     @classmethod
     def of(cls, eqn: JaxprEqn) -> Size:
-        """The size of a ``dot_general``."""
-        asked = product(eqn)
-        lhs, rhs = (aval(atom).shape for atom in eqn.invars)
-        batch = math.prod(lhs[left] for left, _ in asked.batch)
-        k = math.prod(lhs[left] for left, _ in asked.contracted)
+        """The size of a matrix product, or of a sum of them."""
+        first, *others = terms(eqn)
+        lhs, rhs = aval(first.lhs).shape, aval(first.rhs).shape
+        batch = math.prod(lhs[left] for left, _ in first.product.batch)
+        k = _contracted(first)
         return cls(
             batch,
             math.prod(lhs) // (batch * k),
             math.prod(rhs) // (batch * k),
-            k,
+            k + sum(map(_contracted, others)),
             sum(nbytes(v.aval) for v in (*eqn.invars, *eqn.outvars)),
-            _RATES[aval(eqn.invars[0]).dtype.name, asked.precision],
+            _RATES[aval(first.lhs).dtype.name, first.product.precision],
         )
 
     @property
@@ -96,14 +98,22 @@ class Size:
         return self.batch == 1 and parts > 1 and self.k % (_SPLIT_STEP * parts) > 0
 
 
+def _contracted(term: Term) -> int:
+    return math.prod(aval(term.lhs).shape[left] for left, _ in term.product.contracted)
+
+
 def position(jaxpr: Jaxpr) -> int | None:
     """Where the matrix product of a group is, None if there is none."""
-    found = (p for p, eqn in enumerate(jaxpr.eqns) if eqn.primitive.name == "dot_general")
+    found = (p for p, eqn in enumerate(jaxpr.eqns) if eqn.primitive in PRODUCTS)
     return next(found, None)
 
 
 def cublas_us(eqn: JaxprEqn, device: Device) -> float:
-    """The product alone, left to XLA."""
+    """The product alone, left to XLA; of a sum, each product with what is added up so far."""
+    if eqn.primitive is product_sum_p:
+        *added, last = apart(eqn)
+        sums = len(added) * nbytes(last.outvars[0].aval) / device.bytes_per_us
+        return sums + sum(cublas_us(each, device) for each in (*added, last))
     size = Size.of(eqn)
     rate = device.cublas_flops_per_us * size.rates[0]
     us = max(size.flops / rate, size.moved / device.bytes_per_us) + device.xla_launch_us
@@ -128,10 +138,31 @@ def kernel_us(jaxpr: Jaxpr, device: Device) -> float:
     return max(busy, moved / device.bytes_per_us) + device.triton_launch_us
 
 
+def apart(eqn: JaxprEqn) -> list[JaxprEqn]:
+    """The products of a sum, each as an equation of its own that has the sum's result."""
+    params = dict(eqn.params)
+    numbers = params.pop("dimension_numbers")
+    operands = zip(eqn.invars[::2], eqn.invars[1::2], numbers, strict=True)
+    return [
+        eqn.replace(
+            primitive=lax.dot_general_p,
+            invars=[lhs, rhs],
+            params={**params, "dimension_numbers": each, "out_sharding": None},
+        )
+        for lhs, rhs, each in operands
+    ]
+
+
 def is_alone(jaxpr: Jaxpr) -> bool:
-    """Whether a group is a product, with views at most."""
+    """Whether a group is one product, with views at most."""
     names = [eqn.primitive.name for eqn in jaxpr.eqns if eqn.primitive.name not in VIEWS]
     return names == ["dot_general"]
+
+
+def is_sum(jaxpr: Jaxpr) -> bool:
+    """Whether a group is around a sum of products."""
+    at = position(jaxpr)
+    return at is not None and jaxpr.eqns[at].primitive is product_sum_p
 
 
 def is_padded(jaxpr: Jaxpr) -> bool:

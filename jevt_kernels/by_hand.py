@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from jevt_kernels.index_map import IndexMap, Space, TileAxis, row_major
-from jevt_kernels.mainloops.product import AXES, PRODUCT_DTYPES
+from jevt_kernels.mainloops.product import PRODUCT_DTYPES
+from jevt_kernels.mainloops.terms import axes
 from jevt_kernels.spec import KernelSpec, TensorType
 from jevt_kernels.visitor import Compute, Constant, Contract, Load, Lookup, Node, Reduce, Store
 
@@ -25,7 +26,7 @@ _FLOAT = np.dtype("float32")
 
 
 class GemmTree:
-    """Collects the nodes, inputs and outputs of a kernel around one matrix product.
+    """Collects the nodes, inputs and outputs of a kernel around a matrix product or a sum of some.
 
     Methods that add a node return its position.
 
@@ -34,19 +35,26 @@ class GemmTree:
       batch: letters of the axes that both operands and the result have.
       m: letters of the rows, outermost first.
       n: letters of the columns.
-      k: letters of the contracted axes.
+      k: letters of the contracted axes; for a sum of products those of each.
     """
 
     def __init__(
-        self, sizes: Mapping[str, int], *, batch: str = "", m: str, n: str, k: str
+        self,
+        sizes: Mapping[str, int],
+        *,
+        batch: str = "",
+        m: str,
+        n: str,
+        k: str | tuple[str, ...],
     ) -> None:
-        self._sizes = {letter: sizes[letter] for letter in batch + m + n + k}
+        contracted = (k,) if isinstance(k, str) else k
+        self._sizes = {letter: sizes[letter] for letter in batch + m + n + "".join(contracted)}
         letters = list(self._sizes)
         self._space = Space(
             tuple(self._sizes.values()),
             tuple(
                 TileAxis(name, tuple(letters.index(letter) for letter in own))
-                for name, own in zip(AXES, (batch, m, n, k), strict=True)
+                for name, own in zip(axes(len(contracted)), (batch, m, n, *contracted), strict=True)
             ),
         )
         self._nodes: list[Node] = []
@@ -73,9 +81,11 @@ class GemmTree:
         return self.add(Compute(op, operands, np.dtype(dtype)))
 
     def contract(self, lhs: int, rhs: int, precision: str = "ieee") -> int:
-        """The product, of the type in which its operands' type is added up."""
+        """The next product, of the type in which its operands' type is added up."""
         dtype = self.dtype(lhs)
-        return self.add(Contract(lhs, rhs, "k", PRODUCT_DTYPES.get(dtype, dtype), precision))
+        before = sum(isinstance(node, Contract) for node in self._nodes)
+        over = axes(before + 1)[-1]
+        return self.add(Contract(lhs, rhs, over, PRODUCT_DTYPES.get(dtype, dtype), precision))
 
     def reduce(self, operand: int, over: str, op: str = "sum") -> int:
         """A reduction along tile axis ``over``, "m" or "n"."""

@@ -6,7 +6,8 @@ names:
 
 * ``x0, x1, …`` inputs, ``y0, y1, …`` outputs, ``v<position>`` the value of a node (``a<position>``
   and ``b<position>`` in the operands of a matrix product);
-* ``lhs_desc, rhs_desc`` tensor descriptors of the operands of a matrix product;
+* ``lhs_desc, rhs_desc`` tensor descriptors of the operands of a matrix product, ``lhs1_desc, …``
+  of further ones that are added to it;
 * ``<axis>`` the linear index along a tile axis (``i``, ``row``, ``col``), ``<axis>_ok`` its mask;
 * ``BLOCK_<AXIS>`` the tile size.
 """
@@ -19,7 +20,7 @@ import math
 import numpy as np
 
 from jevt_kernels import visitor
-from jevt_kernels.index_map import IndexMap
+from jevt_kernels.index_map import IndexMap, block_axis
 from jevt_kernels.ops import OPS, TRITON_TYPES, Arg, compute_dtype, is_float, triton_type
 from jevt_kernels.printer import IndexPrinter, times
 from jevt_kernels.spec import Config, KernelSpec, Source, UnsupportedKernel
@@ -72,7 +73,10 @@ def generate(spec: KernelSpec, config: Config | None = None) -> Source:
 
 
 def _fitted(config: Config, spec: KernelSpec, smallest: int) -> Config:
-    extents = {t.name: spec.space.extent(t) for t in spec.space.tile}
+    extents: dict[str, int] = {}
+    for tile_axis in spec.space.tile:
+        name = block_axis(tile_axis.name)
+        extents[name] = max(extents.get(name, 0), spec.space.extent(tile_axis))
     blocks = tuple(
         (name, min(block, max(smallest, power_of_two(extents[name]))))
         for name, block in config.blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import string
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,14 @@ class Space:
     def size(self) -> int:
         """Number of points."""
         return math.prod(self.sizes)
+
+
+def block_axis(name: str) -> str:
+    """The tile axis whose tile size an axis has.
+
+    Each its own, but the contracted axes of products that are added up ("k", "k1", "k2", …) "k"'s.
+    """
+    return name.rstrip(string.digits)
 
 
 @dataclasses.dataclass(frozen=True)

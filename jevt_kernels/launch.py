@@ -329,9 +329,10 @@ def _operations(spec: KernelSpec) -> int:
     dependencies = visitor.dependencies(spec.tree, spec.space)
     extents = {t.name: spec.space.extent(t) for t in spec.space.tile}
     flops = 0
-    for node in spec.tree:
+    for position, node in enumerate(spec.tree):
         if isinstance(node, visitor.Contract):
-            flops += 2 * spec.space.size
+            axes = {*dependencies[position], node.over}
+            flops += 2 * math.prod(extents[name] for name in axes)
         elif isinstance(node, visitor.Compute | visitor.Reduce):
             axes = frozenset().union(*(dependencies[o] for o in visitor.operands(node)))
             flops += math.prod(extents[name] for name in axes)

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from jevt_kernels.index_map import Space
+from jevt_kernels.index_map import Space, block_axis
 from jevt_kernels.visitor import Tree
 
 
@@ -35,7 +35,7 @@ class Config:
     """A launch configuration: what tuning may vary without changing the result beyond rounding.
 
     Attributes:
-      blocks: tile sizes by tile-axis name, powers of two.
+      blocks: tile sizes by tile-axis name, powers of two; "k" is that of every contracted axis.
       num_warps: warps in a thread block; of a specialized kernel, in a group of them.
       num_stages: software-pipelining depth of loops: the loads of so many steps are under way.
       programs: most program instances of a kernel that can walk several tiles in each; 0 for one
@@ -67,7 +67,7 @@ class Config:
     specialized: str = ""
 
     def block(self, name: str) -> int:
-        return dict(self.blocks)[name]
+        return dict(self.blocks)[block_axis(name)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,8 @@ class Contract:
     Attributes:
       lhs: position of a node that varies along ``batch``, ``m`` and ``over`` at most.
       rhs: position of a node that varies along ``batch``, ``n`` and ``over`` at most.
-      over: name of the contracted tile axis, ``"k"``.
+      over: name of the contracted tile axis: ``"k"``; of further products that are added up in the
+        same kernel ``"k1"``, ``"k2"``, ….
       dtype: of the sum: float32 of bfloat16, float16 and float32 operands, float64 of float64,
         int32 of int8.
       precision: how float32 operands are multiplied, a key of :data:`PRECISIONS`; ``"ieee"`` for
@@ -235,14 +236,15 @@ def as_printed(tree: Sequence[Node], *roots: int, known: tuple[type, ...] = ()) 
 def dependencies(tree: Tree, space: Space) -> tuple[frozenset[str], ...]:
     """For each node, the names of the tile axes along which its value varies.
 
-    A matrix product varies along every axis but the contracted one: it is a full tile.
+    A matrix product varies along every axis that no product contracts: it is a full tile.
     """
-    everything = frozenset(tile_axis.name for tile_axis in space.tile)
+    contracted = {node.over for node in tree if isinstance(node, Contract)}
+    free = frozenset(tile_axis.name for tile_axis in space.tile) - contracted
     result: list[frozenset[str]] = []
     for node in tree:
         match node:
             case Contract():
-                varies = everything - {node.over}
+                varies = free
             case Load() | Iota():
                 varies = frozenset(t.name for t in space.tile if node.index.depends_on(t))
             case Reduce():

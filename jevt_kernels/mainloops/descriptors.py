@@ -13,6 +13,7 @@ import dataclasses
 from jevt_kernels import visitor
 from jevt_kernels.index_map import Digit
 from jevt_kernels.mainloops.product import Product
+from jevt_kernels.mainloops.terms import Term
 from jevt_kernels.spec import Config, Descriptor, KernelSpec
 
 _ALIGNMENT = 16
@@ -29,7 +30,7 @@ class Described:
         along ``k``, the contiguous one last.
       first: coordinates of the first element.
       batch: how the coordinates of the leading dimensions follow from the batch index.
-      outer, inner: the tile axes of the last two dimensions.
+      outer, inner: the tile axes of the last two dimensions; "k" is that which the term contracts.
     """
 
     input: int
@@ -68,22 +69,22 @@ class Described:
         return text if self.outer == rows else f"tl.trans({text})"
 
 
-def describe(spec: KernelSpec, found: Product, root: int, free: str) -> Described | None:
+def describe(spec: KernelSpec, found: Product, term: Term, free: str) -> Described | None:
     """The description of an operand, None where the rules are not met.
 
     Args:
       spec: the kernel.
       found: its product.
-      root: position of the operand.
+      term: the term of it.
       free: the tile axis of the operand's rows or columns, "m" or "n".
     """
-    node = spec.tree[root]
-    if not isinstance(node, visitor.Load) or not found.k:
+    node = spec.tree[term.node.lhs if free == "m" else term.node.rhs]
+    if not isinstance(node, visitor.Load) or not term.k:
         return None
-    extents = {"m": found.m, "n": found.n, "k": found.k}
+    extents = {"m": found.m, "n": found.n, "k": term.k}
     strides: dict[str, int] = {}
-    for name in (free, "k"):
-        digits = node.index.digits(spec.space, spec.space.tile_axis(name))
+    for name, axis in ((free, free), ("k", term.node.over)):
+        digits = node.index.digits(spec.space, spec.space.tile_axis(axis))
         if len(digits) != 1 or digits[0].divisor != 1 or digits[0].modulus is not None:
             return None
         strides[name] = digits[0].stride

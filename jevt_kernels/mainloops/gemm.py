@@ -10,7 +10,8 @@ tile.
 Reductions of the result leave a partial result for each tile. A product with few tiles and a long
 ``k`` (a weight gradient) can be split: the programs of a tile add up parts of ``k``, and
 ``jevt_kernels.partials`` adds up theirs, in a fixed order; where there is an epilogue, a second
-kernel does both (:mod:`jevt_kernels.mainloops.split`).
+kernel does both (:mod:`jevt_kernels.mainloops.split`). A sum of products (:mod:`.terms`) is one
+loop after the other, which add to the same tile.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from jevt_kernels.mainloops import (
 )
 from jevt_kernels.mainloops.descriptors import Described, describe
 from jevt_kernels.mainloops.gemm_epilogue import RESULT
-from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.product import Product
 from jevt_kernels.mainloops.reduction import hoist
+from jevt_kernels.mainloops.terms import Term
 from jevt_kernels.ops import TRITON_TYPES, compute_dtype, triton_type
 from jevt_kernels.spec import Config, KernelSpec, Stages, UnsupportedKernel
 from jevt_kernels.view import View, dimension
@@ -45,13 +46,17 @@ _UNROLLED = 4
 configs = gemm_configs.configs
 
 _M, _N = dimension("m"), dimension("n")
-_LHS = View((_M, dimension("k", "lhs_k")), prefix="a")
-_RHS = View((dimension("k", "rhs_k"), _N), prefix="b")
 
 
 def stages(spec: KernelSpec, config: Config) -> Stages | None:
-    """The two kernels of a product that is split and has an epilogue, None of any other."""
+    """The two kernels of a product that is split and has an epilogue, None of any other.
+
+    Raises:
+      UnsupportedKernel: if there is nothing that can be split so.
+    """
     found = product.find(spec)
+    if config.splits > 1 and found.is_sum:
+        raise UnsupportedKernel("a sum of matrix products is not split along k")
     if config.splits == 1 or product.is_plain(spec, found):
         return None
     return split.stages(spec, found, config.splits)
@@ -71,7 +76,11 @@ def emit(printer: Printer) -> int:
         if printer.wide:
             raise UnsupportedKernel("a program walks several tiles only with 32-bit offsets")
         first = printer.program_id()
-        printer.open(f"for pid in tl.range({first}, {tiles}, {programs}, flatten=True):")
+        # Triton makes one loop of this and the one along k, of several it would guard each step.
+        walk = f"range({first}, {tiles}, {programs})"
+        if not found.is_sum:
+            walk = f"tl.range({first}, {tiles}, {programs}, flatten=True)"
+        printer.open(f"for pid in {walk}:")
         _tile(printer, found, described)
         printer.close()
         return programs
@@ -84,12 +93,12 @@ def _describe(printer: Printer, found: Product) -> dict[str, Described]:
     """The descriptors of the operands that have one, by name."""
     if not printer.config.descriptors:
         return {}
-    spec, node = printer.spec, found.node
     if printer.wide:
         raise UnsupportedKernel("tensor descriptors are used only with 32-bit offsets")
     candidates = {
-        "lhs_desc": describe(spec, found, node.lhs, "m"),
-        "rhs_desc": describe(spec, found, node.rhs, "n"),
+        f"{side}{term.number}_desc": describe(printer.spec, found, term, free)
+        for term in found.terms
+        for side, free in (("lhs", "m"), ("rhs", "n"))
     }
     described = {name: found for name, found in candidates.items() if found is not None}
     if not described:
@@ -119,27 +128,36 @@ def _load_ahead(printer: Printer, found: Product) -> dict[int, str]:
 
 
 def _accumulate(printer: Printer, found: Product, described: dict[str, Described]) -> None:
-    """Prints the loop along ``k``."""
-    node, config = found.node, printer.config
-    dtype = triton_type(node.dtype)
-    printer.line(f"acc = tl.zeros((BLOCK_M, BLOCK_N), {dtype})")
+    """Prints the loops along ``k``, one for each term."""
+    printer.line(f"acc = tl.zeros((BLOCK_M, BLOCK_N), {triton_type(found.node.dtype)})")
     printer.set_value(found.position, "acc")
-    if not found.k:
-        return
-    sides = ((_LHS, node.lhs, "lhs_desc"), (_RHS, node.rhs, "rhs_desc"))
+    for term in found.terms:
+        if term.k:
+            _accumulate_term(printer, found, term, described)
+
+
+def _accumulate_term(
+    printer: Printer, found: Product, term: Term, described: dict[str, Described]
+) -> None:
+    node, config, axis = term.node, printer.config, term.node.over
+    lhs, rhs = (dimension(axis, f"{side}_{axis}", "BLOCK_K") for side in ("lhs", "rhs"))
+    sides = (
+        (View((_M, lhs), prefix="a"), node.lhs, f"lhs{term.number}_desc"),
+        (View((rhs, _N), prefix="b"), node.rhs, f"rhs{term.number}_desc"),
+    )
     for view, root, name in sides:
         if name not in described:
             with printer.viewing(view):
-                printer.lane_index("k")
-                hoist(printer, [root], "k")
-    steps = blocks_along(printer.spec.space, config, "k")
-    bounds = f"0, {found.k}"
-    if steps > _UNROLLED and not config.programs:
+                printer.lane_index(axis)
+                hoist(printer, [root], axis)
+    steps = term.steps(config.block("k"))
+    bounds = f"0, {term.k}"
+    if steps > _UNROLLED and (found.is_sum or not config.programs):
         bounds += " + tl.program_id(1)"  # 0
     if config.splits > 1:
         length = -(-steps // config.splits) * config.block("k")
         printer.line(f"first_k = part_pid * {length}")
-        bounds = f"first_k, min(first_k + {length}, {found.k})"
+        bounds = f"first_k, min(first_k + {length}, {term.k})"
     printer.open(f"for start in range({bounds}, BLOCK_K):")
     start = "start"
     if printer.wide:
@@ -154,16 +172,17 @@ def _accumulate(printer: Printer, found: Product, described: dict[str, Described
                 text = described[name].load(name, starts, view.dimensions[0].name)
                 printer.line(f"{operands[-1]} = {text}")
                 continue
-            printer.stepped_index("k", start)
-            operands.append(_operand(printer, found, root))
+            printer.stepped_index(axis, start)
+            operands.append(_operand(printer, found, root, axis))
     precision = f', input_precision="{node.precision}"' if found.dtype.name == "float32" else ""
+    dtype = triton_type(node.dtype)
     printer.line(f"acc = tl.dot({', '.join(operands)}, acc{precision}, out_dtype={dtype})")
     printer.close()
     printer.steps.clear()
 
 
-def _operand(printer: Printer, found: Product, root: int) -> str:
-    """Prints a tile of an operand, of the operand's own type, 0 beyond the end of ``k``."""
+def _operand(printer: Printer, found: Product, root: int, axis: str) -> str:
+    """Prints a tile of an operand, of the operand's own type, 0 beyond the end of ``axis``."""
     node, view = printer.spec.tree[root], printer.view
     varies = printer.dependencies[root]
     name = f"{view.prefix}_tile"
@@ -173,7 +192,7 @@ def _operand(printer: Printer, found: Product, root: int) -> str:
     value = printer.value(root)
     if not view.names <= varies:
         value = f"tl.broadcast_to({value}, {view.shape(view.names)})"
-    if mask := printer.mask(frozenset({"k"})):
+    if mask := printer.mask(frozenset({axis})):
         value = f"tl.where({mask}, {value}, 0)"
     if compute_dtype(found.dtype) != found.dtype:
         value = f"{value}.to({TRITON_TYPES[found.dtype]})"

@@ -85,9 +85,7 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
     """
     found = product.find(spec)
     plain = product.is_plain(spec, found)
-    loaded = all(
-        isinstance(spec.tree[operand], visitor.Load) for operand in visitor.operands(found.node)
-    )
+    loaded = all(isinstance(spec.tree[operand], visitor.Load) for operand in found.operands)
     seconds: dict[Config, float] = {}
     largest = _largest_tile(spec, found)
     for config in _tiles(spec, found):
@@ -119,7 +117,12 @@ def configs(spec: KernelSpec) -> tuple[Config, ...]:
 
 
 def _splits(found: Product, config: Config) -> list[int]:
-    """Numbers of parts of ``k``: few, and as many as give each multiprocessor one tile or two."""
+    """Numbers of parts of ``k``: few, and as many as give each multiprocessor one tile or two.
+
+    A sum of products has none.
+    """
+    if found.is_sum:
+        return []
     tiles = max(1, gemm_tiles.number(found, config))
     filling = {MULTIPROCESSORS // tiles, 2 * MULTIPROCESSORS // tiles} - {0, 1}
     return sorted({*_SPLITS, *filling})
@@ -155,8 +158,8 @@ def _with_descriptors(
 
 
 def _has_descriptor(spec: KernelSpec, found: Product) -> bool:
-    sides = ((found.node.lhs, "m"), (found.node.rhs, "n"))
-    return any(describe(spec, found, root, free) is not None for root, free in sides)
+    sides = ((term, free) for term in found.terms for free in ("m", "n"))
+    return any(describe(spec, found, term, free) is not None for term, free in sides)
 
 
 def _on_tensor_cores(found: Product) -> bool:
@@ -199,7 +202,7 @@ def _passing_bytes(spec: KernelSpec, found: Product, config: Config) -> int:
 
 
 def _tiles(spec: KernelSpec, found: Product) -> list[Config]:
-    extents = {"m": found.m, "n": found.n, "k": found.k}
+    extents = {"m": found.m, "n": found.n, "k": max(term.k for term in found.terms)}
     tensor_cores = _on_tensor_cores(found)
     along_k = 128 // found.dtype.itemsize if tensor_cores else 32
     result: dict[Config, None] = {}
@@ -248,6 +251,8 @@ def _alive(spec: KernelSpec, found: Product) -> int:
     """Values of a tile of the result that the epilogue keeps at once, at most."""
     dependencies = visitor.dependencies(spec.tree, spec.space)
     last = {o: at for at, node in enumerate(spec.tree) for o in visitor.operands(node)}
+    for inner in product.parts_of(spec.tree, found.position) - {found.position}:
+        last.pop(inner, None)
     # From where to where each is needed: the product from the start.
     tiles = [
         (0 if p == found.position else p, last[p]) for p in last if {"m", "n"} <= dependencies[p]

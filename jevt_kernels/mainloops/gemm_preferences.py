@@ -89,7 +89,7 @@ def preferred(spec: KernelSpec, found: Product, alive: int, plain: bool) -> tupl
         return ()
     if plain:
         return _plain(spec, found)
-    steps = -(-found.k // 64)
+    steps = found.steps(64)
     candidates = []
     if _waiting(spec, found) > _MEMORY_BOUND:
         if product.epilogue_tiles(spec, found):
@@ -160,12 +160,12 @@ def _plain(spec: KernelSpec, found: Product) -> tuple[Config, ...]:
         small = dataclasses.replace(_pingpong(128, 4, 2), group=16)
         return large, dataclasses.replace(large, group=16), small
     large = _cooperative(128, 256, 4, 2)
-    steps = -(-found.k // 64)
+    most = 1 if found.is_sum else max(1, min(_MOST_SPLITS, found.steps(64) // _LEAST_STEPS))
     candidates = [
         dataclasses.replace(config, splits=splits)
         for config in (large, square)
         if _fits(found, config)
-        for splits in range(1, max(1, min(_MOST_SPLITS, steps // _LEAST_STEPS)) + 1)
+        for splits in range(1, most + 1)
     ]
     return tuple(sorted(candidates, key=lambda config: _split_seconds(found, config))[:3])
 
@@ -173,7 +173,7 @@ def _plain(spec: KernelSpec, found: Product) -> tuple[Config, ...]:
 def _split_seconds(found: Product, config: Config) -> float:
     """The time that a product takes whose parts of ``k`` programs take in turn, all as fast."""
     rounds = math.ceil(gemm_tiles.number(found, config) / MULTIPROCESSORS)
-    steps = math.ceil(math.ceil(found.k / 64) / config.splits)
+    steps = math.ceil(found.steps(64) / config.splits)
     tile = config.block("m") * config.block("n")
     multiplied = 2 * tile * 64 * steps * MULTIPROCESSORS / _LARGE_TILES_RATE + _TILE
     parts = 2 * 4 * config.splits * found.batch * found.m * found.n if config.splits > 1 else 0
@@ -228,7 +228,7 @@ def _has_long_operation(spec: KernelSpec, found: Product) -> bool:
     """Whether the epilogue has an operation of a dozen instructions or more."""
     return any(
         isinstance(node, visitor.Compute) and node.op in _LONG_OPERATIONS
-        for node in spec.tree[found.position :]
+        for node in spec.tree[found.terms[0].position :]
     )
 
 

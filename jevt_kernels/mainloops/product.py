@@ -8,11 +8,10 @@ import numpy as np
 
 from jevt_kernels import visitor
 from jevt_kernels.mainloops.reduction import OPERATIONS, partial_dtype
+from jevt_kernels.mainloops.terms import Term, total
+from jevt_kernels.mainloops.terms import find as find_terms
 from jevt_kernels.ops import BFLOAT16, is_float
 from jevt_kernels.spec import KernelSpec, UnsupportedKernel
-
-#: The tile axes of a GEMM's space, in order.
-AXES = ("batch", "m", "n", "k")
 
 #: Operand types that Triton multiplies, and the type of their product.
 PRODUCT_DTYPES: dict[np.dtype, np.dtype] = {
@@ -26,22 +25,45 @@ PRODUCT_DTYPES: dict[np.dtype, np.dtype] = {
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """The matrix product of a tree.
+    """The matrix product of a tree, or the sum of several.
 
     Attributes:
-      position: of the ``Contract`` node.
-      node: that node.
-      dtype: of its operands.
-      batch, m, n, k: extents of the tile axes.
+      position: of the ``Contract`` node, or of the sum of several.
+      terms: the products that are added up, in order.
+      dtype: of the operands of each.
+      batch, m, n: extents of the tile axes.
     """
 
     position: int
-    node: visitor.Contract
+    terms: tuple[Term, ...]
     dtype: np.dtype
     batch: int
     m: int
     n: int
-    k: int
+
+    @property
+    def node(self) -> visitor.Contract:
+        """The first term's, whose types and precision are those of all."""
+        return self.terms[0].node
+
+    @property
+    def k(self) -> int:
+        """Products that are added up in an element of the result."""
+        return sum(term.k for term in self.terms)
+
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """Positions of the operands of all terms."""
+        return tuple(o for term in self.terms for o in visitor.operands(term.node))
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether there are several terms."""
+        return len(self.terms) > 1
+
+    def steps(self, block: int) -> int:
+        """Blocks along the contracted axes."""
+        return sum(term.steps(block) for term in self.terms)
 
 
 def find(spec: KernelSpec) -> Product:
@@ -50,22 +72,13 @@ def find(spec: KernelSpec) -> Product:
     Raises:
       UnsupportedKernel: if the kernel is not one that the mainloop can generate.
     """
-    names = tuple(t.name for t in spec.space.tile)
-    if names != AXES:
-        raise UnsupportedKernel(f"expected the tile axes {AXES} of a GEMM, got {names}")
-    found = [i for i, n in enumerate(spec.tree) if isinstance(n, visitor.Contract)]
-    if len(found) != 1:
-        raise UnsupportedKernel(f"expected one matrix product in a GEMM, got {len(found)}")
-    (position,) = found
-    node = spec.tree[position]
-    assert isinstance(node, visitor.Contract)
-    if node.over != "k":
-        raise UnsupportedKernel(f"expected a contraction over 'k', got {node.over!r}")
-    dtype = _check_types(spec, node)
-    _check_axes(spec, position, node)
-    _check_aliases(spec, position, node)
-    extents = [spec.space.extent(t) for t in spec.space.tile]
-    return Product(position, node, dtype, *extents)
+    terms = find_terms(spec)
+    dtype = _check_types(spec, terms)
+    position = total(spec.tree, terms)
+    _check_axes(spec, terms)
+    _check_aliases(spec, position)
+    batch, m, n = (spec.space.extent(spec.space.tile_axis(name)) for name in ("batch", "m", "n"))
+    return Product(position, terms, dtype, batch, m, n)
 
 
 def parts_of(tree: visitor.Tree, root: int) -> frozenset[int]:
@@ -113,7 +126,20 @@ def _own_dtype(spec: KernelSpec, position: int) -> np.dtype:
     return node.dtype
 
 
-def _check_types(spec: KernelSpec, node: visitor.Contract) -> np.dtype:
+def _check_types(spec: KernelSpec, terms: tuple[Term, ...]) -> np.dtype:
+    """The type of all operands."""
+    kinds = {(_check_type(spec, t.node), t.node.dtype, t.node.precision): None for t in terms}
+    if len(kinds) > 1:
+        listed = ", ".join(f"{own.name} to {sums.name} ({how})" for own, sums, how in kinds)
+        raise UnsupportedKernel(
+            f"expected matrix products that are added up to be of one type and precision; got "
+            f"{listed}"
+        )
+    ((dtype, _, _),) = kinds
+    return dtype
+
+
+def _check_type(spec: KernelSpec, node: visitor.Contract) -> np.dtype:
     lhs, rhs = (_own_dtype(spec, operand) for operand in (node.lhs, node.rhs))
     if lhs != rhs:
         raise UnsupportedKernel(f"expected operands of one type in a product, got {lhs} and {rhs}")
@@ -133,16 +159,18 @@ def _check_types(spec: KernelSpec, node: visitor.Contract) -> np.dtype:
     return lhs
 
 
-def _check_axes(spec: KernelSpec, position: int, node: visitor.Contract) -> None:
+def _check_axes(spec: KernelSpec, terms: tuple[Term, ...]) -> None:
     dependencies = visitor.dependencies(spec.tree, spec.space)
-    for operand, name, other in ((node.lhs, "lhs", "n"), (node.rhs, "rhs", "m")):
-        if other in dependencies[operand]:
-            raise UnsupportedKernel(f"operand {name} of a product varies along {other!r}")
-        parts = parts_of(spec.tree, operand)
-        if any(isinstance(spec.tree[part], visitor.Reduce) for part in parts):
-            raise UnsupportedKernel(f"operand {name} of a product holds a reduction")
+    contracted = {term.node.over for term in terms}
+    for term in terms:
+        for operand, name, free in ((term.node.lhs, "lhs", "m"), (term.node.rhs, "rhs", "n")):
+            if others := dependencies[operand] - {"batch", free, term.node.over}:
+                raise UnsupportedKernel(f"operand {name} of a product varies along {min(others)!r}")
+            parts = parts_of(spec.tree, operand)
+            if any(isinstance(spec.tree[part], visitor.Reduce) for part in parts):
+                raise UnsupportedKernel(f"operand {name} of a product holds a reduction")
     for at, other_node in enumerate(spec.tree):
-        if "k" in dependencies[at] and isinstance(other_node, visitor.Store):
+        if contracted & dependencies[at] and isinstance(other_node, visitor.Store):
             raise UnsupportedKernel("an operand of a product is stored by the same kernel")
         if isinstance(other_node, visitor.Reduce):
             _check_reduction(spec, at, other_node)
@@ -166,7 +194,7 @@ def _check_reduction(spec: KernelSpec, position: int, node: visitor.Reduce) -> N
             )
 
 
-def _check_aliases(spec: KernelSpec, position: int, node: visitor.Contract) -> None:
+def _check_aliases(spec: KernelSpec, position: int) -> None:
     """An output may take the place of what the epilogue reads, element by element."""
     prologue = parts_of(spec.tree, position)
     for source, output in spec.aliases:

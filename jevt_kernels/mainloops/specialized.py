@@ -14,6 +14,9 @@ CUTLASS's):
   next one, and computes and stores pieces of it between the steps along k: large tiles, and an
   epilogue of few instructions that hides behind the products. It takes registers for both.
 
+The terms of a sum of products follow one another through the same ring, as if they were one long
+product; so their tiles must lie in it in the same way.
+
 A program all of whose tiles have the same rows keeps those of the left operand, if they fit, and
 only the right one's tiles go through the ring: small tiles read less often what would otherwise
 fill the L2 cache's bandwidth.
@@ -31,8 +34,8 @@ from jevt_kernels.mainloops import gemm_epilogue, gemm_tiles
 from jevt_kernels.mainloops.descriptors import Described
 from jevt_kernels.mainloops.gemm_epilogue import RESULT
 from jevt_kernels.mainloops.gemm_tiles import VECTOR
-from jevt_kernels.mainloops.pointwise import blocks_along
 from jevt_kernels.mainloops.product import Product
+from jevt_kernels.mainloops.terms import Term
 from jevt_kernels.ops import TRITON_TYPES
 from jevt_kernels.spec import Config, UnsupportedKernel
 
@@ -67,7 +70,7 @@ def emit(printer: Printer, found: Product, described: dict[str, Described]) -> i
     programs = min(config.programs or tiles, tiles)
     inputs, outputs = printer.pointers
     buffers = [f"{name}_tiles" for name in _OPERANDS]
-    loading = [*(f"{name}_desc" for name in _OPERANDS), *buffers, "filled", "free", "kept"]
+    loading = [*described, *buffers, "filled", "free", "kept"]
     computing = [*inputs, *outputs, *buffers, *_BARRIERS]
     with printer.function(f"{spec.name}_load", loading):
         _load(printer, found, described, tiles, programs)
@@ -85,13 +88,19 @@ def _check(printer: Printer, found: Product, described: dict[str, Described]) ->
         )
     if found.dtype.itemsize != 2 or found.node.dtype != np.dtype("float32"):
         raise UnsupportedKernel("warps have different tasks only for operands of 16 bits")
-    if len(described) < len(_OPERANDS):
+    if len(described) < len(_OPERANDS) * len(_multiplied(found)):
         raise UnsupportedKernel(
             "warps have different tasks only where both operands have a descriptor"
         )
+    for name in _OPERANDS:
+        kinds = {_tile_of(described[_descriptor(name, t)], config) for t in _multiplied(found)}
+        if len(kinds) > 1:
+            raise UnsupportedKernel(
+                f"the terms' {name} tiles lie in memory in different ways: {sorted(kinds)}"
+            )
     if config.ahead:
         raise UnsupportedKernel("warps with different tasks load nothing ahead")
-    steps = blocks_along(printer.spec.space, config, "k")
+    steps = found.steps(config.block("k"))
     # Groups that take turns count on each other's number of steps.
     if config.splits > steps or (config.specialized == "pingpong" and steps % config.splits):
         raise UnsupportedKernel(f"{steps} steps along k cannot be split into {config.splits} parts")
@@ -117,35 +126,54 @@ def _check_overlap(printer: Printer, found: Product) -> None:
         )
 
 
+def _multiplied(found: Product) -> list[Term]:
+    """The terms that have elements to multiply."""
+    return [term for term in found.terms if term.k]
+
+
+def _descriptor(operand: str, term: Term) -> str:
+    return f"{operand}{term.number}_desc"
+
+
+def _tile_of(operand: Described, config: Config) -> tuple[str, tuple[int, ...]]:
+    """How a tile lies in a buffer: its inner axis and its shape."""
+    return operand.inner, operand.parameter("", config).block
+
+
 def keeps_lhs(found: Product, config: Config) -> bool:
     """Whether each program keeps the left operand's rows."""
     rows = -(-found.m // config.block("m"))
-    steps = -(-found.k // config.block("k"))
+    steps = found.steps(config.block("k"))
     size = steps * config.block("m") * config.block("k") * found.dtype.itemsize
     alone = found.batch == 1 and config.splits == 1 and steps > 1 and config.programs > 0
+    alone = alone and not found.is_sum
     return alone and rows <= config.group and config.programs % rows == 0 and size <= _KEPT_BYTES
 
 
 def ring_bytes(found: Product, config: Config) -> int:
     """Bytes of shared memory that the operands take."""
     m, n, k = (config.block(name) for name in ("m", "n", "k"))
-    lhs = -(-found.k // k) if keeps_lhs(found, config) else config.num_stages
+    lhs = found.steps(k) if keeps_lhs(found, config) else config.num_stages
     return (m * lhs + n * config.num_stages) * k * found.dtype.itemsize
 
 
-def _steps(printer: Printer) -> int:
+def _steps(found: Product, config: Config) -> int:
     """Steps of the loop along ``k`` for a tile, where each part of ``k`` has as many."""
-    return blocks_along(printer.spec.space, printer.config, "k") // printer.config.splits
+    return found.steps(config.block("k")) // config.splits
 
 
-def _open_steps(printer: Printer) -> None:
-    """Prints the start of the loop along ``k``, from step ``start`` on."""
+def _open_steps(printer: Printer, steps: int) -> None:
+    """Prints the start of a loop along ``k``, from step ``start`` on.
+
+    Args:
+      printer: of the kernel.
+      steps: of the loop; of a product that is split, of all its parts.
+    """
     splits = printer.config.splits
     if splits == 1:
         printer.line("start = 0")
-        printer.open(f"for step in range({_steps(printer)}):")
+        printer.open(f"for step in range({steps}):")
         return
-    steps = blocks_along(printer.spec.space, printer.config, "k")
     printer.line(f"start = part_pid * {steps} // {splits}")
     printer.open(f"for step in range(start, (part_pid + 1) * {steps} // {splits}):")
 
@@ -168,10 +196,11 @@ def _load(
         "k": f"step * {config.block('k')}",
     }
 
-    def copy(name: str, slot: str) -> None:
-        coordinates = described[f"{name}_desc"].coordinates(starts)
+    def copy(name: str, term: Term, slot: str) -> None:
+        descriptor = _descriptor(name, term)
+        coordinates = described[descriptor].coordinates(starts)
         line(
-            f"hopper.tma.async_copy_global_to_shared({name}_desc, {coordinates}, barrier, "
+            f"hopper.tma.async_copy_global_to_shared({descriptor}, {coordinates}, barrier, "
             f"{name}_tiles.index({slot}))"
         )
 
@@ -185,22 +214,23 @@ def _load(
         line("pid = tl.program_id(0)")
         gemm_tiles.coordinates(printer, found)
         line("barrier = kept.index(0)")
-        line(f"hopper.mbarrier.expect(barrier, {sizes['lhs'] * _steps(printer)})")
-        printer.open(f"for step in range({_steps(printer)}):")
-        copy("lhs", "step")
+        line(f"hopper.mbarrier.expect(barrier, {sizes['lhs'] * _steps(found, config)})")
+        printer.open(f"for step in range({_steps(found, config)}):")
+        copy("lhs", found.terms[0], "step")
         printer.close()
     line("slot = 0")
     line("phase = 1")
     printer.open(f"for pid in range(tl.program_id(0), {tiles}, {programs}):")
     gemm_tiles.coordinates(printer, found)
-    _open_steps(printer)
-    line("hopper.mbarrier.wait(free.index(slot), phase)")
-    line("barrier = filled.index(slot)")
-    line(f"hopper.mbarrier.expect(barrier, {sum(sizes[name] for name in circulating)})")
-    for name in circulating:
-        copy(name, "slot")
-    _advance(printer)
-    printer.close()
+    for term in _multiplied(found):
+        _open_steps(printer, term.steps(config.block("k")))
+        line("hopper.mbarrier.wait(free.index(slot), phase)")
+        line("barrier = filled.index(slot)")
+        line(f"hopper.mbarrier.expect(barrier, {sum(sizes[name] for name in circulating)})")
+        for name in circulating:
+            copy(name, term, "slot")
+        _advance(printer)
+        printer.close()
     printer.close()
 
 
@@ -209,7 +239,8 @@ def _compute(
 ) -> None:
     """Prints a group of warps that multiply."""
     config, line = printer.config, printer.line
-    groups, steps, stages = GROUPS[config.specialized], _steps(printer), config.num_stages
+    groups, stages = GROUPS[config.specialized], config.num_stages
+    steps = _steps(found, config)
     members = gemm_tiles.members(config)
     printer.constants(m=config.block("m") // members)
     columns = config.block("n") // config.subtiles
@@ -241,7 +272,8 @@ def _in_turn(
 ) -> None:
     """Prints a group's tiles, each followed by its epilogue."""
     config, line = printer.config, printer.line
-    groups, steps, stages = GROUPS[config.specialized], _steps(printer), config.num_stages
+    groups, stages = GROUPS[config.specialized], config.num_stages
+    steps = _steps(found, config)
     first = "tl.program_id(0)" if groups == 1 else f"tl.program_id(0) + group * {programs}"
     printer.open(f"for pid in range({first}, {tiles}, {groups * programs}):")
     gemm_tiles.coordinates(printer, found)
@@ -249,7 +281,7 @@ def _in_turn(
         line("hopper.mbarrier.wait(turn.index(group), turns ^ (1 - group))")
         line("turns ^= 1")
     _start_product(printer)
-    _open_steps(printer)
+    _open_steps(printer, found.steps(config.block("k")))
     _step(printer, found, described, "start")
     printer.close()
     if groups > 1:
@@ -270,7 +302,8 @@ def _overlap(
     printer: Printer, found: Product, described: dict[str, Described], tiles: int, programs: int
 ) -> None:
     """Prints a group's tiles, the epilogue of each in parts between the steps of the next."""
-    config, line, steps = printer.config, printer.line, _steps(printer)
+    config, line = printer.config, printer.line
+    steps = _steps(found, config)
 
     def multiply(part: int, parts: int) -> None:
         first, end = (steps * at // parts for at in (part, part + 1))
@@ -327,7 +360,7 @@ def _step(printer: Printer, found: Product, described: dict[str, Described], fir
     share = "lhs" if gemm_tiles.members(printer.config) > 1 else ""
     kept = "lhs" if keeps_lhs(found, printer.config) else ""
     for name, rows in (("lhs", "m"), ("rhs", "k")):
-        operand = described[f"{name}_desc"]
+        operand = described[_descriptor(name, _multiplied(found)[0])]
         text = f"{name}_tiles.index({'step' if name == kept else 'slot'})"
         if operand.batch:
             block = [printer.config.block(axis) for axis in (operand.outer, operand.inner)]
@@ -362,12 +395,13 @@ def _start(
     groups, stages = GROUPS[config.specialized], config.num_stages
     members = gemm_tiles.members(config)
     for operand in _OPERANDS:
-        block = described[f"{operand}_desc"].parameter("", config).block
+        descriptor = _descriptor(operand, _multiplied(found)[0])
+        block = described[descriptor].parameter("", config).block
         kept = operand == "lhs" and keeps_lhs(found, config)
-        shape = ", ".join(map(str, (_steps(printer) if kept else stages, *block)))
+        shape = ", ".join(map(str, (_steps(found, config) if kept else stages, *block)))
         line(
             f"{operand}_tiles = gl.allocate_shared_memory({TRITON_TYPES[found.dtype]}, [{shape}], "
-            f"{operand}_desc.layout)"
+            f"{descriptor}.layout)"
         )
     layout = "hopper.mbarrier.MBarrierLayout()"
     counts = ((stages, 1), (stages, members), (groups, 1), (1, 1))

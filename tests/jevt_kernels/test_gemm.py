@@ -388,7 +388,7 @@ def without_contraction() -> KernelSpec:
     ("spec", "message"),
     [
         (dataclasses.replace(contract.reduction("sum", FLOAT, 4, 8), mainloop="gemm"), "tile axes"),
-        (without_contraction(), "expected one matrix product in a GEMM, got 0"),
+        (without_contraction(), "expected one matrix product in a GEMM for each axis of k; got 0"),
         (gemm.changed(PLAIN, 2, over="n"), "expected a contraction over 'k', got 'n'"),
         (gemm.changed(PLAIN, 2, rhs=0), "operand rhs of a product varies along 'm'"),
         (gemm.changed(PLAIN, 2, precision="fast"), "precision of ieee, tf32x3, tf32; got 'fast'"),

@@ -16,6 +16,7 @@ from jevt._context import Backend, Context
 from jevt.lowering import emit
 from jevt.partition import Plan, fallbacks, partition
 from jevt.passes import (
+    add_products,
     canonicalize,
     chunk_logits,
     convolutions,
@@ -29,6 +30,7 @@ from jevt.passes import (
     inline,
     max_pools,
     one_hot,
+    product_norms,
     raise_attention,
     raise_cross_entropy,
     raise_norms,
@@ -78,12 +80,21 @@ GRAPH_PASSES: tuple[tuple[str, Pass], ...] = (
     ("dce", dce.run),
 )
 
-# After them, for GPUs only, where groups become kernels: what has neighbours to share one with.
+# After the raising ones, for GPUs only, where groups become kernels: what has neighbours to share
+# one with.
 PRODUCT_PASSES: tuple[tuple[str, Pass], ...] = (
     # Convolutions that are matrix products become such.
     ("convolutions", convolutions.run),
     # Strided ones of images of few channels become products, or convolutions of many channels.
     ("space_to_depth", space_to_depth.run),
+)
+
+# After them, on every platform.
+EXPANDING_PASSES: tuple[tuple[str, Pass], ...] = (
+    # Composites that nothing takes whole become equations again.
+    ("expand_composites", expand_composites.run),
+    ("cse", cse.run),
+    ("dce", dce.run),
 )
 
 # After them, for GPUs only: what a CPU would not gain from.
@@ -110,13 +121,14 @@ def graph_passes(
       note: receives what a pass has to say of the program, such as what it nearly recognised.
     """
     if context.platform not in ("cuda", "rocm"):
-        return GRAPH_PASSES + _raising_passes(context, note)
+        return GRAPH_PASSES + _raising_passes(context, note) + EXPANDING_PASSES
     attention = _attention_passes(context, note) if context.platform == "cuda" else ()
     grouped = context.backend in ("auto", "triton") and not context.partitioned
-    products = PRODUCT_PASSES if grouped else ()
+    products = PRODUCT_PASSES + _norm_passes(context, note) if grouped else ()
+    products += EXPANDING_PASSES
     own = _kernel_passes(context, note) if context.own_kernels else ()
     passes = GRAPH_PASSES + attention + _raising_passes(context, note) + products + GPU_PASSES + own
-    return passes + _splitting_passes(context)
+    return passes + _splitting_passes(context) + (_adding_passes(context) if grouped else ())
 
 
 def _attention_passes(
@@ -151,9 +163,17 @@ def _raising_passes(context: Context, note: Callable[[str], None]) -> tuple[tupl
         ("raise_cross_entropy", functools.partial(raise_cross_entropy.run, note=note)),
         # Where logits would fill the memory, loss and gradient go by chunks of tokens.
         ("chunk_logits", functools.partial(chunk_logits.run, context=context, note=note)),
-        # Composites that nothing takes whole become equations again.
-        ("expand_composites", expand_composites.run),
+    )
+
+
+def _norm_passes(context: Context, note: Callable[[str], None]) -> tuple[tuple[str, Pass], ...]:
+    """Passes that take norms whole; what is a product must be one by then."""
+    norms = functools.partial(product_norms.run, context=context, note=note)
+    return (
+        # Forward and backward pass read the same views of a product's operands.
         ("cse", cse.run),
+        # Batch norms of products are computed without the product in memory.
+        ("product_norms", norms),
         ("dce", dce.run),
     )
 
@@ -193,6 +213,15 @@ def _splitting_passes(context: Context) -> tuple[tuple[str, Pass], ...]:
         ("dce", dce.run),
         # XLA does not put large products together again that share an operand.
         ("separate_products", functools.partial(separate_products.run, context=context)),
+        ("dce", dce.run),
+    )
+
+
+def _adding_passes(context: Context) -> tuple[tuple[str, Pass], ...]:
+    """Passes that put in what only a kernel of ours computes at once."""
+    return (
+        # Products that are added up are multiplied into one sum.
+        ("add_products", functools.partial(add_products.run, context=context)),
         ("dce", dce.run),
     )
 

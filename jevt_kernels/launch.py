@@ -331,7 +331,7 @@ def _operations(spec: KernelSpec) -> int:
     flops = 0
     for position, node in enumerate(spec.tree):
         if isinstance(node, visitor.Contract):
-            axes = {*dependencies[position], node.over}
+            axes = dependencies[position] | {node.over}
             flops += 2 * math.prod(extents[name] for name in axes)
         elif isinstance(node, visitor.Compute | visitor.Reduce):
             axes = frozenset().union(*(dependencies[o] for o in visitor.operands(node)))

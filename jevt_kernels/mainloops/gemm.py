@@ -40,7 +40,7 @@ SMALLEST_BLOCK = 32
 
 #: Steps of a loop that ptxas may unroll. A longer loop's end is hidden from it, because it unrolls
 #: all of 16 steps and takes ten seconds and more. Where a program walks several tiles, Triton makes
-#: one loop of both.
+#: one loop of both, but not of several loops along ``k``.
 _UNROLLED = 4
 
 configs = gemm_configs.configs

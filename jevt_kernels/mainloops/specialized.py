@@ -15,7 +15,7 @@ CUTLASS's):
   epilogue of few instructions that hides behind the products. It takes registers for both.
 
 The terms of a sum of products follow one another through the same ring, as if they were one long
-product; so their tiles must lie in it in the same way.
+product; a loop of their own multiplies those that lie in it in another way (:mod:`.ring`).
 
 A program all of whose tiles have the same rows keeps those of the left operand, if they fit, and
 only the right one's tiles go through the ring: small tiles read less often what would otherwise
@@ -35,7 +35,7 @@ from jevt_kernels.mainloops.descriptors import Described
 from jevt_kernels.mainloops.gemm_epilogue import RESULT
 from jevt_kernels.mainloops.gemm_tiles import VECTOR
 from jevt_kernels.mainloops.product import Product
-from jevt_kernels.mainloops.terms import Term
+from jevt_kernels.mainloops.ring import OPERANDS, Ring, Stretch, Tiles, lay_out, multiplied
 from jevt_kernels.ops import TRITON_TYPES
 from jevt_kernels.spec import Config, UnsupportedKernel
 
@@ -55,7 +55,6 @@ _REGISTER_STEP = 8
 _MOST_REGISTERS = 240
 _MOST_HELD = 64
 
-_OPERANDS = ("lhs", "rhs")
 _BARRIERS = ("filled", "free", "turn", "kept")
 
 #: Bytes of the left operand's rows that are kept at most.
@@ -69,14 +68,15 @@ def emit(printer: Printer, found: Product, described: dict[str, Described]) -> i
     tiles = gemm_tiles.number(found, config)
     programs = min(config.programs or tiles, tiles)
     inputs, outputs = printer.pointers
-    buffers = [f"{name}_tiles" for name in _OPERANDS]
+    ring = lay_out(found, described, config)
+    buffers = [tiles.buffers for tiles in ring.buffers]
     loading = [*described, *buffers, "filled", "free", "kept"]
     computing = [*inputs, *outputs, *buffers, *_BARRIERS]
     with printer.function(f"{spec.name}_load", loading):
-        _load(printer, found, described, tiles, programs)
+        _load(printer, found, ring, tiles, programs)
     with printer.function(f"{spec.name}_compute", ["group: tl.constexpr", *computing]):
-        _compute(printer, found, described, tiles, programs)
-    _start(printer, found, described, loading, computing)
+        _compute(printer, found, ring, tiles, programs)
+    _start(printer, found, ring, loading, computing)
     return programs
 
 
@@ -88,16 +88,10 @@ def _check(printer: Printer, found: Product, described: dict[str, Described]) ->
         )
     if found.dtype.itemsize != 2 or found.node.dtype != np.dtype("float32"):
         raise UnsupportedKernel("warps have different tasks only for operands of 16 bits")
-    if len(described) < len(_OPERANDS) * len(_multiplied(found)):
+    if len(described) < len(OPERANDS) * len(multiplied(found)):
         raise UnsupportedKernel(
             "warps have different tasks only where both operands have a descriptor"
         )
-    for name in _OPERANDS:
-        kinds = {_tile_of(described[_descriptor(name, t)], config) for t in _multiplied(found)}
-        if len(kinds) > 1:
-            raise UnsupportedKernel(
-                f"the terms' {name} tiles lie in memory in different ways: {sorted(kinds)}"
-            )
     if config.ahead:
         raise UnsupportedKernel("warps with different tasks load nothing ahead")
     steps = found.steps(config.block("k"))
@@ -126,20 +120,6 @@ def _check_overlap(printer: Printer, found: Product) -> None:
         )
 
 
-def _multiplied(found: Product) -> list[Term]:
-    """The terms that have elements to multiply."""
-    return [term for term in found.terms if term.k]
-
-
-def _descriptor(operand: str, term: Term) -> str:
-    return f"{operand}{term.number}_desc"
-
-
-def _tile_of(operand: Described, config: Config) -> tuple[str, tuple[int, ...]]:
-    """How a tile lies in a buffer: its inner axis and its shape."""
-    return operand.inner, operand.parameter("", config).block
-
-
 def keeps_lhs(found: Product, config: Config) -> bool:
     """Whether each program keeps the left operand's rows."""
     rows = -(-found.m // config.block("m"))
@@ -155,11 +135,6 @@ def ring_bytes(found: Product, config: Config) -> int:
     m, n, k = (config.block(name) for name in ("m", "n", "k"))
     lhs = found.steps(k) if keeps_lhs(found, config) else config.num_stages
     return (m * lhs + n * config.num_stages) * k * found.dtype.itemsize
-
-
-def _steps(found: Product, config: Config) -> int:
-    """Steps of the loop along ``k`` for a tile, where each part of ``k`` has as many."""
-    return found.steps(config.block("k")) // config.splits
 
 
 def _open_steps(printer: Printer, steps: int) -> None:
@@ -185,9 +160,7 @@ def _advance(printer: Printer) -> None:
     printer.line(f"slot = tl.where(slot == {printer.config.num_stages}, 0, slot)")
 
 
-def _load(
-    printer: Printer, found: Product, described: dict[str, Described], tiles: int, programs: int
-) -> None:
+def _load(printer: Printer, found: Product, ring: Ring, tiles: int, programs: int) -> None:
     """Prints the loading warp."""
     config, line = printer.config, printer.line
     starts = {
@@ -196,51 +169,51 @@ def _load(
         "k": f"step * {config.block('k')}",
     }
 
-    def copy(name: str, term: Term, slot: str) -> None:
-        descriptor = _descriptor(name, term)
-        coordinates = described[descriptor].coordinates(starts)
+    def copy(tiles: Tiles, slot: str) -> None:
+        coordinates = tiles.described.coordinates(starts)
         line(
-            f"hopper.tma.async_copy_global_to_shared({descriptor}, {coordinates}, barrier, "
-            f"{name}_tiles.index({slot}))"
+            f"hopper.tma.async_copy_global_to_shared({tiles.descriptor}, {coordinates}, barrier, "
+            f"{tiles.buffers}.index({slot}))"
         )
 
     sizes = {
         name: config.block(rows) * config.block("k") * found.dtype.itemsize
-        for name, rows in zip(_OPERANDS, ("m", "n"), strict=True)
+        for name, rows in zip(OPERANDS, ("m", "n"), strict=True)
     }
-    circulating = list(_OPERANDS)
+    circulating = list(OPERANDS)
     if keeps_lhs(found, config):
         circulating.remove("lhs")
         line("pid = tl.program_id(0)")
         gemm_tiles.coordinates(printer, found)
         line("barrier = kept.index(0)")
-        line(f"hopper.mbarrier.expect(barrier, {sizes['lhs'] * _steps(found, config)})")
-        printer.open(f"for step in range({_steps(found, config)}):")
-        copy("lhs", found.terms[0], "step")
+        line(f"hopper.mbarrier.expect(barrier, {sizes['lhs'] * ring.steps})")
+        printer.open(f"for step in range({ring.steps}):")
+        ((_, (lhs, _)),) = ring.terms
+        copy(lhs, "step")
         printer.close()
     line("slot = 0")
     line("phase = 1")
     printer.open(f"for pid in range(tl.program_id(0), {tiles}, {programs}):")
     gemm_tiles.coordinates(printer, found)
-    for term in _multiplied(found):
-        _open_steps(printer, term.steps(config.block("k")))
+    for steps, operands in ring.terms:
+        _open_steps(printer, steps)
         line("hopper.mbarrier.wait(free.index(slot), phase)")
         line("barrier = filled.index(slot)")
         line(f"hopper.mbarrier.expect(barrier, {sum(sizes[name] for name in circulating)})")
-        for name in circulating:
-            copy(name, term, "slot")
+        for operand in operands:
+            if operand.operand in circulating:
+                copy(operand, "slot")
         _advance(printer)
         printer.close()
     printer.close()
 
 
-def _compute(
-    printer: Printer, found: Product, described: dict[str, Described], tiles: int, programs: int
-) -> None:
+def _compute(printer: Printer, found: Product, ring: Ring, tiles: int, programs: int) -> None:
     """Prints a group of warps that multiply."""
     config, line = printer.config, printer.line
     groups, stages = GROUPS[config.specialized], config.num_stages
-    steps = _steps(found, config)
+    # Where groups take turns, each part of ``k`` has as many.
+    steps = ring.steps // config.splits
     members = gemm_tiles.members(config)
     printer.constants(m=config.block("m") // members)
     columns = config.block("n") // config.subtiles
@@ -262,18 +235,17 @@ def _compute(
     if keeps_lhs(found, config):
         line("hopper.mbarrier.wait(kept.index(0), 0)")
     if config.specialized == "overlapped":
-        _overlap(printer, found, described, tiles, programs)
+        _overlap(printer, found, ring, tiles, programs)
     else:
-        _in_turn(printer, found, described, tiles, programs)
+        _in_turn(printer, found, ring, tiles, programs)
 
 
-def _in_turn(
-    printer: Printer, found: Product, described: dict[str, Described], tiles: int, programs: int
-) -> None:
+def _in_turn(printer: Printer, found: Product, ring: Ring, tiles: int, programs: int) -> None:
     """Prints a group's tiles, each followed by its epilogue."""
     config, line = printer.config, printer.line
     groups, stages = GROUPS[config.specialized], config.num_stages
-    steps = _steps(found, config)
+    # Where groups take turns, each part of ``k`` has as many.
+    steps = ring.steps // config.splits
     first = "tl.program_id(0)" if groups == 1 else f"tl.program_id(0) + group * {programs}"
     printer.open(f"for pid in range({first}, {tiles}, {groups * programs}):")
     gemm_tiles.coordinates(printer, found)
@@ -281,9 +253,13 @@ def _in_turn(
         line("hopper.mbarrier.wait(turn.index(group), turns ^ (1 - group))")
         line("turns ^= 1")
     _start_product(printer)
-    _open_steps(printer, found.steps(config.block("k")))
-    _step(printer, found, described, "start")
-    printer.close()
+    for stretch in ring.stretches:
+        if stretch.first:
+            printer.open(f"for step in range({stretch.first}, {stretch.end}):")
+        else:
+            _open_steps(printer, stretch.end)
+        _step(printer, found, stretch, "start")
+        printer.close()
     if groups > 1:
         line("hopper.mbarrier.arrive(turn.index(1 - group))")
     _finish_product(printer)
@@ -298,19 +274,18 @@ def _in_turn(
     printer.close()
 
 
-def _overlap(
-    printer: Printer, found: Product, described: dict[str, Described], tiles: int, programs: int
-) -> None:
+def _overlap(printer: Printer, found: Product, ring: Ring, tiles: int, programs: int) -> None:
     """Prints a group's tiles, the epilogue of each in parts between the steps of the next."""
     config, line = printer.config, printer.line
-    steps = _steps(found, config)
 
     def multiply(part: int, parts: int) -> None:
-        first, end = (steps * at // parts for at in (part, part + 1))
-        if first < end:
-            printer.open(f"for step in range({first}, {end}):")
-            _step(printer, found, described, "0")
-            printer.close()
+        bounds = [ring.steps * at // parts for at in (part, part + 1)]
+        for stretch in ring.stretches:
+            first, end = max(bounds[0], stretch.first), min(bounds[1], stretch.end)
+            if first < end:
+                printer.open(f"for step in range({first}, {end}):")
+                _step(printer, found, stretch, "0")
+                printer.close()
 
     def place() -> None:
         gemm_tiles.coordinates(printer, found)
@@ -353,15 +328,15 @@ def _start_product(printer: Printer) -> None:
     line("last = 0")
 
 
-def _step(printer: Printer, found: Product, described: dict[str, Described], first: str) -> None:
+def _step(printer: Printer, found: Product, stretch: Stretch, first: str) -> None:
     """Prints step ``step`` along ``k``; its product is under way at the end, out of ``last``."""
     line = printer.line
     tiles = []
     share = "lhs" if gemm_tiles.members(printer.config) > 1 else ""
     kept = "lhs" if keeps_lhs(found, printer.config) else ""
-    for name, rows in (("lhs", "m"), ("rhs", "k")):
-        operand = described[_descriptor(name, _multiplied(found)[0])]
-        text = f"{name}_tiles.index({'step' if name == kept else 'slot'})"
+    for own, rows in zip(stretch.tiles, ("m", "k"), strict=True):
+        name, operand = own.operand, own.described
+        text = f"{own.buffers}.index({'step' if name == kept else 'slot'})"
         if operand.batch:
             block = [printer.config.block(axis) for axis in (operand.outer, operand.inner)]
             text += f".reshape({block})"
@@ -386,7 +361,7 @@ def _finish_product(printer: Printer) -> None:
 def _start(
     printer: Printer,
     found: Product,
-    described: dict[str, Described],
+    ring: Ring,
     loading: list[str],
     computing: list[str],
 ) -> None:
@@ -394,14 +369,16 @@ def _start(
     config, line, name = printer.config, printer.line, printer.spec.name
     groups, stages = GROUPS[config.specialized], config.num_stages
     members = gemm_tiles.members(config)
-    for operand in _OPERANDS:
-        descriptor = _descriptor(operand, _multiplied(found)[0])
-        block = described[descriptor].parameter("", config).block
-        kept = operand == "lhs" and keeps_lhs(found, config)
-        shape = ", ".join(map(str, (_steps(found, config) if kept else stages, *block)))
+    memory: dict[str, str] = {}
+    for tiles in ring.buffers:
+        kept = tiles.operand == "lhs" and keeps_lhs(found, config)
+        shape = ", ".join(map(str, (ring.steps if kept else stages, *tiles.block)))
+        # The first name of the ring is that of its memory.
+        known = memory.setdefault(tiles.operand, tiles.buffers)
+        make = "gl.allocate_shared_memory" if known == tiles.buffers else f"{known}._reinterpret"
         line(
-            f"{operand}_tiles = gl.allocate_shared_memory({TRITON_TYPES[found.dtype]}, [{shape}], "
-            f"{descriptor}.layout)"
+            f"{tiles.buffers} = {make}({TRITON_TYPES[found.dtype]}, [{shape}], "
+            f"{tiles.descriptor}.layout)"
         )
     layout = "hopper.mbarrier.MBarrierLayout()"
     counts = ((stages, 1), (stages, members), (groups, 1), (1, 1))

@@ -39,6 +39,23 @@ def test_axes() -> None:
     assert tree.spec("x").tree == (Load(0, IndexMap((0, 3, 1))),)
 
 
+def test_several_products() -> None:
+    tree = GemmTree({"m": 3, "n": 2, "j": 4, "k": 5, "l": 6}, m="m", n="n", k=("jk", "l"))
+    first = tree.contract(tree.load("mjk", FLOAT), tree.load("jkn", FLOAT))
+    second = tree.contract(tree.load("lm", FLOAT), tree.load("ln", FLOAT))
+    tree.store(tree.compute("add", first, second), "mn", FLOAT)
+    spec = tree.spec("both")
+    assert [(t.name, t.axes) for t in spec.space.tile[2:]] == [
+        ("n", (1,)),
+        ("k", (2, 3)),
+        ("k1", (4,)),
+    ]
+    x, w, y, v = (contract.random(t.shape, seed=i) for i, t in enumerate(spec.inputs))
+    (z,) = reference(spec, x, w, y, v)
+    want = np.einsum("mjk,jkn->mn", x, w) + y.T @ v
+    np.testing.assert_allclose(z, want, rtol=1e-5, atol=1e-5)
+
+
 def test_types() -> None:
     tree = GemmTree({"m": 1, "n": 2, "k": 3}, m="m", n="n", k="k")
     value = tree.contract(tree.load("mk", "int8"), tree.load("kn", "int8"))

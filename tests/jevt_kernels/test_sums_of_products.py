@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from typing import Any
 
 import gemm_kernels as gemm
+import jax
 import numpy as np
 import pytest
 import sums_of_products as sums
@@ -148,6 +151,8 @@ SPECIALIZED = {
 }
 #: Rows, columns and k that fill no tile, but whose strides are multiples of 16 bytes.
 SIZES = (2, 304, 264)
+#: Of both operands of each term, so that tiles of neighbours lie in the ring in two ways each.
+LAYOUTS: tuple[sums.Layouts, ...] = (("bmk", "kn"), ("bmk", "nk"), ("bkm", "nk"), ("mk", "bnk"))
 RINGS: dict[str, KernelSpec] = {
     "plain": sums.plain(SIZES, (200, 72), BFLOAT16),
     "residual": sums.residual(SIZES, (200, 40, 136)),
@@ -155,8 +160,17 @@ RINGS: dict[str, KernelSpec] = {
     "float16": sums.residual(SIZES, (64, 64), np.dtype("float16")),
     "transposed": sums.plain(SIZES, (72, 200), BFLOAT16, [("bkm", "bnk")] * 2, BFLOAT16),
     "one is empty": sums.residual(SIZES, (0, 200, 72)),
+    "layouts": sums.residual(SIZES, (200, 72, 40, 136), BFLOAT16, LAYOUTS),
+    "layouts rounded": sums.plain(
+        SIZES, (200, 40), BFLOAT16, [("bmk", "kn"), ("bkm", "nk")], BFLOAT16
+    ),
+    "batch axes": sums.plain(SIZES, (72, 200), BFLOAT16, [("bmk", "nk"), ("mk", "bnk")], BFLOAT16),
     "eight terms": sums.plain(SIZES, (8, 16, 24, 32, 40, 200, 56, 64), BFLOAT16),
 }
+
+
+#: Pieces of the steps of "layouts rounded", cut where the second term begins.
+PIECES = ((0, 1), (1, 2), (2, 3), (3, 4), (4, 5))
 
 
 @pytest.fixture
@@ -202,6 +216,37 @@ def test_terms_follow_one_another_through_the_ring(kind: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["cooperative", "pingpong"])
+def test_tiles_that_lie_otherwise_are_multiplied_in_a_loop_of_their_own(kind: str) -> None:
+    source = codegen.generate(RINGS["layouts"], SPECIALIZED[kind])
+    loading, computing, whole = source.text.split("@gluon.jit")[1:]
+    loops = ["range(4)", "range(4, 6)", "range(6, 7)", "range(7, 10)"]
+    for loop in loops:
+        assert f"for step in {loop}:" in computing
+    assert computing.count("warpgroup_mma(") == 4
+    # One memory for each operand, a name for each order of its axes and for a batch axis.
+    assert whole.count("allocate_shared_memory(tl.bfloat16") == 2
+    views = re.findall(r"(\w+) = (\w+)\._reinterpret", whole)
+    assert views == [
+        ("rhs1_tiles", "rhs_tiles"),
+        ("lhs2_tiles", "lhs_tiles"),
+        ("lhs3_tiles", "lhs_tiles"),
+        ("rhs3_tiles", "rhs_tiles"),
+    ]
+    assert loading.count("barrier, rhs1_tiles") == 2  # of the second and the third term
+    same = codegen.generate(RINGS["residual"], SPECIALIZED[kind]).text
+    assert "_reinterpret" not in same and same.count("warpgroup_mma(") == 1
+
+
+def test_pieces_between_steps_of_several_terms() -> None:
+    text = codegen.generate(RINGS["layouts rounded"], SPECIALIZED["overlapped"]).text
+    between = text[text.index("for pid in", text.index("_compute(")) :]
+    between = between[: between.index("pid = tl.program_id(0)")]
+    steps = [line.strip() for line in between.splitlines() if "for step" in line]
+    # Four steps of the first term and one of the second, in four pieces.
+    assert steps == [f"for step in range({first}, {end}):" for first, end in PIECES]
+
+
 #: As large as in training: three gradients of what queries, keys and values are made of.
 LARGE = sums.residual((1, 16384, 1024), (1024,) * 3, sums=False)
 COMPILED = {
@@ -218,6 +263,29 @@ def test_specialized_compiles_without_spills(kind: str) -> None:
     assert "wgmma.mma_async" in binary.ptx and "setmaxnreg" in binary.ptx
     found = product.find(LARGE)
     assert binary.shared_bytes <= gemm_configs.shared_bytes(LARGE, found, COMPILED[kind])
+
+
+@pytest.mark.cuda_lowering
+@pytest.mark.parametrize("kind", ["cooperative", "pingpong", ""])
+def test_lowers_for_cuda(kind: str) -> None:
+    spec = RINGS["residual"]
+    chosen = SPECIALIZED[kind] if kind else DESCRIBED
+    call = functools.partial(launch.call, spec, config=chosen, compute_capability=90)
+    text = jax.jit(call).trace(*gemm.operands(spec)).lower(lowering_platforms=("cuda",)).as_text()
+    (line,) = [line for line in text.splitlines() if "@triton_kernel_call_ffi(" in line]
+    (arguments,) = re.findall(r"@triton_kernel_call_ffi\((.*?)\)", line)
+    assert arguments.count("%") == len(spec.inputs) + 6  # six descriptors
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("kind", ["cooperative", "wide pingpong", "overlapped"])
+def test_layouts_compile_without_spills(kind: str) -> None:
+    spec = RINGS["layouts rounded" if kind == "overlapped" else "layouts"]
+    binary = aot.compile(spec, 90, config=SPECIALIZED[kind])
+    assert binary.spill_bytes == 0
+    # Both names of the ring are the same memory.
+    found = product.find(spec)
+    assert binary.shared_bytes <= gemm_configs.shared_bytes(spec, found, SPECIALIZED[kind])
 
 
 @pytest.mark.aot
@@ -389,19 +457,3 @@ def test_what_is_above_the_sum_is_its_epilogue() -> None:
     spec = with_nodes(add(SECOND, FIRST), add(SUM, SUM), stored(SUM + 1))
     assert product.find(spec).position == SUM
     assert "acc + acc" in codegen.generate(spec, gemm.SMALL).text
-
-
-@pytest.mark.parametrize(
-    ("layouts", "message"),
-    [
-        ((("bmk", "kn"), ("bkm", "kn")), "the terms' lhs tiles lie in memory in different ways"),
-        ((("bmk", "kn"), ("bmk", "nk")), "the terms' rhs tiles lie in memory in different ways"),
-        ((("bmk", "kn"), ("mk", "kn")), "the terms' lhs tiles lie in memory in different ways"),
-    ],
-)
-def test_tiles_that_do_not_fit_one_ring(layouts: tuple[sums.Layouts, ...], message: str) -> None:
-    spec = sums.plain((2, 1024, 16384), (1024, 512), BFLOAT16, layouts)
-    with pytest.raises(UnsupportedKernel, match=message):
-        codegen.generate(spec, SPECIALIZED["cooperative"])
-    chosen = limits.default_config(spec, 90)
-    assert chosen is not None and chosen.descriptors and not chosen.specialized

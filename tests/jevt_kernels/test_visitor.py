@@ -60,3 +60,13 @@ def test_a_product_varies_along_all_but_the_contracted_axis() -> None:
     assert visitor.dependencies(spec.tree, spec.space)[value] == {"batch", "m", "n"}
     assert visitor.operands(spec.tree[value]) == (lhs, rhs)
     assert visitor.levels(spec.tree) == (0, 0, 1)
+
+
+def test_of_several_products_none_varies_along_what_another_contracts() -> None:
+    b = gemm_kernels.GemmTree({"m": 3, "n": 4, "k": 5, "l": 6}, m="m", n="n", k=("k", "l"))
+    first = b.contract(b.load("mk", FLOAT), b.load("kn", FLOAT))
+    second = b.contract(b.load("ml", FLOAT), b.load("ln", FLOAT))
+    spec = b.spec("products")
+    dependencies = visitor.dependencies(spec.tree, spec.space)
+    assert dependencies[first] == dependencies[second] == {"batch", "m", "n"}
+    assert dependencies[second - 1] == {"k1", "n"}

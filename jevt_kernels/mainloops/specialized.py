@@ -244,7 +244,6 @@ def _in_turn(printer: Printer, found: Product, ring: Ring, tiles: int, programs:
     """Prints a group's tiles, each followed by its epilogue."""
     config, line = printer.config, printer.line
     groups, stages = GROUPS[config.specialized], config.num_stages
-    # Where groups take turns, each part of ``k`` has as many.
     steps = ring.steps // config.splits
     first = "tl.program_id(0)" if groups == 1 else f"tl.program_id(0) + group * {programs}"
     printer.open(f"for pid in range({first}, {tiles}, {groups * programs}):")

@@ -169,7 +169,8 @@ def _accumulate_term(
         with printer.viewing(view):
             if name in described:
                 operands.append(f"{view.prefix}_tile")
-                text = described[name].load(name, starts, view.dimensions[0].name)
+                rows = "m" if root == node.lhs else "k"
+                text = described[name].load(name, starts, rows)
                 printer.line(f"{operands[-1]} = {text}")
                 continue
             printer.stepped_index(axis, start)

@@ -72,6 +72,7 @@ DESCRIBABLE: dict[str, tuple[KernelSpec, int]] = {
     "ends": (sums.residual((1, 33, 40), (48, 16), FLOAT), 4),
     "one is computed": (sums.prologues(ALIGNED, KS), 2),
     "one is empty": (sums.residual(ALIGNED, (64, 0)), 2),
+    "rows along k": (sums.plain(ALIGNED, (96, 64), sums.BFLOAT16), 4),
 }
 WALKING = {
     "descriptors": DESCRIBED,
@@ -93,7 +94,8 @@ def test_descriptors(name: str) -> None:
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", WALKING)
 def test_every_loop(name: str) -> None:
-    gemm.check(DESCRIBABLE["three terms"][0], WALKING[name])
+    for case in ("three terms", "rows along k"):
+        gemm.check(DESCRIBABLE[case][0], WALKING[name])
 
 
 @pytest.mark.interpret
@@ -342,6 +344,10 @@ def test_the_preferred_configuration_is_that_of_one_product(
 ) -> None:
     for capability in (80, 90):
         assert limits.default_config(spec, capability) == limits.default_config(one, capability)
+
+
+def test_a_sum_without_products_has_a_configuration() -> None:
+    assert limits.default_config(sums.residual(ALIGNED, (0, 0)), 90) is not None
 
 
 def test_no_sum_is_split() -> None:

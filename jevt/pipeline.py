@@ -28,6 +28,7 @@ from jevt.passes import (
     fold_constants,
     hoist_orders,
     inline,
+    keep_derivatives,
     max_pools,
     one_hot,
     product_norms,
@@ -220,6 +221,8 @@ def _splitting_passes(context: Context) -> tuple[tuple[str, Pass], ...]:
 def _adding_passes(context: Context) -> tuple[tuple[str, Pass], ...]:
     """Passes that put in what only a kernel of ours computes at once."""
     return (
+        # The backward pass reads derivatives of activations, which the forward pass has at hand.
+        ("keep_derivatives", functools.partial(keep_derivatives.run, context=context)),
         # Products that are added up are multiplied into one sum.
         ("add_products", functools.partial(add_products.run, context=context)),
         ("dce", dce.run),

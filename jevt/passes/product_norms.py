@@ -15,23 +15,24 @@ W's size. With s = Σx and c the sums without what the means contribute, over M 
 and, with k = rstd·γ and t = rstd²·Σg(y - mean)/M, dy = k∘(g - Σg/M - t∘(y - mean)) gives
 
     dW = xᵀdy = k∘(xg - t∘xy)
-    dX = dy·Wᵀ = g·Aᵀ + x·B - e       A = k∘W,  B = -W·(k∘t)·Wᵀ,  e = (A·Σg + Bᵀs)/M
+    dX = dy·Wᵀ = g·Aᵀ + x·B - e       A = k∘W,  B = -(t∘W)·Aᵀ,  e = (A·Σg + Bᵀs)/M
 
 So y is read by nothing but what normalises it, which can be the epilogue of the product, dy is
-never made, and dX is a sum of two products (:mod:`.add_products`).
+never made, and dX is a sum of products, for one kernel (:mod:`.add_products`).
 
 Invariant: the same values but for rounding, of which there is no more. y and dy were rounded to
-bfloat16 and are not; A and B are, and k·t∘W before it is multiplied by Wᵀ. e is computed from A and
-B as they are rounded, so that the sum of dX over all rows is 0 as it should be. The means are
-subtracted from sums in float32 before anything is multiplied: the variance loses as much as it does
-by E[y²] - mean², and dW, dγ and dβ less (mean 100 times the deviation: errors of 1e-3 to 4e-3 for
-4e-2 to 3e-1). What is multiplied by W is taken in two parts of 8 bits, by tensor cores. The
-rounding of A is the same for all rows, where that of dy is another in each.
+bfloat16 and are not; A and t∘W are. What x·B takes away of g·Aᵀ is taken of A as it is rounded,
+and B is multiplied in two parts of 8 bits, so that little may be left (dX is as exact as before
+whatever g is, or more). e is made of what is multiplied, so that dX adds up to 0 over all rows as
+it should. The means are subtracted from sums in float32 before W is multiplied, with two parts of
+8 bits of xx: the variance loses to cancellation what E[y²] - mean² loses. (A mean of 100 deviations:
+statistics, dW and dγ have errors of 1e-3 to 4e-3, and had 4e-2 to 3e-1.) The rounding of A and t∘W
+is the same for all rows, where that of dy is another in each.
 
 Left alone: where it does not pay, by the bytes, operations and launches that the device's model has
-for both (in particular where N < 2·C); float16, in which A and B could underflow; float32 and
+for both, in particular where N < 2·C; float16, in which A and t∘W could underflow; float32 and
 float64; norms that take the variance in two passes; biases between product and norm; y or dy that
-somebody else reads; norms whose gradient is not here, or of which x needs none.
+somebody else reads; norms whose gradient is not here, or of which x or W needs none.
 
     before  { lambda ; x:bf16[4096,64] w:bf16[64,256] g:bf16[4096,256] …. let
                 y:bf16[4096,256] = dot_general x w; z:f32[4096,256] = convert_element_type y
@@ -44,8 +45,9 @@ somebody else reads; norms whose gradient is not here, or of which x needs none.
                 xx:f32[64,64] = …; xy:f32[64,256] = …; m:f32[256] = …; r:f32[256] = …
                 n = mul (sub z m) r; …
                 xg:f32[64,256] = dot_general x g; a:f32[256] = reduce_sum h; b:f32[256] = …
-                k:bf16[64,256] = …; l:bf16[64,64] = …; e:f32[1,64] = …
-                dx = sub (add (dot_general g k) (dot_general x l)) e; dw:bf16[64,256] = …
+                k:bf16[64,256] = …; p:bf16[64,64] = …; q:bf16[64,64] = …; e:f32[1,64] = …
+                l = add (add (dot_general g k) (dot_general x p)) (dot_general x q)
+                dx = convert_element_type (sub l e); dw:bf16[64,256] = …
               in (n, a, b, dx, dw) }
 """
 

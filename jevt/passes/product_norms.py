@@ -25,9 +25,9 @@ bfloat16 and are not; A and t∘W are. What x·B takes away of g·Aᵀ is taken 
 and B is multiplied in two parts of 8 bits, so that little may be left (dX is as exact as before
 whatever g is, or more). e is made of what is multiplied, so that dX adds up to 0 over all rows as
 it should. The means are subtracted from sums in float32 before W is multiplied, with two parts of
-8 bits of xx: the variance loses to cancellation what E[y²] - mean² loses. (A mean of 100 deviations:
-statistics, dW and dγ have errors of 1e-3 to 4e-3, and had 4e-2 to 3e-1.) The rounding of A and t∘W
-is the same for all rows, where that of dy is another in each.
+8 bits of xx: the variance loses to cancellation what E[y²] - mean² loses. (With means of 100
+deviations the errors of statistics, dW and dγ are 1e-3 to 4e-3, and were 4e-2 to 3e-1.) The
+rounding of A and t∘W is the same for all rows, where that of dy is another in each.
 
 Left alone: where it does not pay, by the bytes, operations and launches that the device's model has
 for both, in particular where N < 2·C; float16, in which A and t∘W could underflow; float32 and

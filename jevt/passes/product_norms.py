@@ -24,8 +24,10 @@ Invariant: the same values but for rounding, of which there is no more. y and dy
 bfloat16 and are not; A and t∘W are. What x·B takes away of g·Aᵀ is taken of A as it is rounded,
 and B is multiplied in two parts of 8 bits, so that little may be left (dX is as exact as before
 whatever g is, or more). e is made of what is multiplied, so that dX adds up to 0 over all rows as
-it should. The means are subtracted from sums in float32 before W is multiplied, with two parts of
-8 bits of xx: the variance loses to cancellation what E[y²] - mean² loses. (With means of 100
+it should. The means are subtracted from sums in float32 before W is multiplied, with three parts of
+8 bits of xx: the variance loses to cancellation what E[y²] - mean² loses, and no more where columns
+of x nearly depend on each other (up to a part in common that is 100 times the rest and no part of
+y: then the variance's error is 2e-3, where y's rounding makes it 6e-4). (With means of 100
 deviations the errors of statistics, dW and dγ are 1e-3 to 4e-3, and were 4e-2 to 3e-1.) The
 rounding of A and t∘W is the same for all rows, where that of dy is another in each.
 

@@ -33,7 +33,7 @@ def saved_us(found: NormedProduct, device: Device) -> float:
     added += _product_us(2 * m * c * (n + 2 * c), product + 2 * m * c * 2, device)
     added -= _product_us(2 * m * c * n, product + m * c * 2, device)
     # What is left of the arithmetic is of W's size.
-    added += 3 * _product_us(2 * c * c * n, 0, device) + _WEIGHTS * c * n * 4 / device.bytes_per_us
+    added += 4 * _product_us(2 * c * c * n, 0, device) + _WEIGHTS * c * n * 4 / device.bytes_per_us
     return saved - added - _LAUNCHES * device.xla_launch_us
 
 

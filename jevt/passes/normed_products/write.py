@@ -113,7 +113,7 @@ class Writer:
         weights = to_type(weights, _BFLOAT16, graph)
         axis = (matrix.outer_axis,)
         factors = _sides(matrix.inner_axis, narrow, weights)
-        parts = _parts(graph.dot_general(*factors, (axis, axis), _FLOAT32, None), graph)
+        parts = _parts(graph.dot_general(*factors, (axis, axis), _FLOAT32, None), 2, graph)
         means = [
             _sum(graph.mul(values, matrix.outer(total, graph)), axis, graph)
             for values, total in (
@@ -178,11 +178,14 @@ class _Matrix:
         return _along(values, self.outer_axis, graph)
 
     def multiplied(self, square: Atom, graph: Graph) -> Atom:
-        """square·W of a symmetric float32 matrix [C, C], in two products of 16 bits each."""
-        products = [
-            self._product(to_type(part, _BFLOAT16, graph), graph) for part in _parts(square, graph)
-        ]
-        return graph.emit(p.add_p, *products)
+        """square·W of a symmetric float32 matrix [C, C], in three products of 16 bits each."""
+        total, *others = (
+            self._product(to_type(part, _BFLOAT16, graph), graph)
+            for part in _parts(square, 3, graph)
+        )
+        for other in others:
+            total = graph.emit(p.add_p, total, other)
+        return total
 
     def _product(self, square: Atom, graph: Graph) -> Atom:
         operands = _sides(self.inner_axis, square, self.narrow(graph))
@@ -209,10 +212,13 @@ def _rounded(values: Atom, graph: Graph) -> Atom:
     return graph.emit(p.reduce_precision_p, values, exponent_bits=8, mantissa_bits=7)
 
 
-def _parts(values: Atom, graph: Graph) -> tuple[Atom, Atom]:
-    """Two arrays of numbers that bfloat16 has, whose sum is float32 values up to 2⁻¹⁷ of them."""
-    high = _rounded(values, graph)
-    return high, _rounded(graph.emit(p.sub_p, values, high), graph)
+def _parts(values: Atom, number: int, graph: Graph) -> list[Atom]:
+    """Arrays of numbers that bfloat16 has, each adding 8 bits of float32 values to the sum."""
+    parts = [_rounded(values, graph)]
+    while len(parts) < number:
+        values = graph.emit(p.sub_p, values, parts[-1])
+        parts.append(_rounded(values, graph))
+    return parts
 
 
 def _apart(values: Sequence[Atom], graph: Graph) -> list[Atom]:

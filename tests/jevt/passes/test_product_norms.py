@@ -231,12 +231,27 @@ def test_means_far_from_zero(mean):
     assert total <= 1.5 * reference + 3 * rounding
 
 
-def test_inputs_with_few_directions():
+@pytest.mark.parametrize("others", [0.1, 0.03, 0.01])
+def test_inputs_with_few_directions(others):
     """Columns of x that are nearly sums of two others: xᵀx is what errors are multiplied by."""
     rng = np.random.default_rng(0)
     x, w, scale, shift, g = arguments(mean=0)
     few = rng.standard_normal((*x.shape[:-1], 2)) @ rng.standard_normal((2, C))
-    args = (jnp.asarray(few + 0.03 * np.asarray(x, np.float32), jnp.bfloat16), w, scale, shift, g)
+    few = jnp.asarray(few + others * np.asarray(x, np.float32), jnp.bfloat16)
+    step = trained(dense)
+    args = (few, w, scale, shift, g)
+    check(step, args, rewritten(raised(step, *args)), floor=1e-4)
+
+
+@pytest.mark.parametrize("others", [0.1, 0.03])
+def test_weights_against_a_common_part(others):
+    """What all columns of x have in common, 10 and 30 times the rest, is no part of y."""
+    rng = np.random.default_rng(0)
+    x, w, scale, shift, g = arguments(mean=0)
+    common = np.abs(rng.standard_normal((*x.shape[:-1], 1)))
+    x = jnp.asarray(common + others * np.asarray(x, np.float32), jnp.bfloat16)
+    w = np.asarray(w, np.float32)
+    args = (x, jnp.asarray(w - w.mean(0), jnp.bfloat16), scale, shift, g)
     step = trained(dense)
     check(step, args, rewritten(raised(step, *args)), floor=1e-4)
 

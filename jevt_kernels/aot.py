@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jevt_kernels import compat, launch, limits, partials
+from jevt_kernels import compat, gluon_kernels, launch, limits, partials
+from jevt_kernels.gluon_kernels import GluonKernel
 from jevt_kernels.spec import Config, KernelSpec, Source
 
 # jax-triton passes buffers of this alignment and tells Triton so; the code depends on it.
@@ -75,29 +76,64 @@ def compile(  # noqa: A001
     if source.stages is not None:
         spec = source.stages.steps[0].spec
     launch.check_descriptors(spec, source, arch)
-    return _compile(source, launch.signature(partials.written(spec, source), source), arch)
+    return _of_source(source, launch.signature(partials.written(spec, source), source), arch)
 
 
 @functools.lru_cache(maxsize=256)
-def _compile(source: Source, signature: tuple[str, ...], arch: int) -> Binary:
+def _of_source(source: Source, signature: tuple[str, ...], arch: int) -> Binary:
+    _check_compiler()
+    config = source.config
+    return _compile(launch.load(source), signature, {}, arch, config.num_warps, config.num_stages)
+
+
+@functools.lru_cache(maxsize=256)
+def compile_gluon(kernel: GluonKernel, arch: int) -> Binary:
+    """Compiles a kernel that is written by hand, as :func:`compile` does.
+
+    Args:
+      kernel: the kernel.
+      arch: compute capability, 90 (H100).
+
+    Raises:
+      RuntimeError, UnsupportedKernel, ImportError: as :func:`compile` does.
+    """
+    gluon_kernels.check_capability(kernel, arch)
+    _check_compiler()
+    constants = dict(kernel.constants)
+    return _compile(kernel.load(), kernel.signature, constants, arch, kernel.num_warps, 1)
+
+
+def _check_compiler() -> None:
     compat.triton_version()
     if compat.interpreting():
         raise RuntimeError(
             "Triton was imported with TRITON_INTERPRET=1, so it cannot compile. Unset the "
             "variable; interpret and compile in separate processes."
         )
+
+
+def _compile(
+    kernel: Any,
+    signature: tuple[str, ...],
+    constants: dict[str, Any],
+    arch: int,
+    num_warps: int,
+    num_stages: int,
+) -> Binary:
     triton: Any = importlib.import_module("triton")
     backends: Any = importlib.import_module("triton.backends.compiler")
-    kernel = launch.load(source)
     names = kernel.arg_names
-    if len(names) != len(signature):
+    if len(names) != len(signature) + len(constants):
         raise ValueError(
-            f"expected {source.entry} to take {len(signature)} parameters, got {names}"
+            f"expected {kernel.__name__} to take {len(signature) + len(constants)} parameters, got"
+            f" {names}"
         )
+    types = (*signature, *["constexpr"] * len(constants))
     compiled = triton.compile(
         compat.ast_source(kernel)(
             kernel,
-            dict(zip(names, signature, strict=True)),
+            dict(zip(names, types, strict=True)),
+            constexprs={(names.index(name),): value for name, value in constants.items()},
             attrs={
                 (i,): [["tt.divisibility", _ALIGNMENT]]
                 for i, parameter in enumerate(signature)
@@ -106,8 +142,8 @@ def _compile(source: Source, signature: tuple[str, ...], arch: int) -> Binary:
         ),
         target=backends.GPUTarget("cuda", arch, 32),
         options={
-            "num_warps": source.config.num_warps,
-            "num_stages": source.config.num_stages,
+            "num_warps": num_warps,
+            "num_stages": num_stages,
             **compat.backend_options(arch),
         },
     )

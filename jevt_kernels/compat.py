@@ -21,6 +21,7 @@ mend                          where               without it
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.metadata
@@ -202,8 +203,87 @@ def shared_layout(block: Sequence[int], dtype: str) -> Any:
     """
     with importing:
         language: Any = importlib.import_module("triton.experimental.gluon.language")
-    types = {"bf16": language.bfloat16, "fp16": language.float16}
+    types = {
+        "bf16": language.bfloat16,
+        "fp16": language.float16,
+        "fp32": language.float32,
+    }
     return language.NVMMASharedLayout.get_default_for(list(block), types[dtype])
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """A result, in the place of the array that a descriptor describes."""
+
+    dtype: np.dtype
+
+
+def call_with_descriptors(
+    kernel: Any,
+    operands: Sequence[tuple[jax.Array, Mapping[str, Any] | None]],
+    results: Sequence[tuple[jax.ShapeDtypeStruct, Mapping[str, Any] | None]],
+    constants: Mapping[str, Any],
+    *,
+    grid: int,
+    name: str,
+    num_warps: int,
+    compute_capability: int,
+    cost_estimate: Mapping[str, int],
+) -> list[jax.Array]:
+    """As ``jax_triton.triton_call``, which makes descriptors of operands only.
+
+    jaxlib makes one of what comes next, of operands and then results, so results can have them too:
+    what hinders is that ``triton_call`` counts them.
+
+    Args:
+      kernel: a function whose parameters are operands, results and constants.
+      operands: arrays, each with its descriptor's shape, strides, block_shape and layout; None for
+        a pointer.
+      results: their types, likewise.
+      constants: the ``constexpr`` parameters.
+      grid: number of programs.
+      name: what profiles call the launch.
+      num_warps: that are asked for.
+      compute_capability: of the GPU, 90 for sm_90.
+      cost_estimate: bytes_accessed and flops.
+
+    Raises:
+      ImportError: as :func:`import_jax_triton` does.
+    """
+    import_jax_triton()
+    library: Any = importlib.import_module("jax_triton.triton_lib")
+    parameters = [
+        array if view is None else library.TensorDescriptor(array, **view)
+        for array, view in operands
+    ]
+    parameters += [
+        library._OutputPlaceholder(i)
+        if view is None
+        else library.TensorDescriptor(_Result(np.dtype(result.dtype)), **view)
+        for i, (result, view) in enumerate(results)
+    ]
+    arrays, tree = jax.tree_util.tree_flatten(parameters)
+    options = {"num_warps": num_warps, "num_stages": 1, "num_ctas": 1}
+    frozen = library.FrozenDict
+    return list(
+        library.triton_kernel_call_p.bind(
+            *arrays,
+            fn=kernel,
+            name=name,
+            in_tree=tree,
+            out_shapes=tuple(result for result, _ in results),
+            grid=(grid,),
+            compute_capability=compute_capability,
+            backend_options=frozen({**backend_options(compute_capability), **options}),
+            input_output_aliases=frozen({}),
+            zeroed_outputs=(),
+            serialized_metadata=b"",
+            cost_estimate=frozen(dict(cost_estimate)),
+            has_side_effect=False,
+            metaparams=frozen(dict(constants)),
+        )
+    )
 
 
 def ast_source(kernel: Any) -> Any:

@@ -196,7 +196,7 @@ _CALLS: dict[Primitive, str] = {
     row_products_p: "a kernel of its own",
     pool_gradient_p: "two fusions of XLA's own",
     attention_p: "cuDNN's fused attention",
-    attention_backward_p: "cuDNN's fused attention",
+    attention_backward_p: "cuDNN's fused attention, or a kernel of its own",
     internals.pure_callback_p: "a callback to the host",
     internals.platform_index_p: "known when it is compiled",
 }

@@ -126,9 +126,10 @@ class _Run:
         jaxpr = program.jaxpr
         replaced: set[int] = set()
         todo: dict[int, list[Callable[[], None]]] = {}
+        capability = context.device.compute_capability if context.own_kernels else 0
         graph = Graph(jaxpr, _RULES if rules is None else rules)
         for match in self._matches(program, context, misses):
-            writer = Emitter(match, arrange(match), graph)
+            writer = Emitter(match, arrange(match), graph, capability)
             first, second = policy.places(match)
             todo.setdefault(first, []).append(writer.forward)
             if match.roles.d_out is not None:

@@ -13,7 +13,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jevt.lowering.errors import JevtWarning
-from jevt_kernels import launch
+from jevt_kernels import gluon_kernels, launch
+from jevt_kernels.gluon_kernels import GluonKernel
 from jevt_kernels.spec import KernelSpec
 
 type Function = Callable[..., Any]
@@ -59,17 +60,20 @@ def define(
         mlir.register_lowering(primitive, lowering(cuda), platform="cuda")
 
 
-def compile_ahead(specs: Iterable[KernelSpec], capability: int, what: str) -> bool:
+def compile_ahead(kernels: Iterable[KernelSpec | GluonKernel], capability: int, what: str) -> bool:
     """Whether the kernels of a primitive compile; a warning where one does not.
 
     Args:
-      specs: the kernels.
-      capability: compute capability, 0 for the device's.
+      kernels: generated ones, or written by hand.
+      capability: compute capability; for generated ones 0 for the device's.
       what: of which the warning is, "a sum of segments runs through XLA: its kernel".
     """
     try:
-        for spec in specs:
-            launch.precompile(spec, capability)
+        for kernel in kernels:
+            if isinstance(kernel, GluonKernel):
+                gluon_kernels.precompile(kernel, capability)
+            else:
+                launch.precompile(kernel, capability)
     except Exception as error:  # noqa: BLE001 - whatever the compiler stack raises, the program must still run
         reason = f"did not compile: {launch.described(error)}"
         warnings.warn(f"jevt: {what} {reason}", JevtWarning, stacklevel=3)

@@ -10,7 +10,8 @@ With S = scale·Q·Kᵀ + bias, P = softmax(S) along the keys and statistics = l
 
 (Dao et al., FlashAttention, 2022, appendix B.) A pass puts them in the place of the equations that
 say the same. On CUDA they lower to cuDNN's fused attention, which the pass has asked whether it can
-(:mod:`jevt.primitives.cudnn_attention`); elsewhere to the equations of this file. They come after
+(:mod:`jevt.primitives.cudnn_attention`), the backward pass of few keys to a kernel of ours
+(:mod:`jevt.primitives.attention_kernel`); elsewhere to the equations of this file. They come after
 differentiation and batching, so they have no rules for either.
 """
 
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jevt import _jax_internals as internals
-from jevt.primitives import cudnn_attention
+from jevt.primitives import attention_kernel, cudnn_attention
 from jevt.primitives._define import composite
 
 type Layout = Literal["BTNH", "BNTH"]
@@ -91,9 +92,16 @@ def _attention_type(
 
 
 def _attention_backward_type(
-    q: Any, k: Any, v: Any, *rest: Any, scale: float, causal: bool, layout: Layout
+    q: Any,
+    k: Any,
+    v: Any,
+    *rest: Any,
+    scale: float,
+    causal: bool,
+    layout: Layout,
+    capability: int = 0,
 ) -> tuple[Any, Any, Any]:
-    del scale
+    del scale, capability
     *bias, out, statistics, d_out = rest
     shape = Shape.of(q, k, v, layout)
     _check_operands((q, k, v, out, d_out), bias, shape, causal)
@@ -164,6 +172,7 @@ def backward_reference(
     scale: float,
     causal: bool = False,
     layout: Layout = "BTNH",
+    capability: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of :func:`reference`'s q, k and v in plain JAX.
 
@@ -175,10 +184,12 @@ def backward_reference(
       scale: factor of the scores.
       causal: query t sees keys up to t only.
       layout: order of the axes.
+      capability: not used.
 
     Returns:
       d_q, d_k and d_v, each like its operand.
     """
+    del capability
     *bias, out, statistics, d_out = rest
     q, out, d_out, k, v = (_grouped(x, k, layout) for x in (q, out, d_out, k, v))
     wide = _wide(q.dtype)
@@ -226,6 +237,24 @@ def _wide(dtype: Any) -> Any:
     return np.dtype(dtype if dtype == np.float64 else np.float32)
 
 
+def _backward_on_cuda(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *rest: jax.Array,
+    scale: float,
+    causal: bool,
+    layout: Layout,
+    capability: int = 0,
+) -> Any:
+    """As :func:`backward_reference`; ``capability`` is the GPU's, 0 for cuDNN whatever it is."""
+    shape = Shape.of(q, k, v, layout)
+    operands = (q, k, v, *rest)
+    return attention_kernel.backward(
+        *operands, shape=shape, scale=scale, causal=causal, layout=layout, capability=capability
+    )
+
+
 attention_p = composite(
     "attention", _attention_type, reference, cudnn_attention.forward, several=True
 )
@@ -233,6 +262,6 @@ attention_backward_p = composite(
     "attention_backward",
     _attention_backward_type,
     backward_reference,
-    cudnn_attention.backward,
+    _backward_on_cuda,
     several=True,
 )

@@ -166,7 +166,10 @@ def test_attention_for_cuda(monkeypatch):
     trace = jevt.last_trace(step)
     groups = [g for g in trace.plan.groups if g.kind == "attention"]
     assert [g.jaxpr.eqns[0].primitive.name for g in groups] == ["attention", "attention_backward"]
-    assert {g.reason for g in groups} == {"one call: cuDNN's fused attention"}
+    assert [g.reason for g in groups] == [
+        "one call: cuDNN's fused attention",
+        "one call: cuDNN's fused attention, or a kernel of its own",
+    ]
     assert not any(g.fallback for g in groups)
     assert "exp" not in [e.primitive.name for e in trace.plan.jaxpr.eqns]
     assert not trace.notes and not trace.warnings

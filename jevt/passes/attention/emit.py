@@ -24,9 +24,16 @@ from jevt.primitives.attention import LOWEST, MASKED, attention_backward_p, atte
 
 
 class Emitter:
-    """Writes the forward equation and, later in the program, the backward one."""
+    """Writes the forward equation and, later in the program, the backward one.
 
-    def __init__(self, match: Match, how: Arrangement, graph: Graph) -> None:
+    Args:
+      match: the attention.
+      how: the layout of its operands.
+      graph: where it is written.
+      capability: compute capability of the GPU, 90 for sm_90; 0 where it is all cuDNN's.
+    """
+
+    def __init__(self, match: Match, how: Arrangement, graph: Graph, capability: int) -> None:
         self.match = match
         self.how = how
         self.graph = graph
@@ -38,6 +45,7 @@ class Emitter:
             "causal": bool(match.causal),
             "layout": how.layout,
         }
+        self.capability = capability
 
     def forward(self) -> None:
         """``out, statistics = attention q k v [bias]``."""
@@ -50,7 +58,7 @@ class Emitter:
             self._operand(roles.v, how.of_keys(how.value_width)),
             *self._bias(),
         ]
-        self.results = self._equation(attention_p, self.operands, source)
+        self.results = self._equation(attention_p, self.operands, self.params, source)
         out = self.results[0]
         if self.match.may_be_blind:
             self.blind = self._blind()
@@ -69,7 +77,8 @@ class Emitter:
         if self.blind is not None:
             statistics = self._zero_where_blind(statistics)
         operands = [*self.operands, out, statistics, d_out]
-        d_q, d_k, d_v = self._equation(attention_backward_p, operands, source)
+        params = self.params | {"capability": self.capability}
+        d_q, d_k, d_v = self._equation(attention_backward_p, operands, params, source)
         if self.blind is not None and "d_v" in roles.results:
             aval: Any = d_v.aval
             d_v = self.graph.emit(p.add_p, d_v, self._cast(self._through_means(d_out), aval))
@@ -78,14 +87,18 @@ class Emitter:
         self._result("d_v", d_v, how.of_keys(how.value_width))
 
     def _equation(
-        self, primitive: Primitive, operands: Sequence[Atom], source: JaxprEqn
+        self,
+        primitive: Primitive,
+        operands: Sequence[Atom],
+        params: dict[str, Any],
+        source: JaxprEqn,
     ) -> list[Atom]:
         check_same_mesh(operands)
         avals: list[Any] = [a.aval for a in operands]
         inside_mesh = any(not aval.sharding.mesh.empty for aval in avals)
         with source.ctx.manager if inside_mesh else contextlib.nullcontext():
-            types, _ = primitive.abstract_eval(*avals, **self.params)
-        return self._append(primitive, operands, types, dict(self.params))
+            types, _ = primitive.abstract_eval(*avals, **params)
+        return self._append(primitive, operands, types, dict(params))
 
     def _append(
         self,

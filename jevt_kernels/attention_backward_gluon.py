@@ -26,10 +26,12 @@ barrier        slots  who arrives                  it is waited for
 ``q_free``     4      both groups, the adding      by the loading warp
                       warp
 ``delta_full`` 4      the adding warp              by both groups
-``delta_free`` 4      both groups                  by the adding warp
 ``sum_full``   2      group 0                      by group 1: group 0's part of dQ is there
 ``sum_free``   2      group 1                      by group 0: it has been read
 =============  =====  ===========================  ================================================
+
+The sums of dO∘O need no barrier of their own to be overwritten: ``q_full`` of the slot's next block
+says that both groups were done with this one.
 
 Shared memory, in KiB: K and V 128, Q, dO and O of four blocks 48, dS 16, group 0's dQ 16, dQ on its
 way out 4, vectors and barriers 1: 213 of 227.
@@ -145,7 +147,7 @@ def _add_up(
 ):
     """The adding warp: sums of dO∘O along the head dimension, 8 queries at a time."""
     dos, os, deltas = buffers
-    q_full, q_free, delta_full, delta_free = barriers
+    q_full, q_free, delta_full = barriers
     rows: gl.constexpr = 8
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [1, 1], [1, 0])
     slot = 0
@@ -153,7 +155,6 @@ def _add_up(
     for _ in range(tl.program_id(0), total, programs):
         for _ in range(parts * blocks):
             mbarrier.wait(q_full.index(slot), phase)
-            mbarrier.wait(delta_free.index(slot), phase ^ 1)
             o_block = os.index(slot).reshape([QUERIES, WIDTH])
             do_block = dos.index(slot).reshape([QUERIES, WIDTH])
             for i in gl.static_range(QUERIES // rows):
@@ -203,7 +204,7 @@ def _multiply(
     """
     dq_desc, dk_desc, dv_desc = results
     ks, vs, qs, dos, lses, deltas, ds_halves, sums, dq_block = buffers
-    kv_full, kv_free, q_full, q_free, delta_full, delta_free, sum_full, sum_free = barriers
+    kv_full, kv_free, q_full, q_free, delta_full, sum_full, sum_free = barriers
     dtype: gl.constexpr = dq_desc.dtype
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     thin: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
@@ -286,7 +287,6 @@ def _multiply(
                     dv, dk, dq = warpgroup_mma_wait(0, deps=(dv, dk, dq))
                 tl.debug_barrier()
                 mbarrier.arrive(q_free.index(slot))
-                mbarrier.arrive(delta_free.index(slot))
                 if group == 0:
                     mbarrier.wait(sum_free.index(hand), hand_phase ^ 1)
                     sums.index(hand).store(dq)
@@ -369,7 +369,6 @@ def attention_backward(
     q_full = allocate(tl.int64, [STAGES, 1], barrier)
     q_free = allocate(tl.int64, [STAGES, 1], barrier)
     delta_full = allocate(tl.int64, [STAGES, 1], barrier)
-    delta_free = allocate(tl.int64, [STAGES, 1], barrier)
     sum_full = allocate(tl.int64, [2, 1], barrier)
     sum_free = allocate(tl.int64, [2, 1], barrier)
     for i in gl.static_range(2):
@@ -381,14 +380,13 @@ def attention_backward(
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_free.index(i), count=3)
         mbarrier.init(delta_full.index(i), count=1)
-        mbarrier.init(delta_free.index(i), count=2)
     operands = (q_desc, k_desc, v_desc, o_desc, do_desc, lse_desc)
     results = (dq_desc, dk_desc, dv_desc)
     loaded = (ks, vs, qs, dos, os, lses)
     read = (ks, vs, qs, dos, lses, deltas, ds_halves, sums, dq_block)
     loading = (kv_full, kv_free, q_full, q_free)
-    adding = (q_full, q_free, delta_full, delta_free)
-    every = (kv_full, kv_free, q_full, q_free, delta_full, delta_free, sum_full, sum_free)
+    adding = (q_full, q_free, delta_full)
+    every = (kv_full, kv_free, q_full, q_free, delta_full, sum_full, sum_free)
     gl.warp_specialize(
         [
             (

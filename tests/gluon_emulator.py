@@ -24,6 +24,9 @@ from jevt_kernels.gluon_kernels import GluonKernel
 #: Seconds after which a barrier will not be passed any more.
 PATIENCE = 20.0
 
+#: Seconds that a copy into shared memory takes.
+_LATENCIES = (0, 1e-4, 5e-3)
+
 #: What is a thread's own: its program, and its products and copies under way.
 _own = threading.local()
 _changed = threading.Condition()
@@ -168,7 +171,7 @@ class _tma:
         buffer.array[...] = np.nan
 
         def copy():
-            time.sleep(_random.random() * 5e-4)
+            time.sleep(_random.choice(_LATENCIES))
             buffer.array[...] = descriptor.read(at)
             barrier.arrive(0, -buffer.array.nbytes)
 

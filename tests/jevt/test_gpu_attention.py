@@ -11,6 +11,8 @@ import pytest
 from attentions import LAYOUTS, SOFTMAXES, arrays, einsum, linen, training
 
 import jevt
+from jevt.primitives import attention_kernel
+from jevt_kernels import compat
 
 pytestmark = pytest.mark.gpu
 
@@ -33,18 +35,23 @@ def exactly(step, *args):
 NARROW = (jnp.bfloat16, jnp.float16)
 
 
-def check(step, *args, calls=2):
-    """As near to float32 as ``jax.jit`` is, result by result, by cuDNN's calls."""
+def check(step, *args, calls=2, kernels=0):
+    """As near to float32 as ``jax.jit`` is, result by result, by cuDNN's calls and our kernel.
+
+    Returns what ``step`` has become.
+    """
     jitted = jevt.jit(step)
     text = jitted.lower(*args).compile().as_text()
     assert text.count('custom_call_target="__cudnn$fmha') == calls
+    assert text.count('custom_call_target="triton_kernel_call_ffi"') >= kernels
     groups = jevt.last_trace(jitted).plan.groups
-    assert [g.kind for g in groups].count("attention") == calls
+    assert [g.kind for g in groups].count("attention") == calls + kernels
     exact = exactly(step, *args)
     for got, by_jax, want in zip(jitted(*args), jax.jit(step)(*args), exact, strict=True):
         assert got.dtype == by_jax.dtype and got.shape == want.shape
         assert np.isfinite(np.asarray(got, np.float32)).all()
         assert relative_error(got, want) < 1.3 * relative_error(by_jax, want) + 3e-3
+    return jitted
 
 
 def operands(layout, *, heads=4, key_heads=4, queries=128, keys=192, width=64, dtype=jnp.bfloat16):
@@ -162,3 +169,56 @@ def test_flax():
     # Heads of 4 are too narrow for cuDNN, which is said.
     assert "fmha" not in text
     assert any("heads of 4" in note for note in jevt.last_trace(jitted).notes)
+
+
+@pytest.fixture
+def few_heads(monkeypatch):
+    """The kernel of the backward pass is taken with few heads too."""
+    if compat.local_compute_capability() != 90:
+        pytest.skip("needs a GPU of compute capability 9.0")
+    monkeypatch.setattr(attention_kernel, "FEWEST", 1)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"), [(256, 256), (197, 197), (512, 512), (300, 200), (200, 499)]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward_kernel(few_heads, layout, queries, keys):
+    args = operands(layout, queries=queries, keys=keys)
+    step = training(einsum(layout, SOFTMAXES["in float32"]))
+    jitted = check(step, *args, calls=1, kernels=1)
+    first, again = jitted(*args), jitted(*args)
+    for x, y in zip(first, again, strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.mark.parametrize("factor", [1, 8])
+def test_backward_kernel_in_float16(few_heads, factor):
+    """With large scores too, for which a weight is 1 and the others are next to 0."""
+    q, k, v, d_out = operands("BTNH", queries=197, keys=197, dtype=jnp.float16)
+    step = training(einsum(softmax=SOFTMAXES["in float32"]))
+    check(step, factor * q, k, v, d_out, calls=1, kernels=1)
+
+
+def test_backward_kernel_with_many_heads():
+    if compat.local_compute_capability() != 90:
+        pytest.skip("needs a GPU of compute capability 9.0")
+    args = arrays(*[(40, 256, 8, 64)] * 4, dtype=jnp.bfloat16)
+    check(training(jax.nn.dot_product_attention), *args, calls=1, kernels=1)
+
+
+def test_backward_kernel_in_a_scan(few_heads):
+    def attend(x, weights):
+        def body(x, w):
+            return x + 0.1 * einsum(softmax=SOFTMAXES["in float32"])(x * w, x, x), None
+
+        return jax.lax.scan(body, x, weights)[0]
+
+    x, weights, d_out = arrays((2, 200, 4, 64), (3, 4, 64), (2, 200, 4, 64), dtype=jnp.bfloat16)
+    args = 0.1 * x, weights, d_out
+    jitted = jevt.jit(training(attend))
+    text = jitted.lower(*args).compile().as_text()
+    assert text.count('custom_call_target="__cudnn$fmha') == 1
+    exact = exactly(training(attend), *args)
+    by_jax = relative_error(jax.jit(training(attend))(*args), exact)
+    assert relative_error(jitted(*args), exact) < 1.3 * by_jax + 3e-3

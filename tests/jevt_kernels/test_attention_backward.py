@@ -152,6 +152,43 @@ def test_jax_compiles_the_same(layout, monkeypatch):
     assert [code(ptx) for ptx in compiled] == [code(aot.compile_gluon(kernel, 90).ptx)]
 
 
+@pytest.mark.cuda_lowering
+@pytest.mark.parametrize("layout", ["BTNH", "BNTH"])
+def test_descriptors(layout, monkeypatch):
+    """jaxlib makes them of operands and then results, in order; the workspace comes last."""
+    compat.import_jax_triton()
+    bindings = importlib.import_module("jax_triton.triton_lib").triton_kernel_call_lib
+    described = []
+    for name in ("create_tma_descriptor_parameter", "create_array_parameter"):
+
+        def record(*arguments, make=getattr(bindings, name), **named):
+            described.append((named.get("shape"), named.get("block_shape")))
+            return make(*arguments, **named)
+
+        monkeypatch.setattr(bindings, name, record)
+    sizes = Sizes(3, 4, 200, 300)
+    kernel = kernel_of(sizes, layout=layout)
+    types = [jax.ShapeDtypeStruct(o.type.shape, o.type.dtype) for o in kernel.inputs]
+    program = jax.jit(functools.partial(gluon_kernels.call, kernel, compute_capability=90))
+    results = jax.eval_shape(program, *types)
+    assert [r.shape for r in results[:3]] == [types[0].shape, types[1].shape, types[1].shape]
+    program.trace(*types).lower(lowering_platforms=("cuda",))
+    ends = (3, 4 * 64) if layout == "BTNH" else (12, 64)
+    q, k = ((ends[0], n, ends[1]) for n in (200, 300))
+    assert described == [
+        (q, [1, 32, 64]),
+        (k, [1, 256, 64]),
+        (k, [1, 256, 64]),
+        (q, [1, 32, 64]),
+        (q, [1, 32, 64]),
+        ((12 * 224,), [32]),
+        (q, [1, 32, 64]),
+        (k, [1, 128, 64]),
+        (k, [1, 128, 64]),
+        (None, None),
+    ]
+
+
 def test_full_blocks_are_read_in_place():
     for queries, pads in ((256, False), (255, True)):
         sizes = Sizes(2, 2, queries, 256)

@@ -27,7 +27,7 @@ from jevt._jaxpr import aval
 from jevt.lowering.errors import NotFusible
 from jevt.lowering.products import PRODUCTS, Term, terms
 from jevt.primitives.attention import attention_backward_p, attention_p
-from jevt.primitives.pools import pool_gradient_p
+from jevt.primitives.pools import pool_gradient_p, pool_p
 from jevt.primitives.row_products import row_products_p
 from jevt.primitives.segments import (
     fused_segment_sum_p,
@@ -194,6 +194,7 @@ _CALLS: dict[Primitive, str] = {
     segment_sum_p: "a kernel of its own",
     fused_segment_sum_p: "a kernel of its own",
     row_products_p: "a kernel of its own",
+    pool_p: "a fusion of XLA's own",
     pool_gradient_p: "two fusions of XLA's own",
     attention_p: "cuDNN's fused attention",
     attention_backward_p: "cuDNN's fused attention, or a kernel of its own",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from partitions import context
-from rewriting import count, evaluate, near, rewritten, traced
+from rewriting import count, evaluate, near, rewritten, same, traced
 
 from jevt.partition import partition
 from jevt.passes import max_pools
@@ -55,6 +55,35 @@ def test_gradients(name, largest, dtype):
         assert count(before, "select_and_scatter_add") == 1
         assert count(after, "select_and_scatter_add") == 0 < count(after, "pool_gradient")
         near(evaluate(after, x), evaluate(before, x))
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_pools_with_a_gradient(name, largest):
+    """Their values are those of XLA's pools, NaN and infinities among them."""
+    shape, *arguments = CASES[name]
+
+    def both(x):
+        y, vjp = jax.vjp(lambda x: pool(x, *arguments, largest), x)
+        return y, *vjp(jnp.ones_like(y))
+
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    x.flat[::7], x.flat[3::11], x.flat[5::13] = np.nan, np.inf, -np.inf
+    before = traced(both, x)
+    after = rewritten(max_pools.run, before)
+    assert count(after, "pool") == count(after, "pool_gradient") == 1
+    same(evaluate(after, x)[:1], evaluate(before, x)[:1])
+
+
+def test_pools_without_a_gradient_stay():
+    shape, *arguments = CASES["resnet"]
+
+    def fun(x):
+        other = pool(x, (1, 2, 2, 1), *arguments[1:])
+        return other, gradient(x, 1, *arguments), pool(x + 1, *arguments)
+
+    after = rewritten(max_pools.run, traced(fun, jnp.ones(shape)))
+    assert count(after, "reduce_window_max") == 2 and not count(after, "pool")
 
 
 def test_infinities():

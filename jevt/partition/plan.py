@@ -22,7 +22,7 @@ class Group:
       target: "triton" when it becomes one generated kernel, "xla" when its equations stay as they
         are.
       kind: the mainloop's name for Triton groups and for candidates that the cost model left to
-        XLA, "attention" for a library's call, "opaque" for an equation that no mainloop takes.
+        XLA, "attention" for a call of its own, "opaque" for an equation that no mainloop takes.
       eqns: positions in ``Plan.jaxpr.eqns``, ascending.
       jaxpr: the group as a function of its inputs (invars) to its outputs (outvars).
       spec: the kernel; None for opaque groups.

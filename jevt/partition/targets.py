@@ -18,7 +18,7 @@ from jevt.tuning import known
 from jevt_kernels import limits, tuning
 from jevt_kernels.spec import Config, KernelSpec
 
-#: Kinds of the groups of one equation that stands for many and runs as a library's call.
+#: Kinds of the groups of one equation that stands for many and runs as one call.
 _COMPOSITES = {"attention": "attention", "attention_backward": "attention"}
 
 #: Predictions are wrong by so much: what is not slower by more is planned, and measured, by a

@@ -159,13 +159,16 @@ def test_descriptors(layout, monkeypatch):
     compat.import_jax_triton()
     bindings = importlib.import_module("jax_triton.triton_lib").triton_kernel_call_lib
     described = []
-    for name in ("create_tma_descriptor_parameter", "create_array_parameter"):
 
-        def record(*arguments, make=getattr(bindings, name), **named):
+    def recording(make):
+        def record(*arguments, **named):
             described.append((named.get("shape"), named.get("block_shape")))
             return make(*arguments, **named)
 
-        monkeypatch.setattr(bindings, name, record)
+        return record
+
+    for name in ("create_tma_descriptor_parameter", "create_array_parameter"):
+        monkeypatch.setattr(bindings, name, recording(getattr(bindings, name)))
     sizes = Sizes(3, 4, 200, 300)
     kernel = kernel_of(sizes, layout=layout)
     types = [jax.ShapeDtypeStruct(o.type.shape, o.type.dtype) for o in kernel.inputs]

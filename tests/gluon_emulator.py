@@ -226,7 +226,7 @@ def _exp2(x):
         return np.exp2(x)
 
 
-def _store(pointer, value, mask):
+def _store(pointer, value, mask=True):
     if mask:
         pointer.array[pointer.offset] = value
 

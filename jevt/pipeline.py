@@ -30,6 +30,7 @@ from jevt.passes import (
     inline,
     keep_derivatives,
     max_pools,
+    merge_convolutions,
     one_hot,
     product_norms,
     raise_attention,
@@ -125,7 +126,7 @@ def graph_passes(
         return GRAPH_PASSES + _raising_passes(context, note) + EXPANDING_PASSES
     attention = _attention_passes(context, note) if context.platform == "cuda" else ()
     grouped = context.backend in ("auto", "triton") and not context.partitioned
-    products = PRODUCT_PASSES + _norm_passes(context, note) if grouped else ()
+    products = _product_passes(context, note) if grouped else ()
     products += EXPANDING_PASSES
     own = _kernel_passes(context, note) if context.own_kernels else ()
     passes = GRAPH_PASSES + attention + _raising_passes(context, note) + products + GPU_PASSES + own
@@ -167,10 +168,13 @@ def _raising_passes(context: Context, note: Callable[[str], None]) -> tuple[tupl
     )
 
 
-def _norm_passes(context: Context, note: Callable[[str], None]) -> tuple[tuple[str, Pass], ...]:
-    """Passes that take norms whole; what is a product must be one by then."""
+def _product_passes(context: Context, note: Callable[[str], None]) -> tuple[tuple[str, Pass], ...]:
+    """Passes for convolutions, and those that take norms whole: products must be such by then."""
     norms = functools.partial(product_norms.run, context=context, note=note)
     return (
+        *PRODUCT_PASSES,
+        # Convolutions of one input with few filters each become one.
+        ("merge_convolutions", functools.partial(merge_convolutions.run, context=context)),
         # Forward and backward pass read the same views of a product's operands.
         ("cse", cse.run),
         # Batch norms of products are computed without the product in memory.

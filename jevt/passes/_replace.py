@@ -19,8 +19,13 @@ type Replacements = Mapping[Var, Callable[[Graph], Atom]]
 #: Of a jaxpr in a context; whether it is the outermost one, whose outputs are arrays of their own.
 type Find = Callable[[Jaxpr, Context, bool], Replacements]
 
+#: The same program with its equations in an order that suits a pass.
+type Arrange = Callable[[Jaxpr, Context], Jaxpr]
 
-def replace(jaxpr: Jaxpr, context: Context, find: Find) -> Jaxpr:
+
+def replace(
+    jaxpr: Jaxpr, context: Context, find: Find, arrange: Arrange = lambda jaxpr, _: jaxpr
+) -> Jaxpr:
     """Replaces equations of ``jaxpr`` and, in the contexts that they have, of its bodies.
 
     Args:
@@ -28,15 +33,17 @@ def replace(jaxpr: Jaxpr, context: Context, find: Find) -> Jaxpr:
       context: of it. Under automatic partitioning nothing is replaced: parts of an array may lie on
         other devices than its whole.
       find: what is replaced. It must leave its own result alone, so that passes are idempotent.
+      arrange: comes before it.
     """
-    return _Run(find).run(jaxpr, context, outermost=True)
+    return _Run(find, arrange).run(jaxpr, context, outermost=True)
 
 
 class _Run:
     """One run of a pass, with the bodies that are done."""
 
-    def __init__(self, find: Find) -> None:
+    def __init__(self, find: Find, arrange: Arrange) -> None:
         self.find = find
+        self.arrange = arrange
         self.done: dict[tuple[Jaxpr, Context], Jaxpr] = {}
 
     def run(self, jaxpr: Jaxpr, context: Context, *, outermost: bool = False) -> Jaxpr:
@@ -46,6 +53,8 @@ class _Run:
         return self.done[key]
 
     def _rewritten(self, jaxpr: Jaxpr, context: Context, outermost: bool) -> Jaxpr:
+        if not context.partitioned:
+            jaxpr = self.arrange(jaxpr, context)
         found = {} if context.partitioned else self.find(jaxpr, context, outermost)
         if not found:
             return rebuild(jaxpr, [self._with_bodies(eqn, context) for eqn in jaxpr.eqns], {})

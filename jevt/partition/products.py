@@ -74,14 +74,12 @@ class Size:
     def of(cls, eqn: JaxprEqn) -> Size:
         """The size of a matrix product, or of a sum of them."""
         first, *others = terms(eqn)
-        lhs, rhs = aval(first.lhs).shape, aval(first.rhs).shape
-        batch = math.prod(lhs[left] for left, _ in first.product.batch)
-        k = _contracted(first)
+        lhs = aval(first.lhs).shape
         return cls(
-            batch,
-            math.prod(lhs) // (batch * k),
-            math.prod(rhs) // (batch * k),
-            k + sum(map(_contracted, others)),
+            math.prod(lhs[left] for left, _ in first.product.batch),
+            _free(first, 0),
+            _free(first, 1),
+            sum(map(_contracted, (first, *others))),
             sum(nbytes(v.aval) for v in (*eqn.invars, *eqn.outvars)),
             _RATES[aval(first.lhs).dtype.name, first.product.precision],
         )
@@ -96,6 +94,13 @@ class Size:
         most = min(_SPLIT_RESULTS // max(1, self.m * self.n), self.k // _SPLIT_LEAST)
         parts = 1 << max(0, most.bit_length() - 1)
         return self.batch == 1 and parts > 1 and self.k % (_SPLIT_STEP * parts) > 0
+
+
+def _free(term: Term, side: int) -> int:
+    """Rows of the left operand, or columns of the right one."""
+    shape = aval((term.lhs, term.rhs)[side]).shape
+    taken = {pair[side] for pair in (*term.product.contracted, *term.product.batch)}
+    return math.prod(size for axis, size in enumerate(shape) if axis not in taken)
 
 
 def _contracted(term: Term) -> int:

@@ -61,11 +61,13 @@ def is_call(eqn: JaxprEqn) -> bool:
 
 
 def has_known_cost(product: JaxprEqn) -> bool:
-    """Whether a product has types whose cost is known, and is not sharded."""
+    """Whether a product has elements, types whose cost is known, and is not sharded."""
     try:
         check_same_mesh(product.invars)
         classify(product)
     except (Abandon, NotFusible):
+        return False
+    if any(0 in shape_of(atom) for atom in (*product.invars, *product.outvars)):
         return False
     return product.params.get("out_sharding") is None
 

@@ -15,7 +15,7 @@ from small_models import MODELS
 import jevt
 from jevt import _config, pipeline
 from jevt import _jax_internals as internals
-from jevt.partition import Plan
+from jevt.partition import Plan, partition
 
 
 def context(jaxpr, *, backend="auto", platforms=("cpu",), strict=False, environment=None):
@@ -92,6 +92,27 @@ def test_constants_are_inputs_of_the_plan_and_constants_of_the_program():
     assert len(trace.plan.jaxpr.invars) == 2 and not trace.plan.jaxpr.consts
     assert len(trace.lowered.invars) == 1 and len(trace.lowered.consts) == 1
     close(jax.core.eval_jaxpr(trace.lowered, trace.lowered.consts, F32), [F32 * table + 1])
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(0, 4, 5), (4, 0, 5), (4, 5, 0)])
+def test_products_without_elements_on_a_gpu(m, k, n):
+    def loss(x, y, w, v):
+        total = x @ w + y @ v
+        normal = (total - total.mean(0)) * jax.lax.rsqrt(total.var(0) + 1e-5)
+        return jnp.sum(jax.nn.gelu(normal, approximate=False))
+
+    shapes = (m, k), (m, 3), (k, n), (3, n)
+    args = [np.ones(shape, jnp.bfloat16) for shape in shapes]
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*args)
+    cuda, program = context(jaxpr, platforms=("cuda",)), jaxpr
+    for _, graph_pass in pipeline.graph_passes(cuda):
+        program = graph_pass(program)
+    plan = partition(program, cuda)
+    for result in (program, plan.jaxpr):
+        close(
+            jax.core.eval_jaxpr(result, result.consts, *args),
+            jax.core.eval_jaxpr(jaxpr, jaxpr.consts, *args),
+        )
 
 
 @pytest.mark.parametrize("name", ["lstm", "mixed_precision", "mixture_of_experts"])

@@ -84,10 +84,10 @@ def _may_give_sums(eqn: JaxprEqn) -> bool:
         check_same_mesh(eqn.invars)
     except Abandon:
         return False
-    operands = [aval(a) for a in eqn.invars]
+    q, k, v, *rest = map(aval, eqn.invars)
     return attention_kernel.is_taken(
-        operands,
-        Shape.of(*operands[:3], params["layout"]),
+        (q, k, v, *rest),
+        Shape.of(q, k, v, params["layout"]),
         causal=params["causal"],
         capability=params.get("capability", 0),
     )

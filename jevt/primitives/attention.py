@@ -265,11 +265,15 @@ def _backward_on_cuda(
     sums: bool = False,
 ) -> Any:
     """As :func:`backward_reference`; ``capability`` is the GPU's, 0 for cuDNN whatever it is."""
-    shape = Shape.of(q, k, v, layout)
-    how = {"scale": scale, "causal": causal, "layout": layout}
     operands = (q, k, v, *rest)
     d_q, d_k, d_v, *totals = attention_kernel.backward(
-        *operands, shape=shape, **how, capability=capability, sums=sums
+        *operands,
+        shape=Shape.of(q, k, v, layout),
+        scale=scale,
+        causal=causal,
+        layout=layout,
+        capability=capability,
+        sums=sums,
     )
     if sums and not totals:
         totals = _over_tokens(d_q, d_v, layout)

@@ -109,9 +109,10 @@ class Merged:
 
     @functools.cached_property
     def padding(self) -> tuple[tuple[int, int], ...]:
-        """Of the one: as much on both sides of an axis if that gives the same windows."""
-        if len(self.eqns) == 1:
-            return tuple(map(tuple, self.eqns[0].params["padding"]))
+        """Of the one: as much on both sides of an axis if that gives the same windows.
+
+        (For other paddings XLA makes cuDNN a padded copy of the input.)
+        """
         params, extents = self.eqns[0].params, self.extents
         sizes = [shape_of(self.lhs)[axis] for axis in params["dimension_numbers"].lhs_spec[2:]]
         result = []
@@ -129,7 +130,6 @@ def _is_taken(eqn: JaxprEqn) -> bool:
     out = eqn.outvars[0]
     return (
         not isinstance(out, DropVar)
-        and isinstance(eqn.invars[0], Var)
         and is_plain(eqn)
         and aval(out).ndim > 2
         and not aval(out).weak_type

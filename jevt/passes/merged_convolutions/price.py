@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -25,20 +26,31 @@ LEAST_US, LEAST_PART = 10.0, 0.1
 
 def joined(eqns: Sequence[JaxprEqn], readers: Readers, device: Device) -> list[Merged]:
     """What convolutions become, two at a time, while that is predicted to be faster."""
+
+    @functools.cache
+    def both(first: Merged, second: Merged) -> Merged:
+        return first.joined(second, eqns)
+
+    @functools.cache
+    def us(merged: Merged) -> float:
+        return predicted_us(merged, readers, device)
+
+    def saved_us(first: Merged, second: Merged) -> float:
+        if not _may_be_one(first, second, both(first, second)):
+            return 0.0
+        parts = us(first) + us(second)
+        saved = parts - us(both(first, second))
+        return saved if saved >= max(LEAST_US, LEAST_PART * parts) else 0.0
+
     found = [Merged((eqn,)) for eqn in eqns]
-    while True:
-        gains = {}
-        for first, second in itertools.combinations(found, 2):
-            both = first.joined(second, eqns)
-            if _may_be_one(first, second, both):
-                parts = predicted_us(first, readers, device) + predicted_us(second, readers, device)
-                saved = parts - predicted_us(both, readers, device)
-                if saved >= max(LEAST_US, LEAST_PART * parts):
-                    gains[saved] = first, second, both
-        if not gains:
-            return [merged for merged in found if len(merged.eqns) > 1]
-        first, second, both = gains[max(gains)]
-        found = [both if each is first else each for each in found if each is not second]
+    while len(found) > 1:
+        pairs = itertools.combinations(found, 2)
+        first, second = max(pairs, key=lambda pair: saved_us(*pair))
+        if saved_us(first, second) == 0.0:
+            break
+        found[found.index(first)] = both(first, second)
+        found.remove(second)
+    return [merged for merged in found if len(merged.eqns) > 1]
 
 
 def predicted_us(merged: Merged, readers: Readers, device: Device) -> float:
@@ -55,8 +67,6 @@ def predicted_us(merged: Merged, readers: Readers, device: Device) -> float:
     weights = filters * lhs.dtype.itemsize
     moved = nbytes(lhs) + weights + results * out.dtype.itemsize
     us = max(flops / rate, moved / device.bytes_per_us) + device.xla_launch_us
-    if any(low != high for low, high in merged.padding):  # XLA pads, or crops, a copy
-        us += 2 * nbytes(lhs) / device.bytes_per_us + device.xla_launch_us
     if len(merged.eqns) > 1:
         copied = weights + sum(nbytes(each.invars[1].aval) for each in merged.eqns)
         us += copied / device.bytes_per_us + device.xla_launch_us

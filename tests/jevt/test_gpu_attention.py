@@ -215,7 +215,8 @@ def test_backward_kernel_with_biases(few_heads, tokens):
     def attend(x, biases):
         return einsum(softmax=SOFTMAXES["in float32"])(*(x + b for b in biases))
 
-    args = arrays((3, tokens, 4, 64), (3, 4, 64), (3, tokens, 4, 64), dtype=jnp.bfloat16)
+    x, biases, d_out = arrays((3, tokens, 4, 64), (3, 4, 64), (3, tokens, 4, 64))
+    args = [a.astype(jnp.bfloat16) for a in (0.5 * x, 0.3 * biases, d_out)]
 
     def step(x, biases, d_out):
         return jax.vjp(attend, x, biases)[1](d_out)

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
 from collections.abc import Callable, Collection, Mapping
 
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
@@ -110,19 +111,44 @@ class _Linear:
 
 
 class _Program(Readers):
-    """A jaxpr, and of its values their kind and how many equations without a kernel lie before."""
+    """A jaxpr, and of its values their kind and what lies before them.
+
+    Attributes:
+      depth: how many equations without a kernel, one after the other.
+      kind: the part of its equation in a kernel, "" if it has none.
+      position: of its equation.
+    """
 
     def __init__(self, jaxpr: Jaxpr) -> None:
         super().__init__(jaxpr)
         self.depth: dict[Var, int] = {}
         self.kind: dict[Var, str] = {}
         self.position: dict[Var, int] = {}
+        # A bit for each product, and those of the products that a value is a function of.
+        self._bit: dict[Var, int] = {}
+        self._products: dict[Var, int] = {}
         for position, eqn in enumerate(jaxpr.eqns):
             kind = _kind(eqn)
             before = [self.depth.get(a, 0) for a in eqn.invars if isinstance(a, Var)]
             here = max(before, default=0) + (kind in ("", "contraction"))
+            if eqn.primitive in PRODUCTS:
+                self._bit[eqn.outvars[0]] = 1 << len(self._bit)
+            products = self._bit.get(eqn.outvars[0], 0) if eqn.outvars else 0
+            for atom in eqn.invars:
+                products |= self._products.get(atom, 0) if isinstance(atom, Var) else 0
             for var in eqn.outvars:
                 self.depth[var], self.kind[var], self.position[var] = here, kind, position
+                self._products[var] = products
+
+    def is_free(self, atom: Atom, of: Var) -> bool:
+        """Whether a value is no function of a product's result."""
+        if isinstance(atom, Literal):
+            return True
+        return not self._products.get(atom, 0) & self._bit[of]
+
+    def read_at(self, var: Var) -> list[int]:
+        """Where a value is read, in order; equations without results left aside."""
+        return [self.position[eqn.outvars[0]] for eqn in self.of(var) if eqn.outvars]
 
     def is_stored(self, var: Var) -> bool:
         """Whether a value is in memory whatever is done: an equation without a kernel reads it."""
@@ -196,15 +222,17 @@ def _linear(program: _Program, gradient: Var) -> _Linear | None:
     """What is linear in a product's result; None if that has several ends, or is but itself."""
     shape = shape_of(gradient)
     known = {gradient}
-    dependent = {gradient}
     eqns: list[JaxprEqn] = []
-    for eqn in program.eqns[program.position[gradient] + 1 :]:
-        if dependent.isdisjoint(a for a in eqn.invars if isinstance(a, Var)):
+    free = functools.partial(program.is_free, of=gradient)
+    queue = program.read_at(gradient)
+    while queue:  # in the order of the program
+        eqn = program.eqns[heapq.heappop(queue)]
+        if not known.isdisjoint(eqn.outvars) or not _is_linear(eqn, known, free, shape):
             continue
-        dependent.update(eqn.outvars)
-        if _is_linear(eqn, known, dependent, shape):
-            known.update(eqn.outvars)
-            eqns.append(eqn)
+        known.update(eqn.outvars)
+        eqns.append(eqn)
+        for position in program.read_at(eqn.outvars[0]):
+            heapq.heappush(queue, position)
     made = {id(eqn) for eqn in eqns}
     ends = [
         var
@@ -217,7 +245,7 @@ def _linear(program: _Program, gradient: Var) -> _Linear | None:
 
 
 def _is_linear(
-    eqn: JaxprEqn, known: Collection[Var], dependent: Collection[Var], shape: tuple[int, ...]
+    eqn: JaxprEqn, known: Collection[Var], free: Callable[[Atom], bool], shape: tuple[int, ...]
 ) -> bool:
     if eqn.primitive not in _LINEAR or shape_of(eqn.outvars[0]) != shape:
         return False
@@ -228,12 +256,11 @@ def _is_linear(
     except Abandon:
         return False
     linear = [isinstance(a, Var) and a in known for a in eqn.invars]
-    free = [isinstance(a, Literal) or a not in dependent for a in eqn.invars]
     if eqn.primitive in (p.add_p, p.sub_p):
         return all(linear)
     if eqn.primitive is p.mul_p:
-        return any(linear) and any(free)
-    return linear[0] and all(free[1:])
+        return any(linear) and any(map(free, eqn.invars))
+    return linear[0] and all(map(free, eqn.invars[1:]))
 
 
 def _emit(found: _Linear, graph: Graph) -> Atom:

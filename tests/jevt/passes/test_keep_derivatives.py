@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -200,3 +202,27 @@ def test_the_body_of_a_loop():
     after = kept(before(fun, *args))
     assert count(after, "optimization_barrier") == 1
     np.testing.assert_allclose(evaluate(after, *args)[0], jax.jit(fun)(*args), rtol=1e-5, atol=1e-5)
+
+
+def calls(function, *args):
+    """How many Python calls a function makes."""
+    number = itertools.count()
+    sys.setprofile(lambda frame, event, _: event == "call" and next(number))
+    try:
+        function(*args)
+    finally:
+        sys.setprofile(None)
+    return next(number)
+
+
+def test_time_is_proportional_to_the_number_of_layers():
+    def layers(number, x, w):
+        for _ in range(number):
+            x = x + jax.nn.silu(x @ w) * (x @ w)
+        return jnp.square(x).sum()
+
+    def deep(number):
+        return traced(jax.grad(functools.partial(layers, number)), *(np.ones((2, 2)),) * 2)
+
+    few, many = (calls(kept, deep(number)) for number in (5, 40))
+    assert many < 10 * few

@@ -7,7 +7,7 @@ makes the pool, too: it reads the same elements.
 
 Invariant: the element that ``select_and_scatter_add`` selects, which is the first of equal ones,
 window by window in the order of memory; beyond the array there is −∞. Gradients are added in
-float32 and in a fixed order. Left alone: large windows, small arrays, pools of integers and of
+float32 and in a fixed order. Left alone: large windows and steps, small arrays, pools of integers and of
 8-bit floats, and those on a mesh of devices.
 
     before  { lambda ; a:f32[64,64] b:f32[64,256]. let
@@ -34,7 +34,7 @@ from jevt._jaxpr import Atom, subjaxprs
 from jevt.passes._rules import Graph, rewrite
 from jevt.primitives.pools import pool_gradient_p, pool_p
 
-#: Elements of a window at most, and of an array at least.
+#: Elements of a window, and from one window to the next, at most; elements of an array at least.
 _LARGEST, _SMALLEST = 32, 1 << 16
 
 
@@ -94,6 +94,7 @@ def _is_taken(eqn: JaxprEqn) -> bool:
     return bool(
         params["select_prim"] in (p.ge_p, p.le_p)
         and 1 < math.prod(params["window_dimensions"]) <= _LARGEST
+        and math.prod(params["window_strides"]) <= _LARGEST
         and dy.dtype == x.dtype
         and jnp.issubdtype(x.dtype, jnp.floating)
         and x.dtype.itemsize > 1

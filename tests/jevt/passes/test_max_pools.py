@@ -129,6 +129,8 @@ def test_left_alone(monkeypatch):
 
     large = of((64,), (64,), (1,), ((0, 0),))
     assert max_pools.run(large) is large
+    far = of((64, 64), (2, 2), (8, 8), ((0, 0), (0, 0)))
+    assert max_pools.run(far) is far
     shape, *arguments = CASES["resnet"]
     narrow = of(shape, *arguments, dtype=jnp.float8_e5m2)
     assert max_pools.run(narrow) is narrow

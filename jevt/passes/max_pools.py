@@ -7,8 +7,8 @@ makes the pool, too: it reads the same elements.
 
 Invariant: the element that ``select_and_scatter_add`` selects, which is the first of equal ones,
 window by window in the order of memory; beyond the array there is −∞. Gradients are added in
-float32 and in a fixed order. Left alone: large windows and steps, small arrays, pools of integers and of
-8-bit floats, and those on a mesh of devices.
+float32 and in a fixed order. Left alone: large windows and steps, small arrays, pools of integers
+and of 8-bit floats, and those on a mesh of devices.
 
     before  { lambda ; a:f32[64,64] b:f32[64,256]. let
                 c:f32[64,256] = select_and_scatter_add[

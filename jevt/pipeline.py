@@ -17,7 +17,6 @@ from jevt.lowering import emit
 from jevt.partition import Plan, fallbacks, partition
 from jevt.passes import (
     add_products,
-    attention_sums,
     canonicalize,
     chunk_logits,
     convolutions,
@@ -217,8 +216,6 @@ def _splitting_passes(context: Context) -> tuple[tuple[str, Pass], ...]:
         # Slices of the same columns are one product; nobody reads the whole.
         ("cse", cse.run),
         ("dce", dce.run),
-        # Sums over tokens of attention's gradients are results of its backward pass.
-        ("attention_sums", functools.partial(attention_sums.run, context=context)),
         # XLA does not put large products together again that share an operand.
         ("separate_products", functools.partial(separate_products.run, context=context)),
         ("dce", dce.run),

@@ -10,11 +10,6 @@ complete when it leaves the registers; with more, dQ is added up in a workspace.
 additions, so results are the same bits from run to run. Scores, P, delta and all sums are float32;
 P and dS are rounded to the operands' type before their products.
 
-Where Q, K and V had a bias added, its gradient is the sum of dQ, dK or dV over batch and tokens,
-which the kernel can give too, so that nothing has to read them once more. Rows of P add up to 1, so
-the sum of dV along the keys is that of dO along the queries; rows of dS add up to 0, and so dK does
-along the keys. Only dQ and dO are added up.
-
 :mod:`jevt_kernels.attention_backward_gluon` is the kernel, and says how its warps share the work.
 """
 
@@ -82,7 +77,7 @@ class Sizes:
 
 
 def attention_backward(
-    sizes: Sizes, dtype: np.dtype, *, scale: float, layout: Layout = "BTNH", sums: bool = False
+    sizes: Sizes, dtype: np.dtype, *, scale: float, layout: Layout = "BTNH"
 ) -> GluonKernel:
     """The kernel of q, k, v, o, dO and lse that gives dQ, dK and dV.
 
@@ -92,12 +87,10 @@ def attention_backward(
       scale: factor of the scores.
       layout: q, o and dO are ``[B, T, N, 64]``, k and v ``[B, S, N, 64]`` in layout BTNH, the axes
         of positions and heads the other way round in layout BNTH.
-      sums: whether it also gives sums of dQ and dV over tokens.
 
     Returns:
       A kernel of operands as above and of lse ``float32[B · N · T']``, T' being T rounded up to
-      blocks, infinite beyond T. Its last two outputs are a workspace and the sums over tokens of dQ
-      and dV, ``float32[B, 2, N, 64]``, which has one element without ``sums``.
+      blocks, infinite beyond T. Its last output is a workspace.
 
     Raises:
       UnsupportedKernel: sizes or types that it does not take.
@@ -122,13 +115,12 @@ def attention_backward(
     padded = sizes.total * sizes.blocks * QUERIES
     lse = Operand(TensorType((padded,), _FLOAT), View((padded,), (1,), (QUERIES,)))
     d_k = operand(sizes.keys, KEYS // 2)
-    totals = (sizes.batch, 2, sizes.heads, WIDTH) if sums else (1,)
     held = programs * sizes.blocks * QUERIES * WIDTH if sizes.tiles > 1 else 1
     return GluonKernel(
         name="attention_backward",
         module="jevt_kernels.attention_backward_gluon",
         inputs=(q, k, k, q, q, lse),
-        outputs=(q, d_k, d_k, *(Operand(TensorType(shape, _FLOAT)) for shape in ((held,), totals))),
+        outputs=(q, d_k, d_k, Operand(TensorType((held,), _FLOAT))),
         constants=(
             ("scale", float(scale)),
             ("heads", sizes.heads if layout == "BTNH" else 1),
@@ -138,7 +130,6 @@ def attention_backward(
             ("programs", programs),
             # On an H100: 217 µs against 237 with one tile of keys, 405 against 348 with two.
             ("ahead", int(sizes.tiles == 1)),
-            ("summed", sizes.heads if sums else 0),
         ),
         programs=programs,
         num_warps=4,
@@ -156,7 +147,7 @@ def call(
     d_out: jax.Array,
     *,
     compute_capability: int,
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of q, k and v. Traceable; the program must be lowered for CUDA.
 
     Args:
@@ -170,8 +161,7 @@ def call(
       compute_capability: of the GPU, 90 for sm_90.
 
     Returns:
-      Gradients like q, k and v; of a kernel with sums, also those of d_q and d_v over batch and
-      tokens, ``float32[N, 64]``.
+      Gradients like q, k and v.
 
     Raises:
       TypeError, UnsupportedKernel, ImportError: as ``gluon_kernels.call`` does.
@@ -180,7 +170,5 @@ def call(
         # Rows of 0, which fill up a block, have no weights then.
         lse = jnp.pad(lse, ((0, 0), (0, 0), (0, beyond)), constant_values=math.inf)
     operands = (q, k, v, out, d_out, lse.reshape(-1))
-    *gradients, _, totals = gluon_kernels.call(
-        kernel, *operands, compute_capability=compute_capability
-    )
-    return (*gradients, *(totals.sum(0) if totals.ndim > 1 else ()))
+    d_q, d_k, d_v, _ = gluon_kernels.call(kernel, *operands, compute_capability=compute_capability)
+    return d_q, d_k, d_v

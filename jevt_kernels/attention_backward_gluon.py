@@ -15,9 +15,6 @@ takes *tiles* of 256 keys, and for each tile all *blocks* of 32 queries. Its war
 Scores and their gradient are [keys, queries] in registers, so that they are the left operands of
 dV += P·dO and dK += dS·Q as they are; dQᵀ = Kᵀ·dS reads dS from shared memory.
 
-With ``summed``, group 1 also adds up dQ along the queries, and the adding warp dO, which is the sum
-of dV along the keys: two rows of 64 for each (batch, head).
-
 =============  =====  ===========================  ================================================
 barrier        slots  who arrives                  it is waited for
 =============  =====  ===========================  ================================================
@@ -140,35 +137,22 @@ def _load(
 
 
 @gluon.jit
-def _store_total(
-    totals, values, layout: gl.constexpr, head, which: gl.constexpr, summed: gl.constexpr
-):
-    """Stores a sum over tokens as totals[batch, which, head of the batch, :]."""
-    at = (head // summed * 2 + which) * summed + head % summed
-    tl.store(totals + at * WIDTH + gl.arange(0, WIDTH, layout), values)
-
-
-@gluon.jit
 def _add_up(
-    totals,
     buffers,
     barriers,
     total: gl.constexpr,
     blocks: gl.constexpr,
     parts: gl.constexpr,
     programs: gl.constexpr,
-    summed: gl.constexpr,
 ):
     """The adding warp: sums of dO∘O along the head dimension, 8 queries at a time."""
     dos, os, deltas = buffers
     q_full, q_free, delta_full = barriers
     rows: gl.constexpr = 8
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [1, 1], [1, 0])
-    columns: gl.constexpr = gl.SliceLayout(0, layout)
     slot = 0
     phase = 0
-    for head in range(tl.program_id(0), total, programs):
-        do_total = gl.zeros((WIDTH,), tl.float32, columns)
+    for _ in range(tl.program_id(0), total, programs):
         for _ in range(parts * blocks):
             mbarrier.wait(q_full.index(slot), phase)
             o_block = os.index(slot).reshape([QUERIES, WIDTH])
@@ -179,17 +163,8 @@ def _add_up(
                 deltas.index(slot).slice(rows * i, rows, 0).store(tl.sum(o * do, axis=1))
             tl.debug_barrier()
             mbarrier.arrive(delta_full.index(slot))
-            if summed:
-                # Nobody waits for it, and in the loop above it would take too many registers.
-                for i in gl.static_range(QUERIES // rows):
-                    do = do_block.slice(rows * i, rows, 0).load(layout).to(tl.float32)
-                    do_total += tl.sum(do, axis=0)
-                tl.debug_barrier()
             mbarrier.arrive(q_free.index(slot))
             slot, phase = _advance(slot, phase, STAGES)
-        if summed:
-            # Every tile of keys has had all queries.
-            _store_total(totals, do_total * (1.0 / parts), columns, head, 1, summed)
 
 
 @gluon.jit
@@ -212,7 +187,6 @@ def _multiply(
     group: gl.constexpr,
     results,
     scratch,
-    totals,
     buffers,
     barriers,
     scale: gl.constexpr,
@@ -223,7 +197,6 @@ def _multiply(
     parts: gl.constexpr,
     programs: gl.constexpr,
     ahead: gl.constexpr,
-    summed: gl.constexpr,
 ):
     """A group of warps that multiplies; with ``ahead`` the next block's scores are under way early.
 
@@ -258,7 +231,6 @@ def _multiply(
     for head in range(first, total, programs):
         batch = head // heads
         column = head % heads * WIDTH
-        dq_total = gl.zeros((WIDTH,), tl.float32, rows)
         for part in range(parts):
             k = _half(ks, kv, group)
             v = _half(vs, kv, group)
@@ -325,8 +297,6 @@ def _multiply(
                     dq += sums.index(hand).load(thin)
                     tl.debug_barrier()
                     mbarrier.arrive(sum_free.index(hand))
-                    if summed:
-                        dq_total += tl.sum(dq, axis=1)
                     if parts > 1:
                         dq += before
                         tl.store(held, dq, mask=part < parts - 1)
@@ -353,8 +323,6 @@ def _multiply(
             tma.async_copy_shared_to_global(dk_desc, at, dk_half)
             tiles += 1
             kv, kv_phase = _advance(kv, kv_phase, 2)
-        if summed and group == 1:
-            _store_total(totals, dq_total * scale, rows, head, 0, summed)
     if ahead:
         warpgroup_mma_wait(0, deps=(s,))
     tma.store_wait(0)
@@ -372,7 +340,6 @@ def attention_backward(
     dk_desc,
     dv_desc,
     scratch,
-    totals,
     scale: gl.constexpr,
     heads: gl.constexpr,
     total: gl.constexpr,
@@ -380,7 +347,6 @@ def attention_backward(
     keys: gl.constexpr,
     programs: gl.constexpr,
     ahead: gl.constexpr,
-    summed: gl.constexpr,
 ):
     """The kernel: buffers, barriers, and which warps run which function."""
     dtype: gl.constexpr = q_desc.dtype
@@ -429,7 +395,6 @@ def attention_backward(
                     0,
                     results,
                     scratch,
-                    totals,
                     read,
                     every,
                     scale,
@@ -440,7 +405,6 @@ def attention_backward(
                     parts,
                     programs,
                     ahead,
-                    summed,
                 ),
             ),
             (
@@ -449,7 +413,6 @@ def attention_backward(
                     1,
                     results,
                     scratch,
-                    totals,
                     read,
                     every,
                     scale,
@@ -460,14 +423,10 @@ def attention_backward(
                     parts,
                     programs,
                     ahead,
-                    summed,
                 ),
             ),
             (_load, (operands, loaded, loading, heads, total, blocks, parts, programs)),
-            (
-                _add_up,
-                (totals, (dos, os, deltas), adding, total, blocks, parts, programs, summed),
-            ),
+            (_add_up, ((dos, os, deltas), adding, total, blocks, parts, programs)),
         ],
         [4, 1, 1],
         [240, 24, 24],

@@ -1,19 +1,18 @@
 """``attention`` and ``attention_backward``: scaled dot-product attention as one equation each.
 
     attention:           q k v [bias]                      -> out statistics
-    attention_backward:  q k v [bias] out statistics d_out -> d_q d_k d_v [d_q_sum d_v_sum]
+    attention_backward:  q k v [bias] out statistics d_out -> d_q d_k d_v
 
 With S = scale·Q·Kᵀ + bias, P = softmax(S) along the keys and statistics = logsumexp(S),
 
     out = P·V
     d_v = Pᵀ·d_out,  d_s = P∘(d_out·Vᵀ − rowsum(d_out∘out)),  d_q = scale·d_s·K,  d_k = scale·d_sᵀ·Q
 
-(Dao et al., FlashAttention, 2022, appendix B.) With ``sums``, the backward pass also gives the sums
-of d_q and d_v over batch and tokens, ``[heads, width]``, in float32. A pass puts them in the place
-of the equations that say the same. On CUDA they lower to cuDNN's fused attention, which the pass
-has asked whether it can (:mod:`jevt.primitives.cudnn_attention`), the backward pass of few keys to
-a kernel of ours (:mod:`jevt.primitives.attention_kernel`); elsewhere to the equations of this file.
-They come after differentiation and batching, so they have no rules for either.
+(Dao et al., FlashAttention, 2022, appendix B.) A pass puts them in the place of the equations that
+say the same. On CUDA they lower to cuDNN's fused attention, which the pass has asked whether it can
+(:mod:`jevt.primitives.cudnn_attention`), the backward pass of few keys to a kernel of ours
+(:mod:`jevt.primitives.attention_kernel`); elsewhere to the equations of this file. They come after
+differentiation and batching, so they have no rules for either.
 """
 
 from __future__ import annotations
@@ -101,8 +100,7 @@ def _attention_backward_type(
     causal: bool,
     layout: Layout,
     capability: int = 0,
-    sums: bool = False,
-) -> tuple[Any, ...]:
+) -> tuple[Any, Any, Any]:
     del scale, capability
     *bias, out, statistics, d_out = rest
     shape = Shape.of(q, k, v, layout)
@@ -113,12 +111,7 @@ def _attention_backward_type(
     if statistics.shape != (shape.batch, shape.heads, shape.queries):
         raise ValueError(f"attention_backward: unexpected statistics of shape {statistics.shape}")
     q_type, k_type, v_type = (internals.array_like(x, x.shape, x.dtype) for x in (q, k, v))
-    if not sums:
-        return q_type, k_type, v_type
-    wide = _wide(q.dtype)
-    q_sum = internals.array_like(q, (shape.heads, shape.width), wide)
-    v_sum = internals.array_like(v, (shape.key_heads, shape.value_width), wide)
-    return q_type, k_type, v_type, q_sum, v_sum
+    return q_type, k_type, v_type
 
 
 def _check_operands(arrays: Any, bias: Any, shape: Shape, causal: bool) -> None:
@@ -180,8 +173,7 @@ def backward_reference(
     causal: bool = False,
     layout: Layout = "BTNH",
     capability: int = 0,
-    sums: bool = False,
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of :func:`reference`'s q, k and v in plain JAX.
 
     Args:
@@ -193,11 +185,9 @@ def backward_reference(
       causal: query t sees keys up to t only.
       layout: order of the axes.
       capability: not used.
-      sums: whether sums are results too.
 
     Returns:
-      d_q, d_k and d_v, each like its operand; with ``sums``, those of d_q and d_v over batch and
-      tokens, ``[N, H]`` and ``[K, D]``, wide.
+      d_q, d_k and d_v, each like its operand.
     """
     del capability
     *bias, out, statistics, d_out = rest
@@ -213,13 +203,7 @@ def backward_reference(
     d_k = scale * jnp.einsum("bkgts,btkgh->bskh", d_s, q, **_sums(q))
     d_k, d_v = d_k[..., None, :], d_v[..., None, :]
     d_q, d_k, d_v = (_ungrouped(x.astype(q.dtype), layout) for x in (d_q, d_k, d_v))
-    return d_q, d_k, d_v, *(_over_tokens(d_q, d_v, layout) if sums else ())
-
-
-def _over_tokens(d_q: jax.Array, d_v: jax.Array, layout: Layout) -> list[jax.Array]:
-    """Sums over batch and tokens, ``[heads, width]``, wide."""
-    axes = (0, 1) if layout == "BTNH" else (0, 2)
-    return [jnp.sum(x, axes, dtype=_wide(x.dtype)) for x in (d_q, d_v)]
+    return d_q, d_k, d_v
 
 
 def _grouped(x: jax.Array, k: jax.Array, layout: Layout) -> jax.Array:
@@ -262,22 +246,13 @@ def _backward_on_cuda(
     causal: bool,
     layout: Layout,
     capability: int = 0,
-    sums: bool = False,
 ) -> Any:
     """As :func:`backward_reference`; ``capability`` is the GPU's, 0 for cuDNN whatever it is."""
+    shape = Shape.of(q, k, v, layout)
     operands = (q, k, v, *rest)
-    d_q, d_k, d_v, *totals = attention_kernel.backward(
-        *operands,
-        shape=Shape.of(q, k, v, layout),
-        scale=scale,
-        causal=causal,
-        layout=layout,
-        capability=capability,
-        sums=sums,
+    return attention_kernel.backward(
+        *operands, shape=shape, scale=scale, causal=causal, layout=layout, capability=capability
     )
-    if sums and not totals:
-        totals = _over_tokens(d_q, d_v, layout)
-    return d_q, d_k, d_v, *totals
 
 
 attention_p = composite(

@@ -14,7 +14,6 @@ It computes tiles of 256 keys whole, so that with fewer keys it loses what it ga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -62,20 +61,6 @@ def obstacle(case: Case, capability: int, *, causal: bool) -> str:
     return ""
 
 
-def is_taken(operands: Sequence[Any], shape: Shape, *, causal: bool, capability: int) -> bool:
-    """Whether the backward pass is our kernel.
-
-    Args:
-      operands: q, k, v, a bias perhaps, out, statistics and d_out, or their types.
-      shape: their sizes.
-      causal: query t sees keys up to t only.
-      capability: compute capability of the GPU; 0 leaves it to cuDNN.
-    """
-    dtype = np.dtype(operands[0].dtype)
-    case = Case(shape, dtype.name, biased=len(operands) > 6, trained=True)
-    return not obstacle(case, capability, causal=causal)
-
-
 def sizes_of(shape: Shape) -> Sizes:
     """The kernel's sizes of an attention."""
     return Sizes(shape.batch, shape.heads, shape.queries, shape.keys)
@@ -88,7 +73,6 @@ def backward(
     causal: bool,
     layout: Layout,
     capability: int,
-    sums: bool,
 ) -> Any:
     """As ``attention.backward_reference``, by our kernel or by a cuDNN call.
 
@@ -99,13 +83,12 @@ def backward(
       causal: query t sees keys up to t only.
       layout: order of the axes.
       capability: compute capability of the GPU; 0 leaves it to cuDNN.
-      sums: whether our kernel is to give the sums of d_q and d_v too. cuDNN gives none.
     """
-    if is_taken(operands, shape, causal=causal, capability=capability):
-        dtype = np.dtype(operands[0].dtype)
-        kernel = kernels.attention_backward(
-            sizes_of(shape), dtype, scale=scale, layout=layout, sums=sums
-        )
+    dtype = np.dtype(operands[0].dtype)
+    biased = len(operands) > 6
+    case = Case(shape, dtype.name, biased=biased, trained=True)
+    if not obstacle(case, capability, causal=causal):
+        kernel = kernels.attention_backward(sizes_of(shape), dtype, scale=scale, layout=layout)
         what = "an attention's backward pass runs through cuDNN: its kernel"
         if compile_ahead([kernel], capability, what):
             return kernels.call(kernel, *operands, compute_capability=capability)

@@ -60,24 +60,6 @@ def test_backward_reference(layout, key_heads, bias, causal):
     assert relative_norm(got, want) < 1e-5
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("key_heads", [6, 2])
-def test_sums(layout, key_heads):
-    """After the gradients, which are the same."""
-    q, k, v, d_out = operands(layout, heads=6, key_heads=key_heads, queries=7, keys=5)
-    v, d_out = v[..., :3], d_out[..., :3]
-    out, statistics = reference(q, k, v, **params(layout=layout))
-    rest = (q, k, v, out, statistics, d_out)
-    gradients = attention_backward_p.bind(*rest, **params(layout=layout))
-    *same, d_q_sum, d_v_sum = attention_backward_p.bind(*rest, **params(layout=layout, sums=True))
-    for x, y in zip(same, gradients, strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-    axes = (0, 1) if layout == "BTNH" else (0, 2)
-    for got, gradient, heads in ((d_q_sum, same[0], 6), (d_v_sum, same[2], key_heads)):
-        assert got.dtype == jnp.float32 and got.shape == (heads, gradient.shape[-1])
-        assert relative_norm([got], [gradient.sum(axes)]) < 1e-6
-
-
 def test_float64_is_computed_in_float64():
     with jax.enable_x64(True):
         q, k, v, d_out = operands(dtype=jnp.float64)
@@ -100,9 +82,6 @@ def test_types_are_those_of_the_reference(dtype):
         rest = (q, k, v, *extra, *forward, d_out)
         backward = attention_backward_p.bind(*rest, **params())
         types = attention_backward_p.abstract_eval(*map(jax.typeof, rest), **params())[0]
-        assert tuple(map(jax.typeof, backward)) == types
-        backward = attention_backward_p.bind(*rest, **params(sums=True))
-        types = attention_backward_p.abstract_eval(*map(jax.typeof, rest), **params(sums=True))[0]
         assert tuple(map(jax.typeof, backward)) == types
 
 

@@ -74,7 +74,7 @@ def test_masks_and_other_devices():
         assert f"9.0, this is {capability / 10}" in reason
 
 
-def lowered(capability=90, layout="BTNH", causal=False, sums=False, **changes):
+def lowered(capability=90, layout="BTNH", causal=False, **changes):
     """The text of a backward pass that is lowered for CUDA."""
     shape = case(**changes).shape
     q = (shape.batch, shape.queries, shape.heads, shape.width)
@@ -85,12 +85,7 @@ def lowered(capability=90, layout="BTNH", causal=False, sums=False, **changes):
     types = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in (q, k, k, q, rows, q)]
     types[4] = jax.ShapeDtypeStruct(rows, jnp.float32)
     step = functools.partial(
-        attention_backward_p.bind,
-        scale=0.3,
-        causal=causal,
-        layout=layout,
-        capability=capability,
-        sums=sums,
+        attention_backward_p.bind, scale=0.3, causal=causal, layout=layout, capability=capability
     )
     return jax.jit(step).trace(*types).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -117,15 +112,6 @@ def test_lowers_to_the_kernel(layout):
 )
 def test_lowers_to_cudnn(changes):
     assert calls(lowered(**changes)) == (0, 1)
-
-
-@pytest.mark.cuda_lowering
-@pytest.mark.parametrize(("capability", "expected"), [(90, (1, 0)), (80, (0, 1))])
-def test_sums(capability, expected):
-    """The kernel gives those of each example; cuDNN's gradients are added up."""
-    text = lowered(capability=capability, sums=True)
-    assert calls(text) == expected
-    assert ("tensor<128x256x12x64xf32>" in text) == (capability == 80)
 
 
 @pytest.mark.cuda_lowering

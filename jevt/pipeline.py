@@ -29,6 +29,7 @@ from jevt.passes import (
     hoist_orders,
     inline,
     keep_derivatives,
+    key_sums,
     max_pools,
     merge_convolutions,
     one_hot,
@@ -136,7 +137,7 @@ def graph_passes(
 def _attention_passes(
     context: Context, note: Callable[[str], None]
 ) -> tuple[tuple[str, Pass], ...]:
-    """Passes that leave attention to cuDNN."""
+    """Passes that leave attention to cuDNN and to a kernel of ours."""
     return (
         # What depends on no input is known inside loops too.
         ("sink_constants", sink_constants.run),
@@ -214,6 +215,10 @@ def _splitting_passes(context: Context) -> tuple[tuple[str, Pass], ...]:
         # Products that read a concatenation become a product for each part of it.
         ("split_concatenations", functools.partial(split_concatenations.run, context=context)),
         # Slices of the same columns are one product; nobody reads the whole.
+        ("cse", cse.run),
+        ("dce", dce.run),
+        # Sums of keys' gradients over all tokens are 0.
+        ("key_sums", functools.partial(key_sums.run, context=context)),
         ("cse", cse.run),
         ("dce", dce.run),
         # XLA does not put large products together again that share an operand.

@@ -27,6 +27,10 @@ PATIENCE = 20.0
 #: Seconds that a copy into shared memory takes.
 _LATENCIES = (0, 1e-4, 5e-3)
 
+#: Seconds that a task waits after it has arrived at a barrier: what it should have done before is
+#: too late then.
+_DELAYS = (*[0] * 30, 1e-2)
+
 #: What is a thread's own: its program, and its products and copies under way.
 _own = threading.local()
 _changed = threading.Condition()
@@ -158,6 +162,7 @@ class _mbarrier:
     def arrive(barrier, pred=True):
         if pred:
             barrier.arrive(1)
+            time.sleep(_random.choice(_DELAYS))
 
     @staticmethod
     def expect(barrier, nbytes):
@@ -226,7 +231,7 @@ def _exp2(x):
         return np.exp2(x)
 
 
-def _store(pointer, value, mask):
+def _store(pointer, value, mask=True):
     if mask:
         pointer.array[pointer.offset] = value
 

@@ -14,6 +14,7 @@ times a coefficient; where all of that ends in one value, the value becomes one 
 coefficient behind a barrier: a barrier, because the partitioner would rather compute it again than
 write it, were the product stored in any case. Taken are coefficients that cost something, and that
 are made of the result of one product of the forward pass and of what is short. Left alone are those
+of 32 bits, whose products are cuBLAS's, so that the derivative would be one write more; those
 of what is in memory anyway, as a tanh's of its result, and those beside which what they are
 computed from would be read as before.
 
@@ -167,7 +168,7 @@ class _Program(Readers):
         late, full = self.depth[product], aval(found.end).size
         if self.depth[found.gradient] <= late or self.is_stored(product):
             return False
-        if aval(found.end).dtype.itemsize > aval(product).dtype.itemsize:
+        if not aval(found.end).dtype.itemsize == aval(product).dtype.itemsize == 2:
             return False
         large = {var for var in inside if aval(var).size == full}
         if not all(self._is_at_hand(var, late) for var in large):

@@ -87,18 +87,23 @@ def exactly(fun, args):
 
 
 @pytest.mark.parametrize("name", TAKEN)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_kept(name, dtype):
     fun = functools.partial(gradients, TAKEN[name])
-    with jax.enable_x64(dtype == "float64"):
-        args = arrays(dtype)
-        after = kept(before(fun, *args))
-        assert count(after, "optimization_barrier") == 1
-        ours, theirs = evaluate(after, *args), jax.jit(fun)(*args)
+    args = arrays(dtype)
+    after = kept(before(fun, *args))
+    assert count(after, "optimization_barrier") == 1
+    ours, theirs = evaluate(after, *args), jax.jit(fun)(*args)
     exact = exactly(fun, args)
-    limit = {"float32": 1e-5, "float64": 1e-10}.get(dtype, 2e-2)
     for mine, other in zip(errors(ours, exact), errors(theirs, exact), strict=True):
-        assert mine <= max(limit, 1.5 * other)
+        assert mine <= max(2e-2, 1.5 * other)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_wider_types_are_left_alone(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        jaxpr = before(functools.partial(gradients, gelu), *arrays(dtype))
+        assert kept(jaxpr) == jaxpr
 
 
 def test_the_backward_pass_only_multiplies():
@@ -198,10 +203,11 @@ def test_the_body_of_a_loop():
 
         return lax.scan(step, x, None, length=3)[0]
 
-    args = arrays(jnp.float32)
+    args = arrays()
     after = kept(before(fun, *args))
     assert count(after, "optimization_barrier") == 1
-    np.testing.assert_allclose(evaluate(after, *args)[0], jax.jit(fun)(*args), rtol=1e-5, atol=1e-5)
+    (error,) = errors(evaluate(after, *args), [np.asarray(jax.jit(fun)(*args), np.float64)])
+    assert error < 1e-2
 
 
 def calls(function, *args):
@@ -222,7 +228,8 @@ def test_time_is_proportional_to_the_number_of_layers():
         return jnp.square(x).sum()
 
     def deep(number):
-        return traced(jax.grad(functools.partial(layers, number)), *(np.ones((2, 2)),) * 2)
+        args = (jnp.ones((2, 2), jnp.bfloat16),) * 2
+        return traced(jax.grad(functools.partial(layers, number)), *args)
 
     few, many = (calls(kept, deep(number)) for number in (5, 40))
     assert many < 10 * few

@@ -16,6 +16,7 @@ from jevt.lowering.errors import NotFusible
 from jevt.lowering.products import Term
 from jevt_kernels import visitor
 from jevt_kernels.index_map import IndexMap
+from jevt_kernels.mainloops import terms
 from jevt_kernels.ops import compute_dtype
 
 
@@ -199,8 +200,8 @@ class Builder:
         self.env[eqn.outvars[0]] = Value(node, kept)
 
     def _contraction(self, eqn: JaxprEqn) -> None:
-        terms = rules.CONTRACTIONS[eqn.primitive](eqn)
-        found = [self._term(term, number, eqn) for number, term in enumerate(terms)]
+        asked = rules.CONTRACTIONS[eqn.primitive](eqn)
+        found = [self._term(term, number, eqn) for number, term in enumerate(asked)]
         (batch, left, right), axes = found[0].axes, found[0].result
         for other in found[1:]:
             for mine, theirs in zip(axes, other.result, strict=True):
@@ -229,9 +230,8 @@ class Builder:
         for left, right in (*product.contracted, *product.batch):
             unify(lhs.axes[left], rhs.axes[right], eqn.primitive.name)
         pairs = (*product.contracted, *product.batch)
-        node = visitor.Contract(
-            lhs.node, rhs.node, f"k{number or ''}", product.dtype, product.precision
-        )
+        over = terms.axes(number + 1)[-1]
+        node = visitor.Contract(lhs.node, rhs.node, over, product.dtype, product.precision)
         return _Term(
             self.add(node),
             product.dtype,

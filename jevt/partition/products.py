@@ -116,7 +116,7 @@ def position(jaxpr: Jaxpr) -> int | None:
 def cublas_us(eqn: JaxprEqn, device: Device) -> float:
     """The product alone, left to XLA; of a sum, each product with what is added up so far."""
     if eqn.primitive is product_sum_p:
-        *added, last = apart(eqn)
+        *added, last = addends(eqn)
         sums = len(added) * nbytes(last.outvars[0].aval) / device.bytes_per_us
         return sums + sum(cublas_us(each, device) for each in (*added, last))
     size = Size.of(eqn)
@@ -143,7 +143,7 @@ def kernel_us(jaxpr: Jaxpr, device: Device) -> float:
     return max(busy, moved / device.bytes_per_us) + device.triton_launch_us
 
 
-def apart(eqn: JaxprEqn) -> list[JaxprEqn]:
+def addends(eqn: JaxprEqn) -> list[JaxprEqn]:
     """The products of a sum, each as an equation of its own that has the sum's result."""
     params = dict(eqn.params)
     numbers = params.pop("dimension_numbers")

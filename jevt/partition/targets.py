@@ -168,9 +168,9 @@ def _trivial(jaxpr: Jaxpr, parts: Sequence[Node], context: Context) -> str:
         return "cost model: only views, no arithmetic"
     if all(part.size <= 1 for part in parts):
         return "cost model: scalars only"
-    alone = kinds <= {"view", "source", "contraction"} and not products.is_sum(jaxpr)
-    alone = alone and not products.is_padded(jaxpr)
-    if alone and chooses(context):
+    alone = kinds <= {"view", "source", "contraction"}
+    special = products.is_sum(jaxpr) or products.is_padded(jaxpr)
+    if alone and not special and chooses(context):
         return "cost model: a matrix product alone is cuBLAS's"
     return ""
 

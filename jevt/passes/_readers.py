@@ -10,7 +10,7 @@ from jevt.lowering.errors import NotFusible
 from jevt.lowering.rules import classify
 from jevt.partition.graph import uses
 from jevt.passes._facts import shape_of
-from jevt.passes._rules import Abandon, check_same_mesh
+from jevt.passes._rules import on_same_mesh
 from jevt.primitives.attention import attention_backward_p, attention_p
 from jevt.primitives.row_products import row_products_p
 from jevt.primitives.segments import fused_segment_sum_p, segment_sum_p
@@ -63,9 +63,10 @@ def is_call(eqn: JaxprEqn) -> bool:
 def has_known_cost(product: JaxprEqn) -> bool:
     """Whether a product has elements, types whose cost is known, and is not sharded."""
     try:
-        check_same_mesh(product.invars)
         classify(product)
-    except (Abandon, NotFusible):
+    except NotFusible:
+        return False
+    if not on_same_mesh(product.invars):
         return False
     if any(0 in shape_of(atom) for atom in (*product.invars, *product.outvars)):
         return False

@@ -155,7 +155,7 @@ class Access:
             )
         moved = transposed(graph.reshape(indices, self.indices), self.order, graph)
         if np.dtype(moved.aval.dtype).itemsize < 4:  # type: ignore[attr-defined]
-            moved = convert(moved, _INT32, graph)
+            moved = graph.convert(moved, _INT32)
         aval: Any = moved.aval
         if mode == Mode.CLIP:
             last = graph.literal(self.rows - 1, aval)
@@ -164,7 +164,7 @@ class Access:
             low = -1 if np.issubdtype(aval.dtype, np.signedinteger) else 0
             bounds = graph.literal(low, aval), graph.literal(self.rows, aval)
             moved = graph.emit(p.clamp_p, bounds[0], moved, bounds[1])
-        moved = convert(moved, _INT32, graph)
+        moved = graph.convert(moved, _INT32)
         if self.batch:
             moved = self._of_all_tables(moved, mode, graph)
         return graph.reshape(moved, (self.count,))
@@ -282,12 +282,3 @@ def transposed(atom: Atom, order: Sequence[int], graph: Graph) -> Atom:
     if permutation == tuple(range(len(permutation))):
         return atom
     return graph.emit(p.transpose_p, atom, permutation=permutation)
-
-
-def convert(atom: Atom, dtype: Any, graph: Graph) -> Atom:
-    aval: Any = atom.aval
-    if aval.dtype == dtype:
-        return atom
-    return graph.emit(
-        p.convert_element_type_p, atom, new_dtype=np.dtype(dtype), weak_type=False, sharding=None
-    )

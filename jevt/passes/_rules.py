@@ -139,6 +139,19 @@ class Graph(Knowledge):
             return atom
         return self.emit(p.reshape_p, atom, new_sizes=tuple(shape), dimensions=None, sharding=None)
 
+    def convert(self, atom: Atom, dtype: Any) -> Atom:
+        """``atom`` in a type."""
+        aval: Any = atom.aval
+        if aval.dtype == dtype:
+            return atom
+        return self.emit(
+            p.convert_element_type_p,
+            atom,
+            new_dtype=np.dtype(dtype),
+            weak_type=False,
+            sharding=None,
+        )
+
     def dot_general(
         self,
         lhs: Atom,
@@ -217,15 +230,20 @@ class Graph(Knowledge):
 
 
 def check_same_mesh(operands: Sequence[Atom]) -> None:
-    """Raises :class:`Abandon` for operands that one equation does not take together.
+    """Raises :class:`Abandon` for operands that one equation does not take together."""
+    if not on_same_mesh(operands):
+        raise Abandon
+
+
+def on_same_mesh(operands: Sequence[Atom]) -> bool:
+    """Whether one equation takes operands together that is not the user's.
 
     Under automatic or explicit sharding, and between values that vary over different axes of a
     ``shard_map``, an equation that is not the user's may need casts or shardings that only JAX's
     own functions choose.
     """
     meshes = {_mesh(a.aval) for a in operands}
-    if len(meshes) > 1 or any(not is_empty for _, is_empty in meshes):
-        raise Abandon
+    return len(meshes) <= 1 and all(is_empty for _, is_empty in meshes)
 
 
 def _mesh(aval: Any) -> tuple[frozenset[Any], bool]:

@@ -19,7 +19,7 @@ from jax.lax import GatherScatterMode as Mode
 from jevt._jaxpr import Atom
 from jevt.passes import _rows
 from jevt.passes._facts import is_float, shape_of
-from jevt.passes._rows import Access, Layout, convert, transposed
+from jevt.passes._rows import Access, Layout, transposed
 from jevt.passes._rules import Graph
 from jevt_kernels.ops import compute_dtype
 
@@ -202,7 +202,7 @@ def rounded(table: Atom, casts: tuple[Any, ...], graph: Graph) -> Atom:
     sizes = [np.dtype(d).itemsize for d in (aval.dtype, *reversed(casts))]
     narrowing = [i for i in range(1, len(sizes)) if sizes[i] < sizes[i - 1]]
     for cast in tuple(reversed(casts))[: narrowing[-1] if narrowing else 0]:
-        table = convert(table, cast, graph)  # the same numbers, rounded once a row of the table
+        table = graph.convert(table, cast)  # the same numbers, rounded once a row of the table
     return table
 
 
@@ -284,7 +284,7 @@ def weight_of(
         order = sorted(range(len(own)), key=lambda i: target.index(own[i][0]))
         dense = transposed(dense, order, graph)
         if several or factor.inverse:
-            dense = convert(dense, wide, graph)
+            dense = graph.convert(dense, wide)
         if factor.inverse:
             one = graph.full(graph.literal(1, dense.aval), shape_of(dense))
             dense = graph.emit(p.div_p, one, dense)

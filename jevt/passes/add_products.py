@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Var
@@ -39,11 +39,9 @@ from jevt.passes._facts import shape_of
 from jevt.passes._readers import Readers, has_known_cost
 from jevt.passes._replace import Replacements, replace
 from jevt.passes._rewrite import read
-from jevt.passes._rules import Abandon, Graph, check_same_mesh
+from jevt.passes._rules import Graph, on_same_mesh
 from jevt.primitives.product_sum import product_sum_p
-
-#: Products of one sum at most.
-MOST = 8
+from jevt_kernels.mainloops.terms import MOST_TERMS
 
 
 def run(jaxpr: Jaxpr, context: Context) -> Jaxpr:
@@ -58,9 +56,9 @@ def _replacements(jaxpr: Jaxpr, context: Context, outermost: bool) -> Replacemen
     for eqn in jaxpr.eqns:
         if not _is_sum(eqn) or _inside_another(eqn, readers):
             continue
-        sum_ = _sum(eqn, readers)
-        if any(together.pays(context.device) for together in sum_.products):
-            result[eqn.outvars[0]] = functools.partial(_emit, sum_, context.device)
+        terms = _terms(eqn, readers, context.device)
+        if any(isinstance(term, _Together) for term in terms):
+            result[eqn.outvars[0]] = functools.partial(_emit, eqn, terms)
     return result
 
 
@@ -73,13 +71,11 @@ class _Together:
     def pays(self, device: Device) -> bool:
         """Whether they may be, and one kernel is predicted to be faster."""
         *others, last = self.eqns
-        try:
-            check_same_mesh([a for eqn in self.eqns for a in eqn.invars])
-        except Abandon:
+        if not others or not on_same_mesh([a for eqn in self.eqns for a in eqn.invars]):
             return False
         passed = 2 * nbytes(last.outvars[0].aval) / device.bytes_per_us
         apart = sum(cublas_us(eqn, device) + passed for eqn in others) + mainloop_us(last, device)
-        return bool(others) and apart > mainloop_us(self._whole(), device)
+        return apart > mainloop_us(self._whole(), device)
 
     def _whole(self) -> JaxprEqn:
         first = self.eqns[0]
@@ -103,27 +99,13 @@ class _Together:
         return graph.emit(product_sum_p, *operands, **self._params())
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sum:
-    """A sum: the equation that completes it, its products by what they agree in, and the rest."""
-
-    eqn: JaxprEqn
-    products: tuple[_Together, ...]
-    others: tuple[Atom, ...]
-
-
-def _emit(sum_: _Sum, device: Device, graph: Graph) -> Atom:
-    terms: list[Atom] = []
-    for together in sum_.products:
-        if together.pays(device):
-            terms.append(together.emit(graph))
-        else:
-            terms += [read(graph.env, eqn.outvars[0]) for eqn in together.eqns]
-    terms += [read(graph.env, a) for a in sum_.others]
-    graph.place(sum_.eqn)
-    total = terms[0]
-    for term in terms[1:]:
-        total = graph.emit(p.add_p, total, term)
+def _emit(eqn: JaxprEqn, terms: Sequence[_Together | Atom], graph: Graph) -> Atom:
+    """A sum of what is multiplied together and of other values."""
+    values = [t.emit(graph) if isinstance(t, _Together) else read(graph.env, t) for t in terms]
+    graph.place(eqn)
+    total = values[0]
+    for value in values[1:]:
+        total = graph.emit(p.add_p, total, value)
     return total
 
 
@@ -144,8 +126,8 @@ def _adds_once(reader: JaxprEqn, var: Var) -> bool:
     return _is_sum(reader) and reader.invars.count(var) == 1
 
 
-def _sum(eqn: JaxprEqn, readers: Readers) -> _Sum:
-    """What a sum adds up, with the sums that are only a part of it."""
+def _terms(eqn: JaxprEqn, readers: Readers, device: Device) -> list[_Together | Atom]:
+    """What a sum adds up, with the sums that are only a part of it; products first."""
     alike: dict[Hashable, list[JaxprEqn]] = {}
     others: list[Atom] = []
     stack = list(reversed(eqn.invars))
@@ -160,12 +142,13 @@ def _sum(eqn: JaxprEqn, readers: Readers) -> _Sum:
             alike.setdefault(_key(maker), []).append(maker)
         else:
             others.append(atom)
-    products = [
-        _Together(tuple(found[i : i + MOST]))
-        for found in alike.values()
-        for i in range(0, len(found), MOST)
-    ]
-    return _Sum(eqn, tuple(products), tuple(others))
+    products: list[_Together | Atom] = []
+    for found in alike.values():
+        for i in range(0, len(found), MOST_TERMS):
+            together = _Together(tuple(found[i : i + MOST_TERMS]))
+            one = together.pays(device)
+            products += [together] if one else [each.outvars[0] for each in together.eqns]
+    return [*products, *others]
 
 
 def _is_read_once(atom: Atom, readers: Readers) -> bool:

@@ -44,7 +44,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 from jevt._context import Context, Device
 from jevt.passes import cse, dce
 from jevt.passes._rewrite import map_bodies, once, rebuild, substitute
-from jevt.passes._rules import Abandon, Graph, check_same_mesh
+from jevt.passes._rules import Graph, on_same_mesh
 from jevt.passes.chunks import cut, policy
 from jevt.passes.chunks.region import Head, Obstacle, Region
 from jevt.passes.chunks.search import Found, eased, look
@@ -147,11 +147,8 @@ def _rewritten(region: Region, rows: int) -> Jaxpr:
       Obstacle: that would change the order of effects, or arrays are sharded.
     """
     program = region.program
-    try:
-        for var, _ in region.leaves():
-            check_same_mesh([var])
-    except Abandon:
-        raise Obstacle("arrays are sharded") from None
+    if not all(on_same_mesh([var]) for var, _ in region.leaves()):
+        raise Obstacle("arrays are sharded")
     ready = max((program.maker.get(var, 0) for var, _ in region.leaves()), default=0)
     inside = set(region.inside) - region.copied
     graph = Graph(program.jaxpr, {})

@@ -55,7 +55,7 @@ from jevt.passes._facts import is_float, shape_of
 from jevt.passes._readers import Readers
 from jevt.passes._replace import Replacements, replace
 from jevt.passes._rewrite import read
-from jevt.passes._rules import Abandon, Graph, check_same_mesh
+from jevt.passes._rules import Graph, on_same_mesh
 
 #: Operations an element that a coefficient costs at least.
 _LEAST_OPERATIONS = 8
@@ -252,9 +252,7 @@ def _is_linear(
         return False
     if not is_float(eqn.outvars[0].aval) or eqn.params.get("out_dtype") is not None:
         return False
-    try:
-        check_same_mesh(eqn.invars)
-    except Abandon:
+    if not on_same_mesh(eqn.invars):
         return False
     linear = [isinstance(a, Var) and a in known for a in eqn.invars]
     if eqn.primitive in (p.add_p, p.sub_p):
@@ -271,10 +269,7 @@ def _emit(found: _Linear, graph: Graph) -> Atom:
         graph.place(eqn)
         coefficients[eqn.outvars[0]] = _coefficient(eqn, coefficients, graph)
     graph.place(found.eqns[-1])
-    gradient = read(graph.env, found.gradient)
-    type_ = aval(found.end).dtype
-    if aval(gradient).dtype != type_:
-        gradient = _converted(gradient, type_, graph)
+    gradient = graph.convert(read(graph.env, found.gradient), aval(found.end).dtype)
     coefficient = coefficients[found.end]
     assert coefficient is not None  # it costs something
     return graph.mul(gradient, graph.barrier(coefficient))
@@ -293,7 +288,7 @@ def _coefficient(eqn: JaxprEqn, known: Mapping[Var, Atom | None], graph: Graph) 
     first, *rest = eqn.invars
     if eqn.primitive is p.convert_element_type_p:
         inner = of(first)
-        return None if inner is None else _converted(inner, type_, graph)
+        return None if inner is None else graph.convert(inner, type_)
     if eqn.primitive is p.neg_p:
         inner = of(first)
         return number(-1.0) if inner is None else graph.emit(p.neg_p, inner)
@@ -308,9 +303,3 @@ def _coefficient(eqn: JaxprEqn, known: Mapping[Var, Atom | None], graph: Graph) 
         return graph.emit(p.div_p, number(1.0) if inner is None else inner, read(graph.env, second))
     one, other = (number(1.0) if (c := of(a)) is None else c for a in (first, second))
     return graph.emit(eqn.primitive, one, other)
-
-
-def _converted(atom: Atom, dtype: object, graph: Graph) -> Atom:
-    return graph.emit(
-        p.convert_element_type_p, atom, new_dtype=dtype, weak_type=False, sharding=None
-    )

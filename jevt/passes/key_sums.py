@@ -39,7 +39,7 @@ from jevt.passes._ranges import factors_of, is_view, seen, unsplit
 from jevt.passes._readers import Readers
 from jevt.passes._replace import Replacements, replace
 from jevt.passes._rewrite import read
-from jevt.passes._rules import Abandon, Graph, check_same_mesh
+from jevt.passes._rules import Graph, on_same_mesh
 from jevt.primitives.attention import attention_backward_p
 
 _FLOAT = np.dtype("float32")
@@ -68,11 +68,7 @@ def _replacements(jaxpr: Jaxpr, context: Context, outermost: bool) -> Replacemen
 def _are_alike(eqn: JaxprEqn) -> bool:
     """Whether the gradients of queries and keys are arrays of one shape, on one device."""
     d_q, d_k, _ = eqn.outvars
-    try:
-        check_same_mesh(eqn.invars)
-    except Abandon:
-        return False
-    return shape_of(d_q) == shape_of(d_k)
+    return on_same_mesh(eqn.invars) and shape_of(d_q) == shape_of(d_k)
 
 
 @dataclasses.dataclass(frozen=True)

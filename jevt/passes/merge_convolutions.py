@@ -45,16 +45,16 @@ layer.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from jax.extend.core import Jaxpr, JaxprEqn, Var
+from jax.extend.core import Jaxpr, Var
 
 from jevt._context import Context, Device
 from jevt._jaxpr import Atom
 from jevt.passes._gather import gathered
 from jevt.passes._readers import Readers
 from jevt.passes._replace import Replacements, replace
-from jevt.passes._rules import Abandon, Graph, check_same_mesh
+from jevt.passes._rules import Graph, on_same_mesh
 from jevt.passes.merged_convolutions.match import Merged, alike
 from jevt.passes.merged_convolutions.price import joined
 from jevt.passes.merged_convolutions.write import Writer
@@ -83,18 +83,10 @@ def _replacements(jaxpr: Jaxpr, context: Context, outermost: bool) -> Replacemen
 
 def _found(jaxpr: Jaxpr, device: Device) -> list[tuple[Merged, list[int]]]:
     """Convolutions that are faster as one, and their positions."""
-    classes = [eqns for eqns in alike(jaxpr) if _on_one_device(eqns)]
+    classes = [e for e in alike(jaxpr) if on_same_mesh([a for eqn in e for a in eqn.invars])]
     if not classes:
         return []
     readers = Readers(jaxpr)
     positions = {id(eqn): place for place, eqn in enumerate(jaxpr.eqns)}
     found = [merged for eqns in classes for merged in joined(eqns, readers, device)]
     return [(merged, [positions[id(eqn)] for eqn in merged.eqns]) for merged in found]
-
-
-def _on_one_device(eqns: Sequence[JaxprEqn]) -> bool:
-    try:
-        check_same_mesh([atom for eqn in eqns for atom in eqn.invars])
-    except Abandon:
-        return False
-    return True

@@ -137,20 +137,7 @@ def _counts(atom: Atom, axis: int, graph: Graph) -> bool:
 def _widened(index: Atom, graph: Graph) -> Atom:
     """The positions in a type that holds every position of a row."""
     aval: Any = index.aval
-    return index if aval.dtype.itemsize >= 4 else _as_int32(index, graph)
-
-
-def _as_int32(index: Atom, graph: Graph) -> Atom:
-    aval: Any = index.aval
-    if aval.dtype == np.int32:
-        return index
-    return graph.emit(
-        p.convert_element_type_p,
-        index,
-        new_dtype=np.dtype(np.int32),
-        weak_type=False,
-        sharding=None,
-    )
+    return index if aval.dtype.itemsize >= 4 else graph.convert(index, np.int32)
 
 
 def _clamped(index: Atom, size: int, graph: Graph) -> Atom:
@@ -179,7 +166,7 @@ def _gather(eqn: JaxprEqn, graph: Graph) -> Atom | None:
         return None
     size = shape[-1]
     if mode == Mode.FILL_OR_DROP:
-        index = _as_int32(index, graph)  # as JAX does
+        index = graph.convert(index, np.int32)  # as JAX does
     elif mode in (Mode.CLIP, Mode.PROMISE_IN_BOUNDS):
         index = _clamped(_widened(index, graph), size, graph)
     else:

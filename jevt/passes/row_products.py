@@ -34,7 +34,7 @@ from jax.lax import GatherScatterMode as Mode
 from jevt._jaxpr import Atom
 from jevt.passes import _rows, _terms
 from jevt.passes._facts import is_float, shape_of
-from jevt.passes._rows import Access, Layout, convert, transposed
+from jevt.passes._rows import Access, Layout, transposed
 from jevt.passes._rules import Graph, rewrite
 from jevt.passes.segment_sums import MIN_UPDATES
 from jevt.primitives.row_products import row_products_p
@@ -128,7 +128,7 @@ def _product(
     weight = _terms.weight_of(tuple(found.factors), layout, shape, out.dtype, graph)
     if weight is not None:
         size = (layout.count, heads)
-        weight = convert(weight, out.dtype, graph)
+        weight = graph.convert(weight, out.dtype)
         total = graph.mul(total, graph.broadcast(weight, size, range(len(shape_of(weight)))))
     target = (*layout.positions, *kept)
     total = graph.reshape(total, tuple(shape[a] for a in target))

@@ -46,7 +46,7 @@ from jevt._jaxpr import Atom
 from jevt.passes import _rows, _terms, masked_lookups
 from jevt.passes._facts import shape_of
 from jevt.passes._remarks import Note, Remarks
-from jevt.passes._rows import convert, transposed
+from jevt.passes._rows import transposed
 from jevt.passes._rules import Graph, Rule, rewrite
 from jevt.primitives.segments import (
     segment_blocks_p,
@@ -176,7 +176,7 @@ class _Run:
         terms = _terms.Terms(
             graph.reshape(table, (sizes[contracted], width)), columns, data, fills=True
         )
-        bounds = convert(indptr, np.dtype("int32"), graph)
+        bounds = graph.convert(indptr, np.dtype("int32"))
         total = self._sum(bounds, (), edges, terms, out.dtype, graph)
         return graph.reshape(total, out.shape)
 
@@ -213,10 +213,10 @@ def _counted(bounds: Atom, number: Any, shape: tuple[int, int], dtype: Any, grap
         for i in (1, 0)
     ]
     wide = np.dtype("float64") if dtype == np.float64 else np.dtype("float32")
-    count = convert(graph.emit(p.sub_p, *ends), wide, graph)
+    count = graph.convert(graph.emit(p.sub_p, *ends), wide)
     if number != 1:
         count = graph.mul(count, graph.full(graph.literal(number, count.aval), (rows,)))
-    return graph.broadcast(convert(count, dtype, graph), shape, (0,))
+    return graph.broadcast(graph.convert(count, dtype), shape, (0,))
 
 
 def _permuted(values: Atom, order: tuple[Atom, ...], graph: Graph) -> Atom:

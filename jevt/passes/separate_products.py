@@ -52,7 +52,7 @@ from jevt.passes._ranges import factors_of, is_view, seen, unsplit
 from jevt.passes._readers import Readers, has_known_cost
 from jevt.passes._replace import Replacements, replace
 from jevt.passes._rewrite import read
-from jevt.passes._rules import Abandon, Graph, check_same_mesh
+from jevt.passes._rules import Graph, on_same_mesh
 
 #: Least bytes that a large product reads and writes.
 LEAST_BYTES = 32 << 20
@@ -120,11 +120,11 @@ class _Operand:
 
     def is_large(self) -> bool:
         """Whether joining its product costs more than it saves; not where that is not known."""
-        try:
-            check_same_mesh([*self.product.invars, self.source])
-        except Abandon:
-            return False
-        return has_known_cost(self.product) and Size.of(self.product).moved > LEAST_BYTES
+        return (
+            on_same_mesh([*self.product.invars, self.source])
+            and has_known_cost(self.product)
+            and Size.of(self.product).moved > LEAST_BYTES
+        )
 
 
 class _Barriers:

@@ -68,7 +68,7 @@ from jevt.passes._ranges import Ranges, factors_of, free_axes, is_view, seen, un
 from jevt.passes._readers import Readers, has_known_cost, is_call, is_in_order
 from jevt.passes._replace import Replacements, replace
 from jevt.passes._rewrite import read
-from jevt.passes._rules import Abandon, Graph, check_same_mesh
+from jevt.passes._rules import Graph, on_same_mesh
 from jevt.passes.separate_products import LEAST_BYTES
 
 #: Fewest columns of a part.
@@ -173,13 +173,8 @@ class _Joined:
 
     def may_be_split(self) -> bool:
         """Whether everything that reads it can read its parts as they are in memory."""
-        try:
-            check_same_mesh(
-                [*self.eqn.invars, *(a for way in self.ways for a in way.reader.invars)]
-            )
-        except Abandon:
-            return False
-        return all(self._takes_parts(way) for way in self.ways)
+        others = [a for way in self.ways for a in way.reader.invars]
+        return on_same_mesh([*self.eqn.invars, *others]) and all(map(self._takes_parts, self.ways))
 
     def _takes_parts(self, way: _Way) -> bool:
         if not way.is_product:

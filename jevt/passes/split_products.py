@@ -49,7 +49,7 @@ from jevt.passes._parts import Part, follow
 from jevt.passes._ranges import is_view
 from jevt.passes._readers import Readers, has_known_cost, is_call, is_in_order
 from jevt.passes._replace import Replacements, replace
-from jevt.passes._rules import Abandon, check_same_mesh
+from jevt.passes._rules import on_same_mesh
 from jevt.passes.separate_products import LEAST_BYTES
 
 #: Fewest columns of a part.
@@ -133,9 +133,7 @@ def _is_folded(part: Part, readers: _Slices) -> bool:
     values = {v for eqn in part.chain for v in eqn.outvars}
     operands = [a for eqn in part.chain[1:] for a in eqn.invars]
     others = [a for a in operands if not isinstance(a, Var) or a not in values]
-    try:
-        check_same_mesh([*part.product.invars, *others])
-    except Abandon:
+    if not on_same_mesh([*part.product.invars, *others]):
         return False
     columns = Size.of(part.product).batch * part.all_columns
     return all(readers.elements(a) <= columns for a in others)

@@ -87,15 +87,6 @@ def _product(index: Atom, updates: Atom, out: Any, graph: Graph) -> Atom:
     chosen = graph.emit(p.eq_p, row, graph.broadcast(index, shape, (1,)))
     highest = (Precision.HIGHEST, Precision.HIGHEST)
     precision = highest if out.dtype == np.float32 else None
-    left = _convert(chosen, out.dtype, graph)
+    left = graph.convert(chosen, out.dtype)
     total = graph.dot_general(left, updates, ((1,), (0,)), np.float32, precision)
-    return graph.reshape(_convert(total, out.dtype, graph), out.shape)
-
-
-def _convert(atom: Atom, dtype: Any, graph: Graph) -> Atom:
-    aval: Any = atom.aval
-    if aval.dtype == dtype:
-        return atom
-    return graph.emit(
-        p.convert_element_type_p, atom, new_dtype=dtype, weak_type=False, sharding=None
-    )
+    return graph.reshape(graph.convert(total, out.dtype), out.shape)

@@ -81,7 +81,9 @@ class Emitter:
         d_q, d_k, d_v = self._equation(attention_backward_p, operands, params, source)
         if self.blind is not None and "d_v" in roles.results:
             aval: Any = d_v.aval
-            d_v = self.graph.emit(p.add_p, d_v, self._cast(self._through_means(d_out), aval))
+            d_v = self.graph.emit(
+                p.add_p, d_v, self.graph.convert(self._through_means(d_out), aval.dtype)
+            )
         self._result("d_q", d_q, how.of_queries(how.width))
         self._result("d_k", d_k, how.of_keys(how.width))
         self._result("d_v", d_v, how.of_keys(how.value_width))
@@ -135,15 +137,9 @@ class Emitter:
         for position in self.match.replaced(part):
             (out,) = self.match.region.program.eqns[position].outvars
             moved = self._moved(value, have, [self.match.labels.of(out)])
-            self.graph.env[out] = self._cast(self.graph.reshape(moved, shape_of(out)), out.aval)
-
-    def _cast(self, value: Atom, like: Any) -> Atom:
-        aval: Any = value.aval
-        if aval.dtype == like.dtype:
-            return value
-        return self.graph.emit(
-            p.convert_element_type_p, value, new_dtype=like.dtype, weak_type=False, sharding=None
-        )
+            moved = self.graph.reshape(moved, shape_of(out))
+            like: Any = out.aval
+            self.graph.env[out] = self.graph.convert(moved, like.dtype)
 
     def _bias(self) -> list[Atom]:
         """What is added to the scores, as one array ``[1 or B, 1 or N, T, S]`` of q's type."""
@@ -166,7 +162,7 @@ class Emitter:
             total = bias if total is None else graph.emit(p.add_p, total, bias)
         if total is not None:
             total = graph.emit(p.max_p, total, self._full(LOWEST, total))
-            total = self._cast(total, q_type)
+            total = self.graph.convert(total, q_type.dtype)
         mask = self._mask(order)
         if mask is not None:
             low = self._full(lowest, mask, q_type)
@@ -225,7 +221,9 @@ class Emitter:
         axes = how.of_queries(how.value_width)
         mean = self._mean(v, how.of_keys(how.value_width), how.keys, axes)
         aval: Any = out.aval
-        return self.graph.emit(p.select_n_p, self._blind_like(out), out, self._cast(mean, aval))
+        return self.graph.emit(
+            p.select_n_p, self._blind_like(out), out, self.graph.convert(mean, aval.dtype)
+        )
 
     def _blind_like(self, array: Atom) -> Atom:
         """Whether a query sees no key, repeated to an array like out."""
@@ -245,7 +243,9 @@ class Emitter:
         names = [name for axis in have for name in axis]
         aval: Any = array.aval
         wide = aval.update(dtype=np.promote_types(aval.dtype, np.float32))
-        total = self.graph.reshape(self._cast(array, wide), [name.size for name in names])
+        total = self.graph.reshape(
+            self.graph.convert(array, wide.dtype), [name.size for name in names]
+        )
         axes = tuple(i for i, name in enumerate(names) if name in gone)
         total = self.graph.emit(p.reduce_sum_p, total, axes=axes, out_sharding=None)
         total = self.graph.mul(total, self._full(1 / size(self.how.keys), total))

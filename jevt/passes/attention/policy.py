@@ -12,7 +12,7 @@ from jax.extend.core import Var
 from jax.extend.core import primitives as p
 
 from jevt._jaxpr import Atom
-from jevt.passes._rules import Abandon, check_same_mesh
+from jevt.passes._rules import on_same_mesh
 from jevt.passes.attention.arrange import arrange
 from jevt.passes.attention.match import Match
 from jevt.passes.attention.operations import VIEWS, NoMatch
@@ -45,10 +45,8 @@ def check(match: Match, obstacle: Callable[[Case], str]) -> None:
         raise NoMatch(reason)
     if _is_narrow(dtype):
         _check_roundings(match)
-    try:
-        check_same_mesh([use.root for use in uses])
-    except Abandon:
-        raise NoMatch("operands vary over different axes of a mesh") from None
+    if not on_same_mesh([use.root for use in uses]):
+        raise NoMatch("operands vary over different axes of a mesh")
     places(match)
 
 

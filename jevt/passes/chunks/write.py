@@ -29,7 +29,7 @@ from jevt.passes._rewrite import read
 from jevt.passes._rules import Graph
 from jevt.passes.chunks.region import Region
 from jevt.passes.chunks.rows import RULES, Call, Span, accumulator, closing_call, merged
-from jevt.passes.raising.write import number, to_type
+from jevt.passes.raising.write import number
 
 
 def write(region: Region, rows: int, graph: Graph) -> None:
@@ -83,7 +83,7 @@ class _Loop:
 
     def _stand_for(self, var: Var, atom: Atom) -> None:
         aval: Any = var.aval
-        value = to_type(atom, aval.dtype, self.graph)
+        value = self.graph.convert(atom, aval.dtype)
         if aval.weak_type and var in self.region.program.outputs:
             params = {"new_dtype": aval.dtype, "weak_type": True, "sharding": None}
             value = self.graph.emit(p.convert_element_type_p, value, **params)
@@ -207,10 +207,10 @@ def _added(
     dtype = accumulator(eqn.outvars[0])
     call, made = closing_call(eqn, spans, dtype)
     if eqn.primitive is p.reduce_sum_p:
-        operands = [to_type(atom, dtype, graph) for atom in operands]
+        operands = [graph.convert(atom, dtype) for atom in operands]
     out = Var(_like(eqn.outvars[0], shape_of(eqn.outvars[0]), made))
     _emit(graph, eqn, call, operands, [out])
-    return graph.emit(p.add_p, total, to_type(out, dtype, graph))
+    return graph.emit(p.add_p, total, graph.convert(out, dtype))
 
 
 def _emit(

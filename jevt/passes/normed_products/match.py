@@ -22,7 +22,7 @@ from jevt._jaxpr import Atom, aval
 from jevt.passes._facts import shape_of
 from jevt.passes._ranges import free_axes
 from jevt.passes._readers import Readers, has_known_cost
-from jevt.passes._rules import Abandon, check_same_mesh
+from jevt.passes._rules import on_same_mesh
 from jevt.primitives.norms import norm_gradient_p, norm_statistics_p, varies
 
 _BFLOAT16, _FLOAT32 = np.dtype(jnp.bfloat16), np.dtype("float32")
@@ -105,11 +105,7 @@ def _found(statistics: JaxprEqn, readers: Readers) -> NormedProduct | None:
     if g is None or pair is None:
         return None
     found = NormedProduct(product, statistics, gradient, g, *pair)
-    try:
-        check_same_mesh([found.x, found.w, g, *found.scales])
-    except Abandon:
-        return None
-    return found
+    return found if on_same_mesh([found.x, found.w, g, *found.scales]) else None
 
 
 def _product(wide: Atom, readers: Readers) -> JaxprEqn | None:

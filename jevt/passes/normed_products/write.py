@@ -18,7 +18,7 @@ from jevt.passes._facts import shape_of
 from jevt.passes._rewrite import barrier, read, substitute
 from jevt.passes._rules import Graph
 from jevt.passes.normed_products.match import NormedProduct, side_of
-from jevt.passes.raising.write import number, to_type
+from jevt.passes.raising.write import number
 
 _BFLOAT16, _FLOAT32 = np.dtype(jnp.bfloat16), np.dtype("float32")
 
@@ -55,7 +55,7 @@ class Writer:
         """Σ x, [C], and Σ (x - mean)(x - mean)ᵀ, [C, C], over the rows of x."""
         rows = self._found.rows
         x = read(graph.env, self._found.x)
-        total = _sum(to_type(x, _FLOAT32, graph), rows, graph)
+        total = _sum(graph.convert(x, _FLOAT32), rows, graph)
         squares = graph.dot_general(x, x, (rows, rows), _FLOAT32, None)
         total, squares = _apart([total, squares], graph)
         (size,) = shape_of(total)
@@ -69,7 +69,7 @@ class Writer:
         graph.place(eqn)
         g, x = read(graph.env, found.g), read(graph.env, found.x)
         rows = tuple(range(len(shape_of(g)) - 1))
-        sum_g = _sum(to_type(g, _FLOAT32, graph), rows, graph)
+        sum_g = _sum(graph.convert(g, _FLOAT32), rows, graph)
         sides = [(x, found.rows), (g, rows)][:: -1 if matrix.inner_axis else 1]
         (left, right), contracted = zip(*sides, strict=True)
         xg = graph.dot_general(left, right, contracted, _FLOAT32, None)
@@ -79,7 +79,7 @@ class Writer:
         sum_gc = matrix.sum(graph.mul(matrix.w(graph), self._xg), graph)
         self._scale = rstd
         for scale in found.scales:
-            wide = to_type(read(graph.env, scale), _FLOAT32, graph)
+            wide = graph.convert(read(graph.env, scale), _FLOAT32)
             self._scale = graph.mul(self._scale, graph.reshape(wide, shape_of(rstd)))
         self._slope = graph.mul(graph.emit(p.square_p, rstd), self._over_m(sum_gc, graph))
         dy, *sums = eqn.outvars
@@ -93,7 +93,7 @@ class Writer:
         along_y = graph.mul(matrix.outer(self._slope, graph), self._xy)
         result = graph.emit(p.sub_p, self._xg, along_y)
         result = graph.mul(matrix.outer(self._scale, graph), result)
-        result = to_type(result, aval(eqn.outvars[0]).dtype, graph)
+        result = graph.convert(result, aval(eqn.outvars[0]).dtype)
         if side_of(eqn, found.x) == matrix.inner_axis:
             return result
         return graph.emit(p.transpose_p, result, permutation=(1, 0))
@@ -108,9 +108,9 @@ class Writer:
         graph.place(eqn)
         w = matrix.w(graph)
         a = _rounded(graph.mul(w, matrix.outer(self._scale, graph)), graph)
-        narrow = to_type(a, _BFLOAT16, graph)
+        narrow = graph.convert(a, _BFLOAT16)
         weights = graph.emit(p.neg_p, graph.mul(w, matrix.outer(self._slope, graph)))
-        weights = to_type(weights, _BFLOAT16, graph)
+        weights = graph.convert(weights, _BFLOAT16)
         axis = (matrix.outer_axis,)
         factors = _sides(matrix.inner_axis, narrow, weights)
         parts = _parts(graph.dot_general(*factors, (axis, axis), _FLOAT32, None), 2, graph)
@@ -122,7 +122,7 @@ class Writer:
             )
         ]
         row = self._over_m(graph.emit(p.add_p, *means), graph)
-        high, low = (to_type(part, _BFLOAT16, graph) for part in parts)
+        high, low = (graph.convert(part, _BFLOAT16) for part in parts)
         narrow, high, low, row = _apart([narrow, high, low, row], graph)
         side = side_of(eqn, found.w)
         of_g = eqn.params["dimension_numbers"][0]
@@ -138,7 +138,7 @@ class Writer:
         shape = [1] * len(shape_of(total))
         shape[0 if side == 0 else -1] = shape_of(row)[0]
         total = graph.emit(p.sub_p, total, graph.reshape(row, shape))
-        return to_type(total, aval(eqn.outvars[0]).dtype, graph)
+        return graph.convert(total, aval(eqn.outvars[0]).dtype)
 
     def _over_m(self, values: Atom, graph: Graph) -> Atom:
         return graph.emit(p.div_p, values, number(self._found.sizes[0], values, graph))
@@ -163,7 +163,7 @@ class _Matrix:
 
     def w(self, graph: Graph) -> Atom:
         """W in float32."""
-        return to_type(self.narrow(graph), _FLOAT32, graph)
+        return graph.convert(self.narrow(graph), _FLOAT32)
 
     def sum(self, values: Atom, graph: Graph) -> Atom:
         """A value for each column of y: the sum along the inner axis."""
@@ -180,7 +180,7 @@ class _Matrix:
     def multiplied(self, square: Atom, graph: Graph) -> Atom:
         """square·W of a symmetric float32 matrix [C, C], in three products of 16 bits each."""
         total, *others = (
-            self._product(to_type(part, _BFLOAT16, graph), graph)
+            self._product(graph.convert(part, _BFLOAT16), graph)
             for part in _parts(square, 3, graph)
         )
         for other in others:

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from jax.extend.core import JaxprEqn, Primitive, Var, new_jaxpr_eqn
 from jax.extend.core import primitives as p
 
@@ -122,21 +121,7 @@ def summed(total: Sum, dx: Atom, graph: Graph) -> Atom:
 
 def cast(value: Atom, like: Any, graph: Graph) -> Atom:
     """``value`` in the type of the variable ``like``."""
-    return to_type(value, like.aval.dtype, graph)
-
-
-def to_type(value: Atom, dtype: Any, graph: Graph) -> Atom:
-    """``value`` in a type."""
-    have: Any = value.aval
-    if have.dtype == dtype:
-        return value
-    return graph.emit(
-        p.convert_element_type_p,
-        value,
-        new_dtype=np.dtype(dtype),
-        weak_type=False,
-        sharding=None,
-    )
+    return graph.convert(value, like.aval.dtype)
 
 
 def number(value: float, like: Atom, graph: Graph) -> Atom:

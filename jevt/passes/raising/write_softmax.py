@@ -17,7 +17,7 @@ from jevt.passes.raising.logsumexp_gradients import Multiple
 from jevt.passes.raising.rows import along, exponential, of_row
 from jevt.passes.raising.softmax_gradients import SoftmaxGradient
 from jevt.passes.raising.softmaxes import Softmax
-from jevt.passes.raising.write import cast, composite, summed, to_type
+from jevt.passes.raising.write import cast, composite, summed
 from jevt.primitives.softmax import softmax_gradient_p, softmax_statistics_p
 
 
@@ -38,7 +38,7 @@ class SoftmaxWriter:
         graph.place(source)
         x = read(graph.env, softmax.x)
         aval: Any = x.aval
-        self.x = to_type(x, np.promote_types(aval.dtype, np.float32), graph)
+        self.x = graph.convert(x, np.promote_types(aval.dtype, np.float32))
         self.maximum, self.total = composite(
             graph,
             source,

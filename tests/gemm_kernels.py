@@ -8,7 +8,7 @@ from typing import Any
 import kernel_contract as contract
 import numpy as np
 
-from jevt_kernels import interpreter
+from jevt_kernels import codegen, interpreter
 from jevt_kernels.by_hand import GemmTree
 from jevt_kernels.spec import Config, KernelSpec
 
@@ -178,6 +178,21 @@ def operands(spec: KernelSpec) -> list[np.ndarray]:
     return [contract.random(t.shape, t.dtype, seed) for seed, t in enumerate(spec.inputs)]
 
 
+def specialized(
+    kind: str, m: int, n: int, warps: int, stages: int = 3, subtiles: int = 1
+) -> Config:
+    """A configuration whose warps have different tasks."""
+    return Config(
+        (("m", m), ("n", n), ("k", 64)),
+        warps,
+        stages,
+        programs=5,
+        subtiles=subtiles,
+        descriptors=True,
+        specialized=kind,
+    )
+
+
 def check(spec: KernelSpec, config: Config | None, run: Any = interpreter.run) -> None:
     arrays = operands(spec)
     with contract.types_of(*arrays):
@@ -186,6 +201,13 @@ def check(spec: KernelSpec, config: Config | None, run: Any = interpreter.run) -
         for mine, theirs in zip(got, expected, strict=True):
             name = np.dtype(theirs.dtype).name
             contract.same([mine], [theirs], TOLERANCE.get(name))
+
+
+def check_descriptors(spec: KernelSpec, config: Config, count: int) -> None:
+    """So many operands are loaded by descriptors, and the kernel is right."""
+    source = codegen.generate(spec, config)
+    assert len(source.descriptors) == source.text.count("_desc.load(") == count
+    check(spec, config)
 
 
 def changed(spec: KernelSpec, position: int, **fields: Any) -> KernelSpec:

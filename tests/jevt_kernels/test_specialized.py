@@ -20,31 +20,19 @@ from jevt_kernels.spec import Config, KernelSpec, UnsupportedKernel
 BFLOAT16 = contract.BFLOAT16
 
 
-def config(kind: str, m: int, n: int, warps: int, stages: int = 3, subtiles: int = 1) -> Config:
-    return Config(
-        (("m", m), ("n", n), ("k", 64)),
-        warps,
-        stages,
-        programs=5,
-        subtiles=subtiles,
-        descriptors=True,
-        specialized=kind,
-    )
-
-
 CONFIGS = {
-    "cooperative": config("cooperative", 128, 256, 8, subtiles=4),
-    "one group": config("cooperative", 64, 64, 4, stages=4),
-    "two groups": config("cooperative", 128, 256, 4, subtiles=2),
-    "four groups": config("cooperative", 256, 64, 4),
-    "pingpong": config("pingpong", 128, 128, 8, subtiles=4),
-    "small groups": config("pingpong", 128, 64, 4, stages=4, subtiles=2),
-    "overlapped": config("overlapped", 128, 128, 4, stages=4, subtiles=4),
-    "more pieces than steps": config("overlapped", 64, 128, 4, subtiles=8),
+    "cooperative": gemm.specialized("cooperative", 128, 256, 8, subtiles=4),
+    "one group": gemm.specialized("cooperative", 64, 64, 4, stages=4),
+    "two groups": gemm.specialized("cooperative", 128, 256, 4, subtiles=2),
+    "four groups": gemm.specialized("cooperative", 256, 64, 4),
+    "pingpong": gemm.specialized("pingpong", 128, 128, 8, subtiles=4),
+    "small groups": gemm.specialized("pingpong", 128, 64, 4, stages=4, subtiles=2),
+    "overlapped": gemm.specialized("overlapped", 128, 128, 4, stages=4, subtiles=4),
+    "more pieces than steps": gemm.specialized("overlapped", 64, 128, 4, subtiles=8),
 }
 
 #: Large tiles, which are held only as 16 bits.
-OVERLAPPED = config("overlapped", 128, 256, 4, stages=4, subtiles=4)
+OVERLAPPED = gemm.specialized("overlapped", 128, 256, 4, stages=4, subtiles=4)
 
 #: Rows, columns and k that fill no tile, but whose strides are multiples of 16 bytes.
 SIZES = (2, 304, 264, 200)
@@ -74,7 +62,7 @@ def groups(name: str) -> int:
 #: A product of which each program keeps the left operand's rows, and their configurations.
 KEPT = gemm.dgrad_gelu((1, 200, 2000, 264), BFLOAT16)
 KEEPING = {
-    kind: dataclasses.replace(config(kind, 128, 64, 4, stages=4), programs=6)
+    kind: dataclasses.replace(gemm.specialized(kind, 128, 64, 4, stages=4), programs=6)
     for kind in ("cooperative", "pingpong", "overlapped")
 }
 
@@ -104,7 +92,9 @@ def test_large_overlapped_tiles_on_a_gpu(name: str, sm_90: None) -> None:
 @pytest.mark.gpu
 def test_more_programs_than_tiles_on_a_gpu(sm_90: None) -> None:
     for kind in ("cooperative", "pingpong", "overlapped"):
-        launched = dataclasses.replace(config(kind, 128, 128, 4, subtiles=2), programs=132)
+        launched = dataclasses.replace(
+            gemm.specialized(kind, 128, 128, 4, subtiles=2), programs=132
+        )
         gemm.check(CASES["gelu"], launched, launch.run)
 
 
@@ -300,7 +290,7 @@ def test_only_sm_90_has_them() -> None:
             launch.check_descriptors(spec, source, capability)
 
 
-WIDE = config("cooperative", 128, 128, 8)
+WIDE = gemm.specialized("cooperative", 128, 128, 8)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +309,11 @@ WIDE = config("cooperative", 128, 128, 8)
         (CASES["residual"], dataclasses.replace(WIDE, ahead=True), "load nothing ahead"),
         (CASES["residual"], OVERLAPPED, "128 registers of a thread .* leave none for the next"),
         (CASES["rounded"], dataclasses.replace(OVERLAPPED, splits=2), "have no parts of k"),
-        (CASES["gelu"], config("cooperative", 64, 128, 8), "cannot be multiplied by 8 warps"),
+        (
+            CASES["gelu"],
+            gemm.specialized("cooperative", 64, 128, 8),
+            "cannot be multiplied by 8 warps",
+        ),
         (CASES["gelu"], dataclasses.replace(WIDE, descriptors=False), "both operands have a desc"),
     ],
 )

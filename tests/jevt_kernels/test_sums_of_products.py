@@ -86,9 +86,7 @@ WALKING = {
 @pytest.mark.parametrize("name", DESCRIBABLE)
 def test_descriptors(name: str) -> None:
     spec, count = DESCRIBABLE[name]
-    source = codegen.generate(spec, DESCRIBED)
-    assert len(source.descriptors) == source.text.count("_desc.load(") == count
-    gemm.check(spec, DESCRIBED)
+    gemm.check_descriptors(spec, DESCRIBED, count)
 
 
 @pytest.mark.interpret
@@ -131,25 +129,13 @@ def test_work_is_that_of_all_terms() -> None:
 # Specialised kernels
 
 
-def config(kind: str, m: int, n: int, warps: int, stages: int = 3, subtiles: int = 1) -> Config:
-    return Config(
-        (("m", m), ("n", n), ("k", 64)),
-        warps,
-        stages,
-        programs=5,
-        subtiles=subtiles,
-        descriptors=True,
-        specialized=kind,
-    )
-
-
 SPECIALIZED = {
-    "cooperative": config("cooperative", 128, 256, 4, subtiles=2),
-    "one group": config("cooperative", 64, 64, 4, stages=4),
-    "pingpong": config("pingpong", 128, 128, 4, stages=4, subtiles=2),
-    "wide pingpong": config("pingpong", 128, 128, 8, stages=4, subtiles=4),
-    "overlapped": config("overlapped", 128, 128, 4, stages=4, subtiles=4),
-    "more pieces than steps": config("overlapped", 64, 128, 4, subtiles=8),
+    "cooperative": gemm.specialized("cooperative", 128, 256, 4, subtiles=2),
+    "one group": gemm.specialized("cooperative", 64, 64, 4, stages=4),
+    "pingpong": gemm.specialized("pingpong", 128, 128, 4, stages=4, subtiles=2),
+    "wide pingpong": gemm.specialized("pingpong", 128, 128, 8, stages=4, subtiles=4),
+    "overlapped": gemm.specialized("overlapped", 128, 128, 4, stages=4, subtiles=4),
+    "more pieces than steps": gemm.specialized("overlapped", 64, 128, 4, subtiles=8),
 }
 #: Rows, columns and k that fill no tile, but whose strides are multiples of 16 bytes.
 SIZES = (2, 304, 264)
@@ -252,8 +238,10 @@ def test_pieces_between_steps_of_several_terms() -> None:
 #: As large as in training: three gradients of what queries, keys and values are made of.
 LARGE = sums.residual((1, 16384, 1024), (1024,) * 3, sums=False)
 COMPILED = {
-    "cooperative": dataclasses.replace(config("cooperative", 128, 256, 4, 4, 2), programs=132),
-    "pingpong": dataclasses.replace(config("pingpong", 128, 128, 4, 5, 2), programs=132),
+    "cooperative": dataclasses.replace(
+        gemm.specialized("cooperative", 128, 256, 4, 4, 2), programs=132
+    ),
+    "pingpong": dataclasses.replace(gemm.specialized("pingpong", 128, 128, 4, 5, 2), programs=132),
 }
 
 
@@ -367,7 +355,7 @@ def test_the_longest_k_decides_the_block() -> None:
 
 def test_no_sum_keeps_rows() -> None:
     spec = sums.gelu_gradient((1, 200, 2000), (128, 136))
-    launched = dataclasses.replace(config("pingpong", 128, 64, 4, stages=4), programs=6)
+    launched = dataclasses.replace(gemm.specialized("pingpong", 128, 64, 4, stages=4), programs=6)
     assert "lhs_tiles.index(step)" not in codegen.generate(spec, launched).text
     one = gemm.dgrad_gelu((1, 200, 2000, 264), BFLOAT16)
     assert "lhs_tiles.index(step)" in codegen.generate(one, launched).text
